@@ -1,0 +1,73 @@
+/* The causal depthwise convolution over tokens, with SiLU fused, channels last:
+ *
+ *     out_t = silu(bias + Σ_k weight_k x_{t - width + 1 + k})
+ *
+ * A task is a run of tokens: every row is read and written from its start to its end. */
+
+#define CONV_RUN 32
+
+INLINE vec NAME(conv_at)(const ConvArgs *a, int64_t b, int64_t t, int64_t d, int count) {
+  vec y = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
+  for (int64_t k = 0; k < a->width; k++) {
+    int64_t row = t - a->width + 1 + k;
+    if (row >= 0) y += load_real_some((REAL *)a->weight + k * a->channels + d, count) * load_at(a->x, b, row, d, count);
+  }
+  return y;
+}
+
+int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
+  int64_t runs = (a->tokens + CONV_RUN - 1) / CONV_RUN;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < a->batch * runs; task++) {
+    int64_t b = task / runs, first = task % runs * CONV_RUN;
+    int64_t last = first + CONV_RUN < a->tokens ? first + CONV_RUN : a->tokens;
+    for (int64_t t = first; t < last; t++)
+      for (int64_t d = 0; d < a->channels; d += LANES) {
+        int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
+        vec y = NAME(conv_at)(a, b, t, d, count);
+        if (a->silu) y *= sigmoidv(y);
+        store((elem *)a->out.data + b * a->out.batch + t * a->out.token + d, y, count);
+      }
+  }
+  return 0;
+}
+
+/* The gradient: a task is LANES channels of all sequences, so that dweight and dbias need no reduction. */
+int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
+  const ConvArgs *f = &a->forward;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : failed)
+  for (int64_t block = 0; block < (f->channels + LANES - 1) / LANES; block++) {
+    int64_t d = block * LANES, width = f->width;
+    int count = (int)(f->channels - d < LANES ? f->channels - d : LANES);
+    vec *grads = simba_alloc(2 * width * sizeof(vec)); /* of the last width outputs before SiLU; then of the weight */
+    if (!grads) { failed = 1; continue; }
+    vec *dweight = grads + width, dbias = splat(0);
+    memset(dweight, 0, width * sizeof(vec));
+    for (int64_t b = 0; b < f->batch; b++) {
+      memset(grads, 0, width * sizeof(vec));
+      for (int64_t t = f->tokens - 1; t >= 0; t--) {
+        vec g = load_at(f->out, b, t, d, count), dx = splat(0);
+        if (f->silu) {
+          vec y = NAME(conv_at)(f, b, t, d, count), s = sigmoidv(y);
+          g *= s + y * s * (1 - s);
+        }
+        dbias += g;
+        for (int64_t k = 0; k < width; k++) { /* out_t reads x_row with weight k */
+          int64_t row = t - width + 1 + k;
+          if (row >= 0) dweight[k] += g * load_at(f->x, b, row, d, count);
+        }
+        grads[t % width] = g;
+        for (int64_t k = 0; k < width; k++) { /* x_t is read by out_{t + width - 1 - k} with weight k */
+          int64_t reader = t + width - 1 - k;
+          if (reader < f->tokens) dx += grads[reader % width] * load_real_some((REAL *)f->weight + k * f->channels + d, count);
+        }
+        store((elem *)a->dx.data + b * a->dx.batch + t * a->dx.token + d, dx, count);
+      }
+    }
+    for (int64_t k = 0; k < width; k++) store_real_some((REAL *)a->dweight + k * f->channels + d, dweight[k], count);
+    if (a->dbias) store_real_some((REAL *)a->dbias + d, dbias, count);
+    free(grads);
+  }
+  return failed;
+}

@@ -1,0 +1,61 @@
+/* One token through the recurrence and through the convolution's window: what decoding needs. States lie with their
+ * numbers innermost, as transformers' cache keeps them, so the vectors run over those. */
+
+#define DECODE_GRAIN (1 << 16) /* state numbers below which a second thread costs more than it brings */
+
+int NAME(state_update)(const UpdateArgs *a, int threads) {
+  const int64_t N = a->states;
+  int many = a->batch * a->channels * N >= DECODE_GRAIN && threads > 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (many)
+  for (int64_t task = 0; task < a->batch * ((a->channels + LANES - 1) / LANES); task++) {
+    int64_t blocks = (a->channels + LANES - 1) / LANES, b = task / blocks, d = task % blocks * LANES;
+    int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
+    vec x = load((elem *)a->x + b * a->x_batch + d, count), delta = load((elem *)a->dt + b * a->dt_batch + d, count), y;
+    if (a->dt_bias) delta += load_real_some((REAL *)a->dt_bias + d, count);
+    if (a->softplus) delta = softplusv(delta);
+    vec input = delta * x;
+    for (int i = 0; i < count; i++) {
+      REAL *h = (REAL *)a->state + (b * a->channels + d + i) * N;
+      const REAL *A = (REAL *)a->A + (d + i) * N;
+      const elem *B = (elem *)a->B + b * a->B_batch, *C = (elem *)a->C + b * a->C_batch;
+      vec out = splat(0);
+      for (int64_t n = 0; n < N; n += LANES) {
+        int left = (int)(N - n < LANES ? N - n : LANES);
+        vec next = exp2v(load_real_some(A + n, left) * (REAL)LOG2E * delta[i]) * load_real_some(h + n, left) +
+                   load(B + n, left) * input[i];
+        store_real_some(h + n, next, left);
+        out += next * load(C + n, left);
+      }
+      y[i] = sum_lanes(out);
+    }
+    for (int i = count; i < LANES; i++) y[i] = 0;
+    if (a->D) y += x * load_real_some((REAL *)a->D + d, count);
+    if (a->z) {
+      vec z = load((elem *)a->z + b * a->z_batch + d, count);
+      y *= z * sigmoidv(z);
+    }
+    store((elem *)a->out + b * a->channels + d, y, count);
+  }
+  return 0;
+}
+
+int NAME(conv_update)(const ConvUpdateArgs *a, int threads) {
+  (void)threads;
+  for (int64_t b = 0; b < a->batch; b++)
+    for (int64_t d = 0; d < a->channels; d += LANES) {
+      int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
+      vec y = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
+      for (int i = 0; i < count; i++) {
+        elem *window = (elem *)a->state + (b * a->channels + d + i) * a->width;
+        const REAL *weight = (REAL *)a->weight + (d + i) * a->width;
+        memmove(window, window + 1, (a->width - 1) * sizeof(elem));
+        window[a->width - 1] = ((elem *)a->x)[b * a->x_batch + d + i];
+        REAL total = 0;
+        for (int64_t k = 0; k < a->width; k++) total += weight[k] * NAME(widen_one)(window[k]);
+        y[i] += total;
+      }
+      if (a->silu) y *= sigmoidv(y);
+      store((elem *)a->out + b * a->channels + d, y, count);
+    }
+  return 0;
+}

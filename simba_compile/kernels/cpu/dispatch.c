@@ -1,0 +1,68 @@
+/* The exported functions: each picks the kernel for the element type and the best level that this CPU has. */
+#include <string.h>
+#include "simba.h"
+
+enum { F32, F64, BF16, F16 };
+enum { BASE, V3, V4 };
+
+static int level = BASE;
+
+#define DECLARE(op, Args, suffix, lv) int simba_##op##_##suffix##_##lv(const Args *, int);
+#define DECLARE_LEVEL(op, Args, lv) \
+  DECLARE(op, Args, f32, lv) DECLARE(op, Args, f64, lv) DECLARE(op, Args, bf16, lv) DECLARE(op, Args, f16, lv)
+#define ROW(op, lv) {simba_##op##_f32_##lv, simba_##op##_f64_##lv, simba_##op##_bf16_##lv, simba_##op##_f16_##lv}
+
+#if defined(__x86_64__)
+#define EXPORT(op, Args)                                                                      \
+  DECLARE_LEVEL(op, Args, base) DECLARE_LEVEL(op, Args, v3) DECLARE_LEVEL(op, Args, v4)       \
+  int simba_##op(const Args *args, int dtype, int threads) {                                  \
+    static int (*const table[3][4])(const Args *, int) = {ROW(op, base), ROW(op, v3), ROW(op, v4)}; \
+    return table[level][dtype](args, threads);                                                \
+  }
+#else
+#define EXPORT(op, Args)                                                                      \
+  DECLARE_LEVEL(op, Args, base)                                                               \
+  int simba_##op(const Args *args, int dtype, int threads) {                                  \
+    static int (*const table[1][4])(const Args *, int) = {ROW(op, base)};                     \
+    return table[level][dtype](args, threads);                                                \
+  }
+#endif
+
+EXPORT(selective_scan, ScanArgs)
+EXPORT(selective_scan_backward, ScanBackwardArgs)
+EXPORT(influence, InfluenceArgs)
+EXPORT(causal_conv1d, ConvArgs)
+EXPORT(causal_conv1d_backward, ConvBackwardArgs)
+EXPORT(state_update, UpdateArgs)
+EXPORT(conv_update, ConvUpdateArgs)
+EXPORT(rms_norm, NormArgs)
+
+int simba_gather(const GatherArgs *a, int dtype, int threads) {
+  (void)dtype;
+#pragma omp parallel for num_threads(threads) schedule(static) if (a->batch * a->kept * a->row_bytes > 1 << 16)
+  for (int64_t row = 0; row < a->batch * a->kept; row++)
+    memcpy((char *)a->out + row * a->row_bytes,
+           (const char *)a->x + row / a->kept * a->batch_bytes + a->index[row] * a->token_bytes, a->row_bytes);
+  return 0;
+}
+
+static int best_level(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return V4;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return V3;
+#endif
+  return BASE;
+}
+
+/* Pick the level: the best there is, or the one that is asked for (tests) where the CPU has it. Gives the level. */
+int simba_set_level(int wanted) {
+  int best = best_level();
+  level = wanted >= 0 && wanted < best ? wanted : best;
+  return level;
+}
+
+/* Lanes of a float vector at the present level: native.py sizes scratch by it. */
+int simba_lanes(void) { return 4 << level; }

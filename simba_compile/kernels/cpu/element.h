@@ -1,0 +1,80 @@
+/* Loads and stores of the element type (what tensors hold), as vectors of the compute type. ELEM_KIND picks one of:
+ * the compute type itself, bfloat16, float16. Bit operations only, so that no half-precision instructions are needed. */
+
+#if ELEM_KIND == ELEM_REAL
+
+typedef REAL NAME(elem);
+#define elem NAME(elem)
+INLINE vec NAME(widen)(const elem *p) { return load_real(p); }
+INLINE void NAME(narrow)(elem *p, vec v) { store_real(p, v); }
+INLINE REAL NAME(widen_one)(elem e) { return e; }
+
+#else
+
+typedef uint16_t NAME(elem);
+#define elem NAME(elem)
+typedef uint16_t NAME(half_vec) __attribute__((vector_size(VECTOR_BYTES / 2), may_alias));
+typedef uint32_t NAME(word_vec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
+#define half_vec NAME(half_vec)
+#define word_vec NAME(word_vec)
+
+INLINE vec NAME(widen)(const elem *p) {
+  half_vec h;
+  __builtin_memcpy(&h, p, sizeof h);
+  word_vec w = __builtin_convertvector(h, word_vec);
+#if ELEM_KIND == ELEM_BFLOAT16
+  return (vec)(w << 16);
+#else
+  word_vec sign = (w & 0x8000) << 16, magnitude = (w & 0x7fff) << 13;
+  vec v = (vec)magnitude * 0x1p112f; /* moves the exponent's bias; subnormals come out right */
+  word_vec special = (word_vec)((w & 0x7c00) == 0x7c00); /* inf and NaN keep their exponent of ones */
+  v = (vec)((word_vec)v | (special & 0x7f800000));
+  return (vec)((word_vec)v | sign);
+#endif
+}
+
+INLINE void NAME(narrow)(elem *p, vec v) {
+  word_vec w = (word_vec)v, nan = (word_vec)(v != v);
+#if ELEM_KIND == ELEM_BFLOAT16
+  word_vec rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16; /* to nearest, ties to even */
+  rounded = (nan & 0x7fc0) | (~nan & rounded);
+#else
+  word_vec sign = (w >> 16) & 0x8000, magnitude = w & 0x7fffffff;
+  word_vec normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  /* below 2^-14: adding 1/2 puts the float16 subnormal, rounded to even, into the low bits */
+  word_vec subnormal = (word_vec)((vec)magnitude + 0.5f) - 0x3f000000u;
+  word_vec small = (word_vec)(magnitude < 0x38800000u), large = (word_vec)(magnitude >= 0x477ff000u);
+  word_vec rounded = (small & subnormal) | (~small & normal);
+  rounded = (large & 0x7c00) | (~large & rounded);
+  rounded = ((nan & 0x7e00) | (~nan & rounded)) | sign;
+#endif
+  half_vec h = __builtin_convertvector(rounded, half_vec);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+#endif
+
+/* Up to LANES elements; the lanes past count read as zero and are not written. */
+INLINE vec NAME(load_elem)(const elem *p, int count) {
+  if (count >= LANES) return NAME(widen)(p);
+  elem padded[VECTOR_BYTES / sizeof(REAL)] = {0};
+  __builtin_memcpy(padded, p, count * sizeof(elem));
+  return NAME(widen)(padded);
+}
+INLINE void NAME(store_elem)(elem *p, vec v, int count) {
+  if (count >= LANES) { NAME(narrow)(p, v); return; }
+  elem padded[VECTOR_BYTES / sizeof(REAL)];
+  NAME(narrow)(padded, v);
+  __builtin_memcpy(p, padded, count * sizeof(elem));
+}
+#define load NAME(load_elem)
+#define store NAME(store_elem)
+
+#if ELEM_KIND != ELEM_REAL
+INLINE REAL NAME(widen_one)(elem e) { return load(&e, 1)[0]; }
+#endif
+
+/* A row of states as compute numbers. */
+INLINE void NAME(widen_row)(REAL *out, const elem *row, int count) {
+  for (int i = 0; i < count; i += LANES) store_real_some(out + i, load(row + i, count - i), count - i);
+}
+#define widen_row NAME(widen_row)

@@ -1,0 +1,143 @@
+/* The selective scan of Mamba-1 (Gu & Dao 2023, algorithm 2) on the kept tokens, with softplus, the D skip, the gate
+ * and the last state fused in:
+ *
+ *     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t      y_t = (C_t h_t + D x_t) silu(z_t)      Δ_t = softplus(dt_t + dt_bias)
+ *
+ * A task is one sequence and a slice of channels. It walks the tokens in chunks, and in a chunk its channels, LANES at
+ * a time: rows are read in long runs, and a chunk's rows, the slice's states and A stay in the first-level cache. */
+
+/* What one chunk of tokens shares among the channels of a slice. */
+typedef struct {
+  int count;            /* tokens in this chunk */
+  int64_t row[CHUNK];   /* where each of them stands among the tokens that entered */
+  REAL *B, *C;          /* (CHUNK, states) */
+} NAME(chunk);
+#define chunk_t NAME(chunk)
+
+INLINE void NAME(open_chunk)(chunk_t *chunk, const ScanArgs *a, int64_t b, int64_t first) {
+  chunk->count = (int)(a->kept - first < CHUNK ? a->kept - first : CHUNK);
+  for (int i = 0; i < chunk->count; i++) {
+    int64_t row = a->index ? a->index[b * a->kept + first + i] : first + i;
+    chunk->row[i] = row;
+    widen_row(chunk->B + i * a->states, (elem *)a->B.data + b * a->B.batch + row * a->B.token, (int)a->states);
+    widen_row(chunk->C + i * a->states, (elem *)a->C.data + b * a->C.batch + row * a->C.token, (int)a->states);
+  }
+}
+#define open_chunk NAME(open_chunk)
+
+INLINE vec NAME(load_at)(View3 view, int64_t b, int64_t row, int64_t d, int count) {
+  return load((elem *)view.data + b * view.batch + row * view.token + d, count);
+}
+#define load_at NAME(load_at)
+
+INLINE vec NAME(step_size)(View3 dt, const REAL *bias, int softplus, int64_t b, int64_t row, int64_t d, int count) {
+  vec delta = load_at(dt, b, row, d, count);
+  if (bias) delta += load_real_some(bias + d, count);
+  return softplus ? softplusv(delta) : delta;
+}
+#define step_size NAME(step_size)
+
+/* Ask for a slice of the rows of the chunk that comes next. Rows are kilobytes apart, which no hardware prefetcher
+ * follows; without this the kernels wait for memory most of the time. */
+INLINE void NAME(prefetch)(View3 view, int64_t b, const int64_t *index, int64_t first, int64_t limit, int64_t d, int64_t size) {
+  if (!view.data) return;
+  for (int64_t i = first < 0 ? 0 : first; i < first + CHUNK && i < limit; i++) {
+    const char *row = (char *)((elem *)view.data + b * view.batch + (index ? index[i] : i) * view.token + d);
+    for (int64_t at = 0; at < size * (int64_t)sizeof(elem); at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+#define prefetch NAME(prefetch)
+
+/* Channels first..first+size of A, times log2(e), as (size / LANES, states) vectors. */
+INLINE void NAME(pack_A)(vec *packed, const REAL *A, int64_t first, int64_t size, int64_t states) {
+  for (int64_t d = 0; d < size; d += LANES)
+    for (int64_t n = 0; n < states; n++) {
+      vec v = {0};
+      for (int i = 0; i < LANES && d + i < size; i++) v[i] = A[(first + d + i) * states + n] * (REAL)LOG2E;
+      packed[d / LANES * states + n] = v;
+    }
+}
+#define pack_A NAME(pack_A)
+
+/* LANES channels through one chunk. What is independent from token to token stands in loops of its own, where many
+ * tokens are in flight at once; only the recurrence itself runs in order. */
+INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t b, int64_t first,
+                             int64_t d, int count) {
+  const int N = (int)a->states;
+  vec skip = a->D ? load_real_some((REAL *)a->D + d, count) : splat(0);
+  vec delta[CHUNK], input[CHUNK], y[CHUNK];
+  for (int i = 0; i < chunk->count; i++) {
+    vec x = load_at(a->x, b, chunk->row[i], d, count);
+    delta[i] = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[i], d, count);
+    input[i] = delta[i] * x;
+    y[i] = skip * x;
+  }
+  for (int i = 0; i < chunk->count; i++) {
+    const REAL *B = chunk->B + i * N, *C = chunk->C + i * N;
+    vec total = y[i];
+    for (int n = 0; n < N; n++) {
+      vec h = exp2v(delta[i] * A[n]) * state[n] + input[i] * B[n];
+      state[n] = h;
+      total += h * C[n];
+    }
+    y[i] = total;
+  }
+  if (!a->out.data) return;
+  for (int i = 0; i < chunk->count; i++) {
+    if (a->z.data) {
+      vec z = load_at(a->z, b, chunk->row[i], d, count);
+      y[i] *= z * sigmoidv(z);
+    }
+    store((elem *)a->out.data + b * a->out.batch + (first + i) * a->out.token + d, y[i], count);
+  }
+}
+#define scan_lanes NAME(scan_lanes)
+
+#ifndef SIMBA_ALLOC
+#define SIMBA_ALLOC
+/* Scratch of one task, aligned for vectors. NULL where memory is out: the task then reports failure. */
+INLINE void *simba_alloc(int64_t bytes) {
+  void *p = NULL;
+  return posix_memalign(&p, 64, bytes > 0 ? (size_t)bytes : 64) ? NULL : p;
+}
+#endif
+
+int NAME(selective_scan)(const ScanArgs *a, int threads) {
+  int64_t slices = (a->channels + a->slice - 1) / a->slice, chunks = (a->kept + CHUNK - 1) / CHUNK, N = a->states;
+  int64_t blocks = (a->slice + LANES - 1) / LANES;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
+  for (int64_t task = 0; task < a->batch * slices; task++) {
+    int64_t b = task / slices, first = task % slices * a->slice;
+    int64_t size = a->channels - first < a->slice ? a->channels - first : a->slice;
+    vec *A = simba_alloc((2 * blocks * N) * sizeof(vec) + 2 * CHUNK * N * sizeof(REAL));
+    if (!A) { failed = 1; continue; }
+    vec *state = A + blocks * N;
+    chunk_t chunk = {.B = (REAL *)(state + blocks * N)};
+    chunk.C = chunk.B + CHUNK * N;
+    pack_A(A, a->A, first, size, N);
+    memset(state, 0, blocks * N * sizeof(vec));
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t *index = a->index ? a->index + b * a->kept : NULL;
+      const View3 *reads[] = {&a->x, &a->dt, &a->z};
+      for (int i = 0; i < 3; i++) prefetch(*reads[i], b, index, (c + 1) * CHUNK, a->kept, first, size);
+      prefetch(a->out, b, NULL, (c + 1) * CHUNK, a->kept, first, size);
+      open_chunk(&chunk, a, b, c * CHUNK);
+      for (int64_t d = 0; d < size; d += LANES) {
+        int64_t block = d / LANES;
+        int count = (int)(size - d < LANES ? size - d : LANES);
+        if (a->checkpoints) {
+          vec *saved = (vec *)a->checkpoints + ((b * chunks + c) * slices + first / a->slice) * blocks * N + block * N;
+          memcpy(saved, state + block * N, N * sizeof(vec));
+        }
+        scan_lanes(a, &chunk, A + block * N, state + block * N, b, c * CHUNK, first + d, count);
+      }
+    }
+    if (a->state)
+      for (int64_t d = 0; d < size; d++)
+        for (int64_t n = 0; n < N; n++)
+          ((REAL *)a->state)[(b * a->channels + first + d) * N + n] = state[d / LANES * N + n][d % LANES];
+    free(A);
+  }
+  return failed;
+}

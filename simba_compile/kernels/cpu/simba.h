@@ -1,0 +1,88 @@
+/* The C side of the binding in ../native.py: what each kernel is called with.
+ *
+ * Every struct is a run of 64-bit words, so that Python fills it as one array of int64. A view is a pointer and its
+ * strides, counted in elements; the last axis (channels, states) always has stride 1 and carries no stride of its own.
+ * Nothing is checked here: native.py checks devices, dtypes, shapes and strides before it calls. */
+#ifndef SIMBA_H
+#define SIMBA_H
+
+#include <stdint.h>
+
+typedef struct { void *data; int64_t batch, token; } View3;      /* (batch, token, channel or state) */
+
+typedef struct {
+  int64_t batch, tokens, kept, channels, states, softplus, slice; /* slice: channels for one task */
+  View3 x, dt, B, C, z;                                           /* z.data may be null */
+  const void *A, *D, *dt_bias;                                    /* (channels, states), (channels): compute type; D, dt_bias may be null */
+  const int64_t *index;                                           /* (batch, kept), or null: every token */
+  View3 out;                                                      /* (batch, kept, channels) */
+  void *state;                                                    /* (batch, channels, states), compute type */
+  void *checkpoints;                                              /* null, or (batch, chunks, channels padded, states) */
+} ScanArgs;
+
+typedef struct {
+  ScanArgs forward;                                               /* out: the gradient of the output, read only */
+  const void *grad_state;                                         /* (batch, channels, states) or null */
+  View3 dx, ddt, dz;                                              /* element type */
+  void *dA, *dD, *dbias;                                          /* (batch, channels[, states]), compute type */
+  void *dB, *dC;                                                  /* (batch, slices, tokens, states), compute type */
+} ScanBackwardArgs;
+
+typedef struct {
+  int64_t batch, tokens, channels, states, softplus, slice, pool, bias_in_decay;
+  View3 x, dt, B, C;
+  const void *A, *dt_bias;
+  double *partial;                                                /* (batch, slices, tokens): pooled over a slice */
+} InfluenceArgs;
+
+typedef struct {
+  int64_t batch, tokens, channels, width, silu;
+  View3 x;
+  const void *weight, *bias;                                      /* (width, channels), (channels): compute type; bias may be null */
+  View3 out;
+} ConvArgs;
+
+typedef struct {
+  ConvArgs forward;                                               /* out: the gradient of the output, read only */
+  View3 dx;
+  void *dweight, *dbias;                                          /* (width, channels), (channels): compute type */
+} ConvBackwardArgs;
+
+typedef struct {
+  int64_t batch, channels, states, softplus;
+  void *state;                                                    /* (batch, channels, states), compute type, updated */
+  const void *x, *dt, *B, *C, *z;                                 /* (batch, channels | states) */
+  int64_t x_batch, dt_batch, B_batch, C_batch, z_batch;
+  const void *A, *D, *dt_bias;
+  void *out;                                                      /* (batch, channels) */
+} UpdateArgs;
+
+typedef struct {
+  int64_t batch, channels, width, silu;
+  void *state;                                                    /* (batch, channels, width), element type, updated */
+  const void *x;                                                  /* (batch, channels) */
+  int64_t x_batch;
+  const void *weight, *bias;                                      /* (channels, width), (channels): compute type */
+  void *out;                                                      /* (batch, channels) */
+} ConvUpdateArgs;
+
+typedef struct {
+  int64_t rows, channels;
+  double eps;
+  const void *x;
+  int64_t x_row;
+  const void *weight;                                             /* (channels), compute type, or null */
+  void *out;                                                      /* (rows, channels) */
+} NormArgs;
+
+typedef struct {
+  int64_t batch, kept, row_bytes, batch_bytes, token_bytes;
+  const void *x;
+  const int64_t *index;                                           /* (batch, kept) */
+  void *out;                                                      /* (batch, kept, row) */
+} GatherArgs;
+
+enum { POOL_MAX, POOL_ABSMAX, POOL_L2 };
+enum { CHUNK = 16 }; /* tokens between two state checkpoints: a chunk's rows stay in cache while channels are walked */
+
+#endif

@@ -1,0 +1,142 @@
+/* Vectors of the compute type (REAL is float or double) as GCC/Clang vector extensions, and the functions the kernels
+ * need on them. Plain operators, so one source serves SSE2, AVX2, AVX-512 and NEON; no -ffast-math, so NaN and
+ * infinity go through as IEEE 754 says. Included once for each element type by template.h. */
+
+#define LANES ((int)(VECTOR_BYTES / sizeof(REAL)))
+typedef REAL NAME(vec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef INTEGER NAME(ivec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef double NAME(wide) __attribute__((vector_size(VECTOR_BYTES / sizeof(REAL) * 8), may_alias));
+typedef int64_t NAME(iwide) __attribute__((vector_size(VECTOR_BYTES / sizeof(REAL) * 8), may_alias));
+#define wide NAME(wide) /* LANES doubles */
+#define iwide NAME(iwide)
+#define vec NAME(vec)
+#define ivec NAME(ivec)
+
+INLINE vec NAME(splat)(REAL a) { return a - (vec){0}; } /* a - 0 keeps the sign of a zero; a + 0 does not */
+#define splat NAME(splat)
+
+INLINE vec NAME(select)(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+#define select NAME(select)
+
+INLINE vec NAME(absolute)(vec a) { return (vec)((ivec)a & ~(ivec)splat((REAL)-0.0)); }
+#define absolute NAME(absolute)
+
+INLINE wide NAME(select_wide)(iwide mask, wide a, wide b) { return (wide)((mask & (iwide)a) | (~mask & (iwide)b)); }
+#define select_wide NAME(select_wide)
+
+/* The larger of two, NaN if either is one. */
+INLINE vec NAME(larger)(vec a, vec b) { return select((a > b) | (a != a), a, b); }
+#define larger NAME(larger)
+
+INLINE vec NAME(load)(const REAL *p) { vec v; __builtin_memcpy(&v, p, sizeof v); return v; }
+INLINE void NAME(store)(REAL *p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+#define load_real NAME(load)
+#define store_real NAME(store)
+
+INLINE vec NAME(load_some)(const REAL *p, int count) {
+  vec v = {0};
+  if (count >= LANES) return load_real(p);
+  for (int i = 0; i < count; i++) v[i] = p[i];
+  return v;
+}
+INLINE void NAME(store_some)(REAL *p, vec v, int count) {
+  if (count >= LANES) { store_real(p, v); return; }
+  for (int i = 0; i < count; i++) p[i] = v[i];
+}
+#define load_real_some NAME(load_some)
+#define store_real_some NAME(store_some)
+
+INLINE REAL NAME(sum)(vec v) {
+  REAL total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
+#define sum_lanes NAME(sum)
+
+#ifdef REAL_IS_FLOAT
+
+#define LOG2E 1.44269504088896341f
+
+/* 2^t. Cody-Waite reduction to r in [-1/2, 1/2] and the polynomial of Cephes' exp2f: below 1.5 ulp. */
+INLINE vec NAME(exp2)(vec t) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  vec n = (vec)_mm512_roundscale_ps((__m512)t, 8); /* to nearest, no exceptions */
+#else
+  t = select(t > 128.0f, splat(128.0f), t);
+  vec shifted = t + 0x1.8p23f; /* rounds t to an integer, which lands in the low bits */
+  vec n = shifted - 0x1.8p23f;
+#endif
+  vec r = t - n;
+  vec p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  p = (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return select(t < -150.0f, splat(0), p); /* t = -inf would leave r = NaN */
+#else
+  vec scale = (vec)(((ivec)shifted << 23) + 0x3f800000);
+  return select(t < -126.0f, splat(0), p * scale);
+#endif
+}
+
+/* ln a for a >= 0 (0 gives -inf, NaN and inf stay). Cephes' logf. */
+INLINE vec NAME(log)(vec a) {
+  ivec tiny = a < 1.17549435e-38f;
+  vec scaled = select(tiny, a * 0x1p24f, a);
+  ivec bits = (ivec)scaled;
+  ivec exponent = ((bits >> 23) & 0xff) - 126;
+  vec m = (vec)((bits & 0x007fffff) | 0x3f000000); /* [1/2, 1) */
+  ivec low = m < 0.70710678f;
+  m = select(low, m + m, m) - 1.0f;
+  exponent = exponent + low; /* true is -1 */
+  vec e = __builtin_convertvector(exponent, vec) - select(tiny, splat(24.0f), splat(0));
+  vec m2 = m * m;
+  vec p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  vec result = m * m2 * p + e * -2.12194440e-4f - 0.5f * m2 + m + e * 0.693359375f;
+  result = select(a == 0.0f, splat(-__builtin_inff()), result);
+  return select((a == splat(__builtin_inff())) | (a != a), a, result);
+}
+
+/* ln(1 + u) for u in [0, 1], to the last bits also where u is tiny: 2 artanh(u / (2 + u)) as its series. */
+INLINE vec NAME(log1p_unit)(vec u) {
+  vec s = u / (u + 2.0f), s2 = s * s;
+  vec p = s2 * 0.13846153f + 0.18181818f; /* 2/13 taken a little lower stands for the terms that are left out */
+  p = p * s2 + 0.22222222f;
+  p = p * s2 + 0.28571429f;
+  p = p * s2 + 0.4f;
+  p = p * s2 + 0.66666667f;
+  return s * (p * s2 + 2.0f);
+}
+
+#else /* double: for tests and float64 models; clear rather than fast */
+
+#define LOG2E 1.44269504088896340736
+#define EACH_LANE(f) vec result; for (int i = 0; i < LANES; i++) result[i] = f(a[i]); return result;
+INLINE vec NAME(exp2)(vec a) { EACH_LANE(exp2) }
+INLINE vec NAME(log)(vec a) { EACH_LANE(log) }
+INLINE vec NAME(log1p_unit)(vec a) { EACH_LANE(log1p) }
+
+#endif
+
+#define exp2v NAME(exp2)
+#define logv NAME(log)
+
+/* max(a, 0) + ln(1 + e^-|a|): torch's softplus, without its switch to the identity above 20 (equal to rounding). */
+INLINE vec NAME(softplus)(vec a) {
+  vec positive = select(a < 0, splat(0), a);
+  return positive + NAME(log1p_unit)(exp2v(absolute(a) * (REAL)-LOG2E));
+}
+#define softplusv NAME(softplus)
+
+INLINE vec NAME(sigmoid)(vec a) { return 1 / (1 + exp2v(a * (REAL)-LOG2E)); }
+#define sigmoidv NAME(sigmoid)

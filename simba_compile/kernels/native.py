@@ -1,0 +1,344 @@
+"""The C kernels under ``cpu/``, called through ctypes.
+
+Everything that C takes on trust is checked or arranged here: device, dtype, shape, and a stride of 1 along the last axis
+(a tensor without it is copied). Where the library was not built, `available` is False and plain torch runs instead.
+"""
+
+import ctypes
+import importlib.util
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from simba_compile.kernels.reference import POOLS, compute_dtype
+
+log = logging.getLogger("simba_compile")
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CHUNK = 16  # tokens between two state checkpoints; cpu/simba.h
+MAX_STATES = 256  # cpu/level.h
+SLICE = 8  # vectors of channels for one task: their states and their A fit the first-level cache
+MISSING = (0, 0, 0)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None (with one warning) where it was not built or cannot be loaded."""
+    spec = importlib.util.find_spec("simba_compile.kernels._native")
+    if spec is None or spec.origin is None:
+        log.warning(
+            "The native CPU kernels were not built (no C compiler at install time?): plain torch runs in their place, "
+            "many times slower. Install a C compiler and reinstall simba_compile."
+        )
+        return None
+    try:
+        # OpenMP's symbols come from the runtime that torch has loaded, so that both share one pool of threads.
+        lib = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        log.warning("The native CPU kernels do not load (%s): plain torch runs in their place, many times slower.", error)
+        return None
+    lib.simba_set_level(-1)
+    return lib
+
+
+def available() -> bool:
+    """Whether the native kernels can run."""
+    return library() is not None
+
+
+def _call(name: str, dtype: torch.dtype, words: list[int]) -> None:
+    lib = library()
+    assert lib is not None
+    args = (ctypes.c_int64 * len(words))(*words)
+    if getattr(lib, "simba_" + name)(args, DTYPES[dtype], torch.get_num_threads()):
+        raise MemoryError(f"simba::{name} could not allocate its scratch memory.")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _view(x: Tensor | None) -> tuple[int, int, int]:
+    return MISSING if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter in the compute type, contiguous."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _expect(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if value is None:
+        return
+    if value.device.type != "cpu" or tuple(value.shape) != shape or (dtype is not None and value.dtype != dtype):
+        raise ValueError(
+            f"{name} is {tuple(value.shape)}, {value.dtype}, on {value.device}; expected {shape}, {dtype or 'any dtype'}, "
+            "on the CPU."
+        )
+
+
+def _check_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None
+) -> None:
+    if x.dim() != 3 or A.dim() != 2 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, {x.dtype} and A is {tuple(A.shape)}; expected x (batch, token, channel) in float32, "
+            "float64, bfloat16 or float16 and A (channel, state)."
+        )
+    batch, tokens, channels = x.shape
+    states = A.shape[1]
+    if not 1 <= states <= MAX_STATES:
+        raise ValueError(f"A has {states} states; the native kernels take 1 to {MAX_STATES}.")
+    _expect("dt", dt, (batch, tokens, channels), x.dtype)
+    _expect("A", A, (channels, states), None)
+    _expect("B", B, (batch, tokens, states), x.dtype)
+    _expect("C", C, (batch, tokens, states), x.dtype)
+    _expect("D", D, (channels,), None)
+    _expect("z", z, (batch, tokens, channels), x.dtype)
+    _expect("dt_bias", dt_bias, (channels,), None)
+
+
+def _slices(batch: int, channels: int) -> tuple[int, int, int]:
+    """Channels of one task, tasks of one sequence, vectors of one task."""
+    lib = library()
+    assert lib is not None
+    lanes = lib.simba_lanes()
+    blocks = -(-channels // lanes)
+    vectors = max(1, min(SLICE, batch * blocks // torch.get_num_threads()))
+    return vectors * lanes, -(-blocks // vectors), vectors
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `simba_compile.kernels.ops.selective_scan`."""
+    _check_scan(x, dt, A, B, C, D, z, dt_bias)
+    batch, tokens, channels = x.shape
+    kept = tokens if index is None else index.shape[1]
+    if index is not None:
+        _expect("index", index, (batch, kept), torch.int64)
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
+            raise IndexError(f"index holds positions outside 0..{tokens - 1}.")
+        index = index.contiguous()
+    kind = compute_dtype(x.dtype)
+    x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
+    z = None if z is None else _rows(z)
+    A, D, dt_bias = (_constant(value, kind) for value in (A, D, dt_bias))  # type: ignore[assignment]
+    out = torch.empty(batch, kept, channels, dtype=x.dtype)
+    state = torch.empty(batch, channels, A.shape[1], dtype=kind)
+    if batch == 0 or kept == 0 or channels == 0:
+        return out, state.zero_()
+    words = [batch, tokens, kept, channels, A.shape[1], softplus, _slices(batch, channels)[0]]
+    for view in (x, dt, B, C, z):
+        words += _view(view)
+    words += [_pointer(A), _pointer(D), _pointer(dt_bias), _pointer(index), *_view(out), _pointer(state), 0]
+    _call("selective_scan", x.dtype, words)
+    return out, state
+
+
+def selective_scan_backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients for x, dt, A, B, C, D, z, dt_bias, in this order; empty where the input is missing."""
+    _check_scan(x, dt, A, B, C, D, z, dt_bias)
+    _expect("grad", grad, tuple(x.shape), x.dtype)
+    batch, tokens, channels = x.shape
+    states, kind = A.shape[1], compute_dtype(x.dtype)
+    x, dt, B, C, grad = (_rows(value) for value in (x, dt, B, C, grad))
+    z = None if z is None else _rows(z)
+    A, D, dt_bias, grad_state = (_constant(value, kind) for value in (A, D, dt_bias, grad_state))  # type: ignore[assignment]
+    size, slices, _ = _slices(batch, channels)
+    dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    dz = torch.empty(x.shape if z is not None else 0, dtype=x.dtype)
+    dA = torch.zeros(batch, channels, states, dtype=kind)
+    dD, dbias = (torch.zeros((batch, channels) if value is not None else (0, 0), dtype=kind) for value in (D, dt_bias))
+    dB, dC = (torch.zeros(batch, slices, tokens, states, dtype=kind) for _ in range(2))
+    checkpoints = torch.empty(batch, -(-tokens // CHUNK), slices * size, states, dtype=kind)
+    if x.numel():
+        words = [batch, tokens, tokens, channels, states, softplus, size]
+        for view in (x, dt, B, C, z):
+            words += _view(view)
+        words += [_pointer(A), _pointer(D), _pointer(dt_bias), 0, *_view(grad), 0, _pointer(checkpoints)]
+        words += [_pointer(grad_state), *_view(dx), *_view(ddt), *(_view(dz) if z is not None else MISSING)]
+        words += [_pointer(value) if value.numel() else 0 for value in (dA, dD, dbias, dB, dC)]
+        _call("selective_scan_backward", x.dtype, words)
+    return dx, ddt, dA.sum(0), dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype), dD.sum(0), dz, dbias.sum(0)
+
+
+def influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    pool: str,
+    bias_in_decay: bool,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.influence`."""
+    _check_scan(x, dt, A, B, C, None, None, dt_bias)
+    batch, tokens, channels = x.shape
+    kind = compute_dtype(x.dtype)
+    x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
+    A, dt_bias = (_constant(value, kind) for value in (A, dt_bias))  # type: ignore[assignment]
+    size, slices, _ = _slices(batch, channels)
+    partial = torch.full((batch, slices, tokens), -torch.inf, dtype=torch.float64)
+    if x.numel():
+        words = [batch, tokens, channels, A.shape[1], softplus, size, POOLS.index(pool), bias_in_decay]
+        for view in (x, dt, B, C):
+            words += _view(view)
+        _call("influence", x.dtype, [*words, _pointer(A), _pointer(dt_bias), _pointer(partial)])
+    return torch.logsumexp(2 * partial, 1) / 2 if pool == "l2" else partial.amax(1)
+
+
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, axes: str) -> None:
+    if x.dtype not in DTYPES or x.dim() != len(axes.split()) or weight.dim() != 2:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, {x.dtype} and weight is {tuple(weight.shape)}; expected x ({axes.replace(' ', ', ')}) "
+            "in float32, float64, bfloat16 or float16 and weight (channel, width)."
+        )
+    _expect("x", x, tuple(x.shape), None)
+    _expect("weight", weight, (x.shape[-1], weight.shape[1]), None)
+    _expect("bias", bias, (x.shape[-1],), None)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """See `simba_compile.kernels.ops.causal_conv1d`."""
+    _check_conv(x, weight, bias, "batch token channel")
+    x, kind = _rows(x), compute_dtype(x.dtype)
+    across, bias = weight.to(kind).t().contiguous(), _constant(bias, kind)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if x.numel():
+        words = [*x.shape, weight.shape[1], silu, *_view(x), _pointer(across), _pointer(bias), *_view(out)]
+        _call("causal_conv1d", x.dtype, words)
+    return out
+
+
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias; the last one empty where there is no bias."""
+    _check_conv(x, weight, bias, "batch token channel")
+    _expect("grad", grad, tuple(x.shape), x.dtype)
+    x, grad, kind = _rows(x), _rows(grad), compute_dtype(x.dtype)
+    across, fixed = weight.to(kind).t().contiguous(), _constant(bias, kind)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dweight, dbias = torch.zeros_like(across), torch.zeros(0 if bias is None else x.shape[2], dtype=kind)
+    if x.numel():
+        words = [*x.shape, weight.shape[1], silu, *_view(x), _pointer(across), _pointer(fixed), *_view(grad)]
+        words += [*_view(dx), _pointer(dweight), _pointer(dbias) if bias is not None else 0]
+        _call("causal_conv1d_backward", x.dtype, words)
+    return dx, dweight.t(), dbias
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.state_update`."""
+    each = [value if value is None else value[:, None] for value in (x, dt, B, C, z)]
+    _check_scan(each[0], each[1], A, each[2], each[3], D, each[4], dt_bias)  # type: ignore[arg-type]
+    batch, channels = x.shape
+    kind = compute_dtype(x.dtype)
+    _expect("state", state, (batch, channels, A.shape[1]), None)
+    h = state if state.dtype == kind and state.is_contiguous() else state.to(kind).contiguous()
+    x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
+    z = None if z is None else _rows(z)
+    A, D, dt_bias = (_constant(value, kind) for value in (A, D, dt_bias))  # type: ignore[assignment]
+    out = torch.empty(batch, channels, dtype=x.dtype)
+    if x.numel():
+        words = [batch, channels, A.shape[1], softplus, _pointer(h)]
+        words += [_pointer(value) for value in (x, dt, B, C, z)]
+        words += [0 if value is None else value.stride(0) for value in (x, dt, B, C, z)]
+        _call("state_update", x.dtype, [*words, _pointer(A), _pointer(D), _pointer(dt_bias), _pointer(out)])
+    if h is not state:
+        state.copy_(h)
+    return out
+
+
+def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """See `simba_compile.kernels.ops.conv_update`."""
+    _check_conv(x, weight, bias, "batch channel")
+    batch, channels = x.shape
+    kind = compute_dtype(x.dtype)
+    _expect("state", state, (batch, channels, weight.shape[1]), None)
+    window = state if state.dtype == x.dtype and state.is_contiguous() else state.to(x.dtype).contiguous()
+    x = _rows(x)
+    weight, bias = _constant(weight, kind), _constant(bias, kind)  # type: ignore[assignment]
+    out = torch.empty(batch, channels, dtype=x.dtype)
+    if x.numel():
+        words = [batch, channels, weight.shape[1], silu, _pointer(window), _pointer(x), x.stride(0)]
+        _call("conv_update", x.dtype, [*words, _pointer(weight), _pointer(bias), _pointer(out)])
+    if window is not state:
+        state.copy_(window)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See `simba_compile.kernels.ops.rms_norm`."""
+    _expect("weight", weight, (x.shape[-1],), None)
+    kind = compute_dtype(x.dtype)
+    rows = _rows(x)
+    flat = rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
+    weight = _constant(weight, kind)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if x.numel():
+        eps_bits = int.from_bytes(bytes(ctypes.c_double(eps)), "little", signed=True)
+        words = [flat.shape[0], x.shape[-1], eps_bits, _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
+        _call("rms_norm", x.dtype, words)
+    return out
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """See `simba_compile.kernels.ops.gather`: tokens in axis 1, everything behind them contiguous."""
+    batch, tokens = x.shape[:2]
+    kept = index.shape[1]
+    _expect("index", index, (index.shape[0], kept), torch.int64)
+    if batch not in (1, index.shape[0]):
+        raise ValueError(f"x has {batch} sequences and index {index.shape[0]}.")
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
+        raise IndexError(f"index holds positions outside 0..{tokens - 1}.")
+    index, size = index.contiguous(), x.element_size()
+    out = torch.empty(index.shape[0], kept, *x.shape[2:], dtype=x.dtype)
+    if out.numel():
+        row = out[0, 0].numel() * size
+        strides = [0 if batch == 1 else x.stride(0) * size, x.stride(1) * size]
+        words = [index.shape[0], kept, row, *strides, _pointer(x), _pointer(index), _pointer(out)]
+        lib = library()
+        assert lib is not None
+        lib.simba_gather((ctypes.c_int64 * len(words))(*words), 0, torch.get_num_threads())
+    return out

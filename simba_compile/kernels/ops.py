@@ -1,0 +1,555 @@
+"""The operators ``torch.ops.simba.*``: schema, dispatch, shapes under fake tensors, gradients.
+
+Each function below documents the operator of its name and is what the operator runs: the native kernel for tensors on the
+CPU where it was built, else `reference`. Channels are last: ``x`` is (batch, token, channel). Tensors may be float32,
+float64, bfloat16 or float16; halves are computed in float32. Any strides are taken; the last axis is read without a copy
+where its stride is 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_compile.kernels import native, reference
+from simba_compile.kernels.reference import compute_dtype
+
+LIBRARY = torch.library.Library("simba", "DEF")
+SCAN_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus"
+
+
+def operator(schema: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the operator ``simba::<its name>`` with this schema, on every device."""
+
+    def register(function: Callable) -> Callable:
+        LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """The decorated function gives the operator's output shapes."""
+    return torch.library.register_fake(f"simba::{name}", lib=LIBRARY)
+
+
+def _runs_native(*tensors: Tensor | None) -> bool:
+    return all(value is None or value.device.type == "cpu" for value in tensors) and native.available()
+
+
+# --- scoring and selecting tokens ------------------------------------------------------------------------------------
+
+
+@operator(
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? dt_bias, bool softplus, str pool, bool bias_in_decay)"
+    " -> Tensor"
+)
+def influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    pool: str,
+    bias_in_decay: bool,
+) -> Tensor:
+    """The logarithm of each token's influence on the last output of a selective scan.
+
+    ``log |Δy_T(t)[d]| = m + log|x_t Δ_t Σ_n C_T B_t exp(A S_t − m)|`` with ``S_t = Σ_{k>t} Δ_k`` and ``m = max_n A S_t``
+    (arXiv 2505.20698, equation 4), pooled over the channels d.
+
+    Parameters
+    ----------
+    x, dt : Tensor
+        (batch, token, channel): the scan's input and its step sizes before bias and softplus.
+    A : Tensor
+        (channel, state).
+    B, C : Tensor
+        (batch, token, state). Of C, only the last token's row is read.
+    dt_bias : Tensor, optional
+        (channel).
+    softplus : bool
+        Whether Δ = softplus(dt + dt_bias); else the sum itself.
+    pool : {"max", "absmax", "l2"}
+        "max": the largest signed Δy over the channels, so only channels where it is positive count and a token with none
+        gets -inf; "absmax": the largest magnitude; "l2": the L2 norm over channels.
+    bias_in_decay : bool
+        Whether S sums Δ (the exact gradient) or softplus(dt) without the bias (as the paper does).
+
+    Returns
+    -------
+    Tensor
+        (batch, token) in float64. -inf for an influence of zero, NaN where an input is NaN. No gradient.
+    """
+    run = native.influence if _runs_native(x, dt, A, B, C, dt_bias) else reference.influence
+    return run(x, dt, A, B, C, dt_bias, softplus, pool, bias_in_decay)
+
+
+@fake("influence")
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+@operator("(Tensor scores, SymInt k, SymInt first, SymInt last) -> Tensor")
+def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
+    """The k best tokens of every sequence, in their order.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (batch, token). NaN counts as the largest; of equal scores the later token wins.
+    k : int
+        How many tokens stay; first + last ≤ k ≤ tokens.
+    first, last : int
+        How many tokens at either end stay whatever their score.
+
+    Returns
+    -------
+    Tensor
+        (batch, k) int64, ascending.
+    """
+    if not first + last <= k <= scores.shape[1]:
+        raise ValueError(f"k is {k}; expected {first} + {last} (the protected ends) to {scores.shape[1]} (the tokens).")
+    return reference.select(scores, k, first, last)
+
+
+@fake("select")
+def _(scores: Tensor, k: int, first: int, last: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
+
+
+@operator("(Tensor x, SymInt k, str criterion, int seed) -> Tensor")
+def token_scores(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
+    """Scores that do not look at the tokens, to compare influence with.
+
+    Parameters
+    ----------
+    x : Tensor
+        (batch, token, ...): only its sizes and its device are read.
+    k : int
+        How many tokens will be selected.
+    criterion : {"recent", "uniform", "random"}
+        "recent": the later the better; "uniform": k evenly spaced tokens, the last among them; "random": a permutation
+        for each sequence drawn from `seed`.
+
+    Returns
+    -------
+    Tensor
+        (batch, token) in float64.
+    """
+    return reference.token_scores(x, k, criterion, seed)
+
+
+@fake("token_scores")
+def _(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+# --- moving tokens ---------------------------------------------------------------------------------------------------
+
+
+@operator("(Tensor x, Tensor index, int dim) -> Tensor")
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """The tokens of every sequence at the given positions.
+
+    Parameters
+    ----------
+    x : Tensor
+        Axis 0 is the batch (or 1: the same for each sequence) and axis `dim` ≥ 1 the tokens.
+    index : Tensor
+        (batch, k) int64.
+
+    Returns
+    -------
+    Tensor
+        `x` with axis `dim` of size k.
+    """
+    rows = dim == 1 and (x.dim() == 2 or x[0, 0].is_contiguous()) if x.shape[0] and x.shape[1] else False
+    if rows and _runs_native(x, index):
+        return native.gather(x, index)
+    return reference.gather(x, index, dim)
+
+
+@fake("gather")
+def _(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    return x.new_empty([index.shape[0], *x.shape[1:dim], index.shape[1], *x.shape[dim + 1 :]])
+
+
+def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, index, ctx.dim = inputs
+    ctx.save_for_backward(index)
+    ctx.shape = x.shape
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple:
+    (index,) = ctx.saved_tensors
+    shape = [1] * grad.dim()
+    shape[0], shape[ctx.dim] = index.shape
+    zeros = grad.new_zeros([grad.shape[0], *ctx.shape[1:]])
+    full = zeros.scatter_add(ctx.dim, index.view(shape).expand(grad.shape), grad)
+    return full.sum(0, keepdim=True) if ctx.shape[0] == 1 and grad.shape[0] != 1 else full, None, None
+
+
+@operator("(Tensor full, Tensor index, Tensor x, int dim) -> Tensor")
+def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
+    """A copy of `full` in which the tokens at `index` are those of `x`: puts pruned tokens back among the others.
+
+    Parameters
+    ----------
+    full : Tensor
+        Axis 0 is the batch and axis `dim` the tokens.
+    index : Tensor
+        (batch, k) int64, no position twice.
+    x : Tensor
+        As `full`, with k tokens.
+    """
+    return reference.scatter(full, index, x.to(full.dtype), dim)
+
+
+@fake("scatter")
+def _(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
+    return torch.empty_like(full)
+
+
+def _scatter_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, index, x, ctx.dim = inputs
+    ctx.save_for_backward(index)
+    ctx.dtype = x.dtype
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple:
+    (index,) = ctx.saved_tensors
+    to_x = torch.ops.simba.gather(grad, index, ctx.dim)
+    return torch.ops.simba.scatter(grad, index, torch.zeros_like(to_x), ctx.dim), None, to_x.to(ctx.dtype), None
+
+
+@operator("(Tensor x, SymInt k, int dim) -> Tensor")
+def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
+    """The last k entries along axis `dim`, zeros in front where there are fewer: a convolution's window for decoding."""
+    return reference.last_tokens(x, k, dim).clone()
+
+
+@fake("last_tokens")
+def _(x: Tensor, k: int, dim: int) -> Tensor:
+    return x.new_empty([*x.shape[:dim], k, *x.shape[dim + 1 :]])
+
+
+def _last_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, ctx.k, ctx.dim = inputs
+    ctx.shape = x.shape
+
+
+def _last_backward(ctx: Any, grad: Tensor) -> tuple:
+    have = min(ctx.k, ctx.shape[ctx.dim])
+    full = grad.new_zeros(ctx.shape)
+    full.narrow(ctx.dim, ctx.shape[ctx.dim] - have, have).copy_(grad.narrow(ctx.dim, ctx.k - have, have))
+    return full, None, None
+
+
+# --- the mixer -------------------------------------------------------------------------------------------------------
+
+
+@operator(f"({SCAN_INPUTS}, Tensor? index) -> (Tensor, Tensor)")
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The selective scan of Mamba-1 over the kept tokens (Gu & Dao 2023, equations 2 to 4).
+
+    ``h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t`` and ``y_t = (C_t h_t + D x_t) silu(z_t)`` with ``Δ = softplus(dt + dt_bias)``.
+
+    Parameters
+    ----------
+    x, dt, z : Tensor
+        (batch, token, channel); without `z` there is no gate.
+    A : Tensor
+        (channel, state).
+    B, C : Tensor
+        (batch, token, state).
+    D, dt_bias : Tensor, optional
+        (channel).
+    softplus : bool
+        Whether Δ goes through softplus.
+    index : Tensor, optional
+        (batch, kept) int64: the tokens that the scan runs over, in this order. All of them unless given.
+
+    Returns
+    -------
+    Tensor
+        (batch, kept, channel) in x's dtype.
+    Tensor
+        (batch, channel, state): the last state, in float32 (float64 for float64).
+    """
+    run = native.selective_scan if _runs_native(x, dt, A, B, C, D, z, dt_bias, index) else reference.selective_scan
+    return run(x, dt, A, B, C, D, z, dt_bias, softplus, index)
+
+
+@fake("selective_scan")
+def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    index = rest[-1]
+    kept = x.shape[1] if index is None else index.shape[1]
+    state = x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=compute_dtype(x.dtype))
+    return x.new_empty((x.shape[0], kept, x.shape[2])), state
+
+
+@operator(f"(Tensor grad, Tensor? grad_state, {SCAN_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def selective_scan_backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of `selective_scan` over all its tokens for x, dt, A, B, C, D, z and dt_bias, in this order.
+
+    That of a missing input is empty; those of A, D and dt_bias come in the compute type.
+    """
+    inputs = (x, dt, A, B, C, D, z, dt_bias)
+    if _runs_native(grad, grad_state, *inputs):
+        return native.selective_scan_backward(grad, grad_state, *inputs, softplus)
+    with torch.enable_grad():
+        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
+        out, state = reference.selective_scan(*leaves, softplus)  # type: ignore[arg-type]
+        grads = torch.autograd.grad(
+            (out, state), [v for v in leaves if v is not None], (grad, torch.zeros_like(state) if grad_state is None else grad_state)
+        )
+    rest = iter(grads)
+    return tuple(x.new_empty(0) if value is None else next(rest) for value in inputs)
+
+
+@fake("selective_scan_backward")
+def _(grad: Tensor, grad_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    kind = compute_dtype(x.dtype)
+    dtypes = (x.dtype, x.dtype, kind, x.dtype, x.dtype, kind, x.dtype, kind)
+    inputs = (x, *rest[:7])
+    return tuple(
+        x.new_empty(0 if value is None else value.shape, dtype=dtype) for value, dtype in zip(inputs, dtypes, strict=True)
+    )
+
+
+def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.softplus, index = inputs
+    ctx.save_for_backward(*tensors, index)
+
+
+def _scan_backward(ctx: Any, grad: Tensor, grad_state: Tensor | None) -> tuple:
+    *inputs, index = ctx.saved_tensors
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    if grad is None:
+        kept = x.shape[1] if index is None else index.shape[1]
+        grad = x.new_zeros((x.shape[0], kept, x.shape[2]))
+    along = (x, dt, B, C, z)
+    if index is not None:
+        along = tuple(None if value is None else torch.ops.simba.gather(value, index, 1) for value in along)
+    u, step, b, c, gate = along
+    grads = list(
+        torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, gate, dt_bias, ctx.softplus)
+    )
+    if index is not None:
+        for i in (0, 1, 3, 4, 6):
+            if inputs[i] is not None:
+                grads[i] = torch.ops.simba.scatter(torch.zeros_like(inputs[i]), index, grads[i], 1)
+    cast = [None if value is None else g.to(value.dtype) for value, g in zip(inputs, grads, strict=True)]
+    return *cast, None, None
+
+
+@operator("(Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor")
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The causal depthwise convolution in front of the scan: ``out_t = silu(bias + Σ_k weight_k x_{t − width + 1 + k})``.
+
+    Parameters
+    ----------
+    x : Tensor
+        (batch, token, channel).
+    weight : Tensor
+        (channel, width).
+    bias : Tensor, optional
+        (channel).
+    silu : bool
+        Whether SiLU follows.
+
+    Returns
+    -------
+    Tensor
+        (batch, token, channel), contiguous.
+    """
+    run = native.causal_conv1d if _runs_native(x, weight, bias) else reference.causal_conv1d
+    return run(x, weight, bias, silu).contiguous()
+
+
+@fake("causal_conv1d")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operator("(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool silu) -> (Tensor, Tensor, Tensor)")
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `causal_conv1d` for x, weight and bias (the last one empty where there is no bias)."""
+    if _runs_native(grad, x, weight, bias):
+        dx, dweight, dbias = native.causal_conv1d_backward(grad, x, weight, bias, silu)
+        return dx, dweight.contiguous(), dbias
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in (x, weight, bias) if value is not None]
+        out = reference.causal_conv1d(leaves[0], leaves[1], leaves[2] if bias is not None else None, silu)
+        grads = [g.contiguous() for g in torch.autograd.grad(out, leaves, grad)]
+    kind = compute_dtype(x.dtype)
+    return grads[0], grads[1].to(kind), grads[2].to(kind) if bias is not None else x.new_empty(0, dtype=kind)
+
+
+@fake("causal_conv1d_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    kind = compute_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(weight.shape, dtype=kind),
+        x.new_empty(0 if bias is None else bias.shape, dtype=kind),
+    )
+
+
+def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.simba.causal_conv1d_backward(grad, x, weight, bias, ctx.silu)
+    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None
+
+
+@operator("(Tensor x, Tensor? weight, float eps) -> Tensor")
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``weight · x / sqrt(mean(x²) + eps)`` over the last axis, in x's dtype, computed in float32 or wider."""
+    run = native.rms_norm if _runs_native(x, weight) else reference.rms_norm
+    return run(x, weight, eps)
+
+
+@fake("rms_norm")
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors
+    kind = compute_dtype(x.dtype)
+    u, g = x.to(kind), grad.to(kind)
+    inverse = torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + ctx.eps)
+    normed = u * inverse
+    dweight = None if weight is None else (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    g = g if weight is None else g * weight.to(kind)
+    dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dweight, None
+
+
+# --- decoding one token ----------------------------------------------------------------------------------------------
+
+
+@operator(f"(Tensor(a!) state, {SCAN_INPUTS}) -> Tensor")
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    """One step of `selective_scan`.
+
+    Parameters
+    ----------
+    state : Tensor
+        (batch, channel, state), updated in place.
+    x, dt, z : Tensor
+        (batch, channel).
+    A : Tensor
+        (channel, state).
+    B, C : Tensor
+        (batch, state).
+    D, dt_bias : Tensor, optional
+        (channel).
+    softplus : bool
+        Whether Δ goes through softplus.
+
+    Returns
+    -------
+    Tensor
+        (batch, channel).
+    """
+    run = native.state_update if _runs_native(state, x, dt, A, B, C, D, z, dt_bias) else reference.state_update
+    return run(state, x, dt, A, B, C, D, z, dt_bias, softplus)
+
+
+@fake("state_update")
+def _(state: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operator("(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor")
+def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """One step of `causal_conv1d`.
+
+    Parameters
+    ----------
+    state : Tensor
+        (batch, channel, width): the last inputs, shifted in place so that it ends with `x`.
+    x : Tensor
+        (batch, channel).
+    weight : Tensor
+        (channel, width).
+    bias : Tensor, optional
+        (channel).
+    silu : bool
+        Whether SiLU follows.
+
+    Returns
+    -------
+    Tensor
+        (batch, channel).
+    """
+    run = native.conv_update if _runs_native(state, x, weight, bias) else reference.conv_update
+    return run(state, x, weight, bias, silu)
+
+
+@fake("conv_update")
+def _(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+for _name, _backward, _setup in (
+    ("gather", _gather_backward, _gather_setup),
+    ("scatter", _scatter_backward, _scatter_setup),
+    ("last_tokens", _last_backward, _last_setup),
+    ("selective_scan", _scan_backward, _scan_setup),
+    ("causal_conv1d", _conv_backward, _conv_setup),
+    ("rms_norm", _norm_backward, _norm_setup),
+):
+    torch.library.register_autograd(f"simba::{_name}", _backward, setup_context=_setup, lib=LIBRARY)

@@ -1,0 +1,221 @@
+"""Every operator in plain torch: the definition that the kernels are tested against.
+
+Written to be read. Correct for any floating dtype and any strides, and differentiable. Half types are widened to float32
+inside, as the kernels do. Channels are last throughout: ``x`` is (batch, token, channel).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POOLS = ("max", "absmax", "l2")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that a kernel computes in: float64 for float64, float32 for everything smaller."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
+    """Δ = softplus(dt + dt_bias), in the compute type; without softplus, the sum itself."""
+    delta = dt.to(compute_dtype(dt.dtype))
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(delta.dtype)
+    return F.softplus(delta) if softplus else delta
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `simba_compile.kernels.ops.selective_scan`."""
+    if index is not None:
+        x, dt, B, C = (gather(value, index) for value in (x, dt, B, C))
+        z = None if z is None else gather(z, index)
+    delta = step_size(dt, dt_bias, softplus)
+    u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
+    state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        state = decay * state + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else u.clone()
+    if D is not None:
+        y = y + u * D.to(y.dtype)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype), state
+
+
+def contributions(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_last: Tensor, delta_decay: Tensor | None = None
+) -> Tensor:
+    """Δy_T(t): each token's part in the last output, channel by channel (the paper's equation 4).
+
+    Parameters
+    ----------
+    x, delta : Tensor
+        (batch, token, channel): the scan's input and its step sizes.
+    A : Tensor
+        (channel, state).
+    B : Tensor
+        (batch, token, state).
+    C_last : Tensor
+        (batch, state): C at the last token.
+    delta_decay : Tensor, optional
+        The step sizes that decay sums up; `delta` unless given.
+
+    Returns
+    -------
+    Tensor
+        (batch, token, channel). Its sum over tokens is y_T without skip and gate.
+    """
+    decay = delta if delta_decay is None else delta_decay
+    S = decay.flip(1).cumsum(1).flip(1) - decay
+    terms = torch.exp(S[..., None] * A) * (B * C_last[:, None])[:, :, None, :]
+    return x * delta * terms.sum(-1)
+
+
+def influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    pool: str = "max",
+    bias_in_decay: bool = True,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.influence`."""
+    delta = step_size(dt, dt_bias, softplus)
+    decay = (delta if bias_in_decay else step_size(dt, None, softplus)).double()
+    x, A, weight = x.to(delta.dtype), A.to(delta.dtype), B.to(delta.dtype) * C[:, -1:].to(delta.dtype)
+    S = decay.flip(1).cumsum(1).flip(1) - decay
+    S = S.clamp(min=0) if softplus else S  # the difference of two sums can round to below zero
+    high, low = A.amax(1), A.amin(1)
+    shift = torch.where(S < 0, S * low, S * high)  # max_n A S
+    total = torch.zeros_like(delta)
+    for n in range(A.shape[1]):  # one state at a time: (batch, token, channel, state) would not fit
+        lead = torch.where(S < 0, (A[:, n] - low) * S, (A[:, n] - high) * S)
+        total = total + weight[:, :, None, n] * lead.to(delta.dtype).exp()
+    value = x * delta * total
+    if pool == "max":
+        value = torch.where(value < 0, 0, value)
+    score = shift.double() + value.abs().double().log()
+    if pool == "l2":
+        return torch.logsumexp(2 * score, -1) / 2
+    return score.amax(-1)
+
+
+def select(scores: Tensor, k: int, first: int = 0, last: int = 1) -> Tensor:
+    """See `simba_compile.kernels.ops.select`."""
+    batch, tokens = scores.shape
+    middle = scores[:, first : tokens - last]
+    order = middle.flip(1).sort(dim=1, descending=True, stable=True).indices  # flipped: of equals the later comes first
+    best = tokens - last - 1 - order[:, : k - first - last]
+    ends = torch.arange(tokens, device=scores.device).expand(batch, tokens)
+    return torch.cat([ends[:, :first], best.sort(1).values, ends[:, tokens - last :]], 1)
+
+
+def token_scores(x: Tensor, k: int, criterion: str, seed: int = 0) -> Tensor:
+    """See `simba_compile.kernels.ops.token_scores`."""
+    batch, tokens = x.shape[:2]
+    if criterion == "recent":
+        scores = torch.arange(tokens, dtype=torch.float64, device=x.device)
+    elif criterion == "uniform":
+        even = (torch.arange(1, k + 1, device=x.device) * tokens) // k - 1
+        scores = torch.zeros(tokens, dtype=torch.float64, device=x.device)
+        scores[even] = 1.0
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(batch, tokens, dtype=torch.float64, generator=generator).to(x.device)
+    return scores.expand(batch, tokens).contiguous()
+
+
+def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """See `simba_compile.kernels.ops.gather`."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    sizes = list(x.shape)
+    sizes[0], sizes[dim] = index.shape
+    return x.expand([sizes[0], *x.shape[1:]]).gather(dim, index.view(shape).expand(sizes))
+
+
+def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int = 1) -> Tensor:
+    """See `simba_compile.kernels.ops.scatter`."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    return full.scatter(dim, index.view(shape).expand(x.shape), x)
+
+
+def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
+    """See `simba_compile.kernels.ops.last_tokens`."""
+    have = min(k, x.shape[dim])
+    pad = [0, 0] * (x.dim() - 1 - dim) + [k - have, 0]
+    return F.pad(x.narrow(dim, x.shape[dim] - have, have), pad)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
+    """See `simba_compile.kernels.ops.causal_conv1d`."""
+    kind = compute_dtype(x.dtype)
+    y = F.conv1d(
+        F.pad(x.to(kind).transpose(1, 2), (weight.shape[1] - 1, 0)),
+        weight.to(kind)[:, None],
+        None if bias is None else bias.to(kind),
+        groups=weight.shape[0],
+    ).transpose(1, 2)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.state_update`."""
+    delta = step_size(dt, dt_bias, softplus)
+    u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
+    new = torch.exp(delta[..., None] * A) * state.to(delta.dtype) + (delta * u)[..., None] * B[:, None]
+    state.copy_(new)
+    y = (new * C[:, None]).sum(-1)
+    if D is not None:
+        y = y + u * D.to(y.dtype)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
+    """See `simba_compile.kernels.ops.conv_update`."""
+    kind = compute_dtype(x.dtype)
+    state.copy_(torch.cat([state[..., 1:], x[..., None].to(state.dtype)], -1))
+    y = (state.to(kind) * weight.to(kind)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(kind)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See `simba_compile.kernels.ops.rms_norm`."""
+    kind = compute_dtype(x.dtype)
+    u = x.to(kind)
+    y = u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight.to(kind)).to(x.dtype)
+

@@ -190,7 +190,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=REPOSITORY / "models" / "python-bytes", help="folder of the saved model")
     add("--checkpoint", type=Path, default=REPOSITORY / "build" / "python-bytes.pt", help="what a stopped run resumes")
     add("--seed", type=int, default=0)
-    add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
     add("--d-model", type=int, default=192)
     add("--layers", type=int, default=8)
     add("--init-range", type=float, default=0.1, help="standard deviation of the first weights")
@@ -212,8 +211,6 @@ def train(args: argparse.Namespace) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = build_model(args).train()
     optimizers = build_optimizers(model, args)
@@ -255,7 +252,7 @@ def train(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(progress / args.warmup, (1 - progress) / (1 - args.warmup))
+                group["lr"] = group["peak"] * min(progress / max(args.warmup, 1e-9), (1 - progress) / (1 - args.warmup))
         logits = run(ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()

@@ -227,6 +227,51 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple:
     return torch.ops.simba.scatter(grad, index, torch.zeros_like(to_x), ctx.dim), None, to_x.to(ctx.dtype), None
 
 
+@operator("(Tensor base, Tensor[] values, Tensor[] positions) -> Tensor")
+def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tensor:
+    """Values of a residual stream at full length: where tokens left, what they were on leaving.
+
+    Parameters
+    ----------
+    base : Tensor
+        (batch, token, channel): the stream before the first pruning.
+    values : list of Tensor
+        (batch, k, channel) with k falling: the stream after each pruning.
+    positions : list of Tensor
+        (batch, k) int64: where in the sequence each one's tokens stand; every list is a subset of the one before.
+
+    Returns
+    -------
+    Tensor
+        (batch, token, channel) in the dtype of the last values: at each position, the latest value that has it.
+    """
+    full = base.to(values[-1].dtype, copy=True)
+    for value, index in zip(values, positions, strict=True):
+        full.scatter_(1, index[:, :, None].expand(value.shape), value.to(full.dtype))
+    return full
+
+
+@fake("restore")
+def _(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tensor:
+    return torch.empty_like(base, dtype=values[-1].dtype)
+
+
+def _restore_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    base, values, positions = inputs
+    ctx.save_for_backward(*positions)
+    ctx.dtypes = (base.dtype, [value.dtype for value in values])
+
+
+def _restore_backward(ctx: Any, grad: Tensor) -> tuple:
+    positions, (dtype, dtypes) = ctx.saved_tensors, ctx.dtypes
+    grads = []
+    for index, kind in zip(reversed(positions), reversed(dtypes), strict=True):  # the latest value owns a position
+        taken = torch.ops.simba.gather(grad, index, 1)
+        grads.append(taken.to(kind))
+        grad = torch.ops.simba.scatter(grad, index, torch.zeros_like(taken), 1)
+    return grad.to(dtype), grads[::-1], [None] * len(positions)
+
+
 @operator("(Tensor x, SymInt k, int dim) -> Tensor")
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     """The last k entries along axis `dim`, zeros in front where there are fewer: a convolution's window for decoding."""
@@ -547,6 +592,7 @@ def _(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool)
 for _name, _backward, _setup in (
     ("gather", _gather_backward, _gather_setup),
     ("scatter", _scatter_backward, _scatter_setup),
+    ("restore", _restore_backward, _restore_setup),
     ("last_tokens", _last_backward, _last_setup),
     ("selective_scan", _scan_backward, _scan_setup),
     ("causal_conv1d", _conv_backward, _conv_setup),

@@ -1,0 +1,35 @@
+"""Builds the native CPU kernels; everything else stands in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CPU = Path("simba_compile/kernels/cpu")
+COMPILE = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+
+
+class BuildKernels(build_ext):
+    """A plain shared library under the name of an extension: it is loaded with ctypes and knows nothing of Python."""
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """There is no ``PyInit`` function to export."""
+        return []
+
+
+setup(
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension(
+            "simba_compile.kernels._native",
+            sources=[str(CPU / f"{name}.c") for name in ("level_base", "level_v3", "level_v4", "dispatch")],
+            depends=[str(header) for header in sorted(CPU.glob("*.h"))],
+            # Not linked with OpenMP's runtime: its symbols come from the one that torch has loaded, so that both share
+            # one pool of threads.
+            extra_compile_args=COMPILE if sys.platform == "linux" else ["-O3", "-fno-math-errno"],
+            extra_link_args=["-lm"] if sys.platform == "linux" else [],
+            optional=True,
+        )
+    ],
+)

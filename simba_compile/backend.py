@@ -1,0 +1,102 @@
+"""The entry point: ``torch.compile(model, backend="simba", options={...})`` calls `simba` with each graph.
+
+    Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from simba_compile import capture
+from simba_compile.options import Options
+from simba_compile.passes import Transformed, transform
+
+log = logging.getLogger("simba_compile")
+
+
+def simba(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    observe: Callable[[Transformed, Sequence[Any]], None] | None = None,
+) -> Callable:
+    """Compile one graph of Dynamo's. Registered as the backend ``"simba"``.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph.
+    example_inputs : sequence
+        Its inputs, as Dynamo shows them.
+    options : mapping, optional
+        See `simba_compile.Options`.
+    mode : str, optional
+        Passed on to Inductor; allowed only with ``inner="inductor"``.
+    observe : callable, optional
+        Is shown what the passes made of the graph; `simba_compile.explain` listens here.
+
+    Raises
+    ------
+    ValueError
+        For options that are not valid.
+    """
+    capture.forget()
+    try:
+        chosen = Options.from_mapping(options)
+        if mode is not None and chosen.inner != "inductor":
+            raise ValueError(f"mode={mode!r} is for Inductor: set the option inner to 'inductor' with it, or leave it out.")
+        result = transform(gm, chosen)
+    except ValueError as error:
+        raise capture.InvalidOptions(str(error)) from None
+    _log(result)
+    if observe is not None:
+        observe(result, example_inputs)
+    return run_by_length(result, chosen, mode)
+
+
+def run_by_length(result: Transformed, options: Options, mode: str | None = None) -> Callable:
+    """What runs the graph: pruned where its length leaves something to prune, else dense."""
+    dense = compile_inner(result.dense, options.inner, mode)
+    if result.pruned is None or result.plan is None:
+        return dense
+    pruned, plan = compile_inner(result.pruned, options.inner, mode), result.plan
+    place, axis = plan.length.find(node for node in result.dense.graph.nodes if node.op == "placeholder")
+
+    def run(*args: Any) -> Any:
+        tokens = args[place] if axis is None else args[place].shape[axis]
+        counts = plan.inputs(tokens)
+        if counts[-1] == tokens:
+            log.info("%d tokens: nothing to prune (min_tokens is %d).", tokens, plan.min_tokens)
+            return dense(*args)
+        return pruned(*args, *counts)
+
+    return run
+
+
+def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
+    """Hand a lowered graph to what compiles the rest.
+
+    "auto" runs it as it is: on the CPU, where the time goes into matrix products and our kernels, that is as fast as
+    Inductor's code and needs no compiling (docs/decisions.md).
+    """
+    if inner in ("auto", "eager"):
+        return gm
+    # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself.
+    return torch.compile(gm, backend=inner, dynamic=True, mode=mode)
+
+
+def _log(result: Transformed) -> None:
+    for mixer in result.mixers:
+        if mixer.reason is not None:
+            log.warning("%s stays dense: %s.", mixer.path, mixer.reason)
+            break
+    pruning = 0 if result.plan is None else len(result.plan.pruning)
+    log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
+
+
+capture.install(simba)

@@ -1,0 +1,224 @@
+"""What happens while Dynamo traces: scans become single nodes, and the length becomes symbolic.
+
+This is the only file that touches Dynamo's internals.
+
+*Lift.* Hugging Face keeps the convolution and the scan of every Mamba-based model in module-level functions.
+`torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The substitutes act
+only where the backend that compiles is ours; for any other they run a copy of the original function, so that the graphs of
+other backends stay as they were. Eager mode is not touched.
+
+*A dynamic length.* Dynamo's first graph has the length as a literal. When a substitute first meets our backend, it tells
+Dynamo's record of varying sizes what a second call with another length would tell it, and has Dynamo start over. The
+record is put back once the graph is there (`forget`), so that other backends do not see it.
+"""
+
+import copy
+import functools
+import importlib
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._dynamo import config, exc, pgo
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from simba_compile.kernels import ops  # noqa: F401  (registers torch.ops.simba)
+
+log = logging.getLogger("simba_compile")
+
+FAMILIES = ("mamba", "falcon_mamba")  # transformers.models.<family>.modeling_<family>
+
+
+class InvalidOptions(exc.ShortenTraceback, ValueError):
+    """A `ValueError` that Dynamo hands to the caller as it is, without a wrapping of its own."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+# --- asked while tracing ---------------------------------------------------------------------------------------------
+
+_backend: Callable | None = None
+_changed: list[tuple[Any, str, Any]] = []  # (code state, source, entry before): what `forget` puts back
+
+
+def _unwrap(compiler_fn: Any) -> Any:
+    """The function behind the wrappers that torch.compile puts around a backend."""
+    for attribute in ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__"):
+        inner = getattr(compiler_fn, attribute, None)
+        if inner is not None and inner is not compiler_fn:
+            return _unwrap(inner)
+    return compiler_fn
+
+
+@torch._dynamo.assume_constant_result
+def _lifting() -> bool:
+    """Whether the backend that Dynamo traces for is ours."""
+    return _unwrap(InstructionTranslator.current_tx().output.compiler_fn) is _backend
+
+
+@torch._dynamo.assume_constant_result
+def _make_length_dynamic() -> bool:
+    """Have Dynamo trace anew with symbolic batch and length, unless they are already (or cannot be)."""
+    tx = InstructionTranslator.current_tx().output.root_tx
+    if not config.automatic_dynamic_shapes or tx is None:
+        return False
+    inputs = {name: value for name, value in _tensors("L", tx.f_locals) if value.dim() >= 2}
+    length = next((value.shape[1] for value in inputs.values()), 1)
+    state = pgo.get_code_state()[_code_id(tx)].automatic_dynamic
+    changed = False
+    for name, value in inputs.items():
+        varies = [axis == 0 or size == length for axis, size in enumerate(value.shape)]
+        varies = [vary and size > 1 for vary, size in zip(varies, value.shape, strict=True)]
+        known = state.get(name)
+        if not any(varies) or (known is not None and all(known.is_size_dynamic(i) for i, vary in enumerate(varies) if vary)):
+            continue
+        _changed.append((state, name, copy.copy(known)))
+        size = tuple(pgo.auto_dynamic if vary else int(have) for vary, have in zip(varies, value.shape, strict=True))
+        pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))
+        changed = True
+    if changed:
+        raise exc.RestartAnalysis(restart_reason="simba: the length is made symbolic")
+    return True
+
+
+def _code_id(tx: Any) -> Any:
+    try:
+        return pgo.CodeId.make(tx.f_code, tx.closure)
+    except TypeError:  # torch 2.11
+        return pgo.CodeId.make(tx.f_code)
+
+
+def _tensors(source: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among a frame's arguments, under the names that Dynamo gives them; no parameters."""
+    if isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.nn.Parameter):
+            yield source, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(f"{source}[{key!r}]", item)
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{source}[{i}]", item)
+
+
+def forget() -> None:
+    """Put Dynamo's record of varying sizes back as it was before `_make_length_dynamic`."""
+    while _changed:
+        state, name, entry = _changed.pop()
+        if entry is None:
+            state.pop(name, None)
+        else:
+            state[name] = entry
+
+
+# --- the substitutes -------------------------------------------------------------------------------------------------
+# Each is traced by Dynamo in place of the Hugging Face function of its name; `original` is a copy of that function.
+
+
+def _lift_causal_conv1d_fn(original: Callable) -> Callable:
+    def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not _lifting() or activation not in (None, "silu", "swish") or kwargs.get("seq_idx") is not None:
+            return original(hidden_states, weight, bias, activation, **kwargs)
+        _make_length_dynamic()
+        x = hidden_states.transpose(1, 2)
+        return torch.ops.simba.causal_conv1d(x, weight, bias, activation is not None).transpose(1, 2)
+
+    return causal_conv1d_fn
+
+
+def _lift_causal_conv1d_update(original: Callable) -> Callable:
+    def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not _lifting() or activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1:
+            return original(hidden_states, conv_state, weight, bias, activation, **kwargs)
+        x = hidden_states.squeeze(2)
+        return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None).unsqueeze(2)
+
+    return causal_conv1d_update
+
+
+def _lift_mamba_inner_fn(original: Callable) -> Callable:
+    def mamba_inner_fn(*args, **kwargs):  # type: ignore[no-untyped-def]
+        if not _lifting():
+            return original(*args, **kwargs)
+        return None  # Hugging Face then takes the path through the convolution and the scan
+
+    return mamba_inner_fn
+
+
+def _lift_mamba_selective_scan(original: Callable) -> Callable:
+    def mamba_selective_scan(  # type: ignore[no-untyped-def]
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+        return_last_state=False,
+        **kwargs,
+    ):
+        if not _lifting():
+            return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **kwargs)
+        _make_length_dynamic()
+        x, step, b, c = hidden_states.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+        gate = None if z is None else z.transpose(1, 2)
+        y, state = torch.ops.simba.selective_scan(x, step, A, b, c, D, gate, delta_bias, delta_softplus, None)
+        y = y.transpose(1, 2)
+        return (y, state) if return_last_state else y
+
+    return mamba_selective_scan
+
+
+def _lift_mamba_selective_state_update(original: Callable) -> Callable:
+    def mamba_selective_state_update(  # type: ignore[no-untyped-def]
+        state, hidden_states, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, **kwargs
+    ):
+        if not _lifting():
+            return original(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus, **kwargs)
+        return torch.ops.simba.state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+    return mamba_selective_state_update
+
+
+LIFTS = {
+    "causal_conv1d_fn": _lift_causal_conv1d_fn,
+    "causal_conv1d_update": _lift_causal_conv1d_update,
+    "mamba_inner_fn": _lift_mamba_inner_fn,
+    "mamba_selective_scan": _lift_mamba_selective_scan,
+    "mamba_selective_state_update": _lift_mamba_selective_state_update,
+}
+
+
+def _copy(function: types.FunctionType) -> Callable:
+    """The same function under another identity, so that Dynamo traces into it instead of substituting again."""
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(function)(twin)
+
+
+def install(backend: Callable) -> None:
+    """Register the substitutes for every known family of the installed transformers; `backend` is who they act for."""
+    global _backend
+    _backend = backend
+    for family in FAMILIES:
+        name = f"transformers.models.{family}.modeling_{family}"
+        try:
+            module = sys.modules.get(name) or importlib.import_module(name)
+        except ImportError as error:
+            log.info("%s is not lifted: %s", name, error)
+            continue
+        for function, lift in LIFTS.items():
+            original = getattr(module, function, None)
+            if not isinstance(original, types.FunctionType):
+                log.warning("%s has no function %s: models of this family stay dense.", name, function)
+                continue
+            substitute = torch.compiler.substitute_in_graph(original, skip_signature_check=True)
+            substitute(lift(_copy(original)))  # type: ignore[arg-type]

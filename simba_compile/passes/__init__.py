@@ -1,0 +1,63 @@
+"""The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
+
+match    finds the mixers                                          → a record for each
+plan     decides how many tokens each of them keeps                → counts from a length
+prune    scores, selects, and lets what follows run on what is left (with `restore` where full length is needed)
+lower    fuses what belongs together
+
+The first two only read the graph. Logger ``simba_compile.passes`` shows the graph after each of the others at DEBUG.
+"""
+
+import dataclasses
+import logging
+
+from torch.fx import GraphModule
+
+from simba_compile.options import Options
+from simba_compile.passes.lower import lower
+from simba_compile.passes.match import Mixer, match
+from simba_compile.passes.plan import Plan, make_plan
+from simba_compile.passes.prune import Unprunable, prune
+
+log = logging.getLogger("simba_compile.passes")
+
+
+@dataclasses.dataclass
+class Transformed:
+    """What the passes make of one graph.
+
+    Attributes
+    ----------
+    dense : GraphModule
+        The lowered graph on all tokens.
+    pruned : GraphModule or None
+        The lowered graph on the kept tokens, with one more input for each count of `plan`; None where nothing prunes.
+    plan : Plan or None
+        How many tokens stay.
+    mixers : list of Mixer
+        Every mixer that was found; ``mixer.reason`` says why one stays dense.
+    """
+
+    dense: GraphModule
+    pruned: GraphModule | None
+    plan: Plan | None
+    mixers: list[Mixer]
+
+
+def transform(gm: GraphModule, options: Options) -> Transformed:
+    """Run the passes on a graph; `gm` itself becomes the dense one."""
+    mixers = match(gm.graph)
+    plan = make_plan(gm.graph, mixers, options)
+    pruned = None
+    while plan is not None and plan.pruning:
+        try:
+            pruned = prune(gm, plan, options)
+            break
+        except Unprunable as reason:  # this mixer and those after it stay dense; those before it may still prune
+            plan = plan.without(reason.mixer, str(reason))
+    for name, graph in (("pruned", pruned), ("dense", gm)):
+        if graph is not None:
+            log.debug("%s, before lowering:\n%s", name, graph.graph)
+            lower(graph)
+            log.debug("%s, lowered:\n%s", name, graph.graph)
+    return Transformed(gm, pruned, plan if pruned is not None else None, mixers)

@@ -1,0 +1,193 @@
+"""Fuse what belongs together, on a graph of either kind; the rest goes to the inner compiler as it is."""
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from simba_compile.passes.match import ADDS, NAMES, SCAN
+from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, value_of
+
+OPS = torch.ops.simba
+MUL, POW, RSQRT, MEAN = {operator.mul, torch.mul, "mul"}, {"pow", torch.pow, operator.pow}, {torch.rsqrt, "rsqrt"}, {"mean", torch.mean}
+GATHERED = ("x", "dt", "B", "C", "z")  # the scan's inputs that have tokens
+
+
+def lower(gm: GraphModule) -> None:
+    """Run every rewrite over the graph, in place."""
+    for rewrite in (drop_casts, project_rows, cancel_transposes, fuse_norm, fuse_gather, fuse_residual):
+        for node in list(gm.graph.nodes):
+            if node.op in ("call_function", "call_method"):
+                rewrite(node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _rank(node: object) -> int:
+    value = value_of(node) if isinstance(node, Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def _dtype(node: object) -> torch.dtype | None:
+    value = value_of(node) if isinstance(node, Node) else None
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _replace(node: Node, new: Node) -> None:
+    """Put `new` in the node's place, and drop what nothing else reads."""
+    new.meta = {**node.meta, **new.meta}
+    node.replace_all_uses_with(new)
+    _erase(node)
+
+
+def _erase(node: Node) -> None:
+    sources = node.all_input_nodes
+    if not node.users and node.op != "placeholder":
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase(source)
+
+
+def _insert(before: Node, target: Callable | str, *args: object) -> Node:
+    with before.graph.inserting_before(before):
+        if isinstance(target, str):
+            return before.graph.call_method(target, args)  # type: ignore[arg-type]
+        return before.graph.call_function(target, args)  # type: ignore[arg-type]
+
+
+def drop_casts(node: Node) -> None:
+    """``x.to(dtype)`` where x has the dtype: x."""
+    if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
+        return
+    source, value, given = node.args[0], value_of(node), value_of(node.args[0])
+    if _dtype(node) is None or _dtype(source) != _dtype(node) or given.device != value.device:
+        return
+    if node.kwargs.get("copy") or node.kwargs.get("memory_format") or len(node.args) > 2:
+        return
+    node.replace_all_uses_with(source)
+    _erase(node)
+
+
+def project_rows(node: Node) -> None:
+    """``W @ x.transpose(1, 2)`` of rows x: ``linear(x, W).transpose(1, 2)``, which leaves the channels last."""
+    if node.target not in PRODUCTS or len(node.args) != 2:
+        return
+    weight, across = node.args
+    if not isinstance(weight, Node) or not isinstance(across, Node) or not _is_transpose(across):
+        return
+    if _rank(weight) != 2 or _rank(across) != 3:
+        return
+    rows = _insert(node, torch.nn.functional.linear, across.args[0], weight)
+    rows.meta["example_value"] = value_of(node)  # for its dtype
+    _replace(node, _insert(node, "transpose", rows, 1, 2))
+
+
+def _is_transpose(node: Node) -> bool:
+    return node.target in ("transpose", torch.transpose) and set(node.args[1:]) == {1, 2} and not node.kwargs
+
+
+def cancel_transposes(node: Node) -> None:
+    """``x.transpose(1, 2).transpose(1, 2)``: x."""
+    if _is_transpose(node) and isinstance(node.args[0], Node) and _is_transpose(node.args[0]):
+        source: Node = node.args[0].args[0]  # type: ignore[assignment]
+        node.replace_all_uses_with(source)
+        _erase(node)
+
+
+def fuse_norm(node: Node) -> None:
+    """``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)`` of h = x.float(): rms_norm(x, weight, eps).
+
+    The product with the weight is optional: with none, the inner product is what is replaced.
+    """
+    weight, inner = None, node
+    if node.target in MUL:
+        for a, b in (node.args, reversed(node.args)):
+            if isinstance(b, Node) and _rank(a) == 1 and _norm_of(_through_cast(b)):
+                weight, inner = a, b
+    found = _norm_of(_through_cast(inner))
+    if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
+        return
+    h, eps = found
+    x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
+    if _dtype(node) != _dtype(x):
+        return  # without a weight, the cast back comes later and is where this is fused
+    _replace(node, _insert(node, OPS.rms_norm, x, weight, eps))
+
+
+def _through_cast(node: Node) -> Node:
+    return node.args[0] if node.target in CASTS and isinstance(node.args[0], Node) else node
+
+
+def _users_through_casts(node: Node) -> list[Node]:
+    users = list(node.users)
+    return users + [far for user in users if user.target in CASTS for far in user.users]
+
+
+def _takes_weight(node: Node) -> bool:
+    return node.target in MUL and any(_rank(arg) == 1 for arg in node.args)
+
+
+def _norm_of(node: Node) -> tuple[Node, float] | None:
+    """(h, eps) where the node is ``h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)``."""
+    if node.target not in MUL or not all(isinstance(arg, Node) for arg in node.args):
+        return None
+    h, root = node.args
+    if root.target not in RSQRT:  # type: ignore[union-attr]
+        return None
+    shifted: Node = root.args[0]  # type: ignore[assignment, union-attr]
+    if shifted.target not in ADDS or not isinstance(shifted.args[1], float):
+        return None
+    mean: Node = shifted.args[0]  # type: ignore[assignment]
+    if mean.target not in MEAN or mean.args[1:] not in ((-1,), ((-1,),), ([-1],)) or mean.kwargs != {"keepdim": True}:
+        return None
+    square: Node = mean.args[0]  # type: ignore[assignment]
+    if square.target not in POW or square.args != (h, 2):
+        return None
+    return h, shifted.args[1]  # type: ignore[return-value]
+
+
+def fuse_gather(node: Node) -> None:
+    """A scan of gathered tokens: a scan with an index, which gathers as it loads."""
+    if node.target is not SCAN:
+        return
+    args = dict(zip(NAMES, node.args, strict=True))
+    gathers = [args[name] for name in GATHERED if args[name] is not None]
+    if not all(isinstance(g, Node) and g.target is OPS.gather and g.args[2] == 1 for g in gathers):
+        return
+    if len({g.args[1] for g in gathers}) != 1:  # type: ignore[union-attr]
+        return
+    for name in GATHERED:
+        if args[name] is not None:
+            args[name] = args[name].args[0]  # type: ignore[union-attr]
+    args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
+    node.args = tuple(args.values())
+    for gathered in gathers:
+        _erase(gathered)  # type: ignore[arg-type]
+
+
+def linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, fresh: bool) -> torch.Tensor:
+    """``residual + linear(x, weight)``, summed up by the matrix product itself.
+
+    `fresh`: nobody else reads `residual`, which is then overwritten.
+    """
+    rows = residual.flatten(0, 1)
+    product = torch.Tensor.addmm_ if fresh else torch.addmm
+    return product(rows, x.flatten(0, 1), weight.t()).view(residual.shape)
+
+
+def fuse_residual(node: Node) -> None:
+    """``residual + linear(x, weight)``: `linear_onto`."""
+    if node.target not in ADDS or len(node.args) != 2 or node.kwargs:
+        return
+    for residual, product in (node.args, reversed(node.args)):
+        if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
+            continue
+        bias = product.args[2] if len(product.args) > 2 else product.kwargs.get("bias")
+        x: Node = product.args[0]  # type: ignore[assignment]
+        kinds = {_dtype(value) for value in (residual, product, x)}
+        if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
+            continue
+        fresh = residual.target is OPS.gather and len(residual.users) == 1
+        _replace(node, _insert(node, linear_onto, residual, x, product.args[1], fresh))
+        return

@@ -1,0 +1,108 @@
+"""How many tokens stay at each mixer (DESIGN 1.2)."""
+
+import dataclasses
+
+from torch.fx import Graph
+
+from simba_compile.options import Options
+from simba_compile.passes.match import Mixer
+from simba_compile.passes.tokens import Length, suffix, value_of
+
+SCALE = 2**20  # ratios are fractions of this, so that a count is integer arithmetic
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which mixers prune, and to how many tokens.
+
+    Attributes
+    ----------
+    mixers : tuple of Mixer
+        Those that the schedule counts, in graph order.
+    ratios : tuple of int
+        For each of them the share that stays after it, times 2^20.
+    pruning : tuple of int
+        The ones of them that drop tokens.
+    protect_first, protect_last, min_tokens : int
+        See `Options`; protect_last covers what the graph reads from the end.
+    """
+
+    mixers: tuple[Mixer, ...]
+    ratios: tuple[int, ...]
+    pruning: tuple[int, ...]
+    protect_first: int
+    protect_last: int
+    min_tokens: int
+    length: Length
+
+    def counts(self, tokens: int) -> list[int]:
+        """Tokens left after each mixer for a sequence of this length."""
+        least = min(tokens, max(self.min_tokens, self.protect_first + self.protect_last))
+        left, counts = tokens, []
+        for i, ratio in enumerate(self.ratios):
+            if i in self.pruning:
+                left = min(max((ratio * tokens + SCALE // 2) // SCALE, least), left)
+            counts.append(left)
+        return counts
+
+    def inputs(self, tokens: int) -> list[int]:
+        """What the pruned graph takes besides the dense one's inputs: the count of each pruning mixer."""
+        counts = self.counts(tokens)
+        return [counts[i] for i in self.pruning]
+
+    def without(self, first: int, reason: str) -> "Plan":
+        """The plan in which mixer `first` and all after it stay dense, for this reason."""
+        for mixer in self.mixers[first:]:
+            mixer.reason = reason
+        return dataclasses.replace(self, pruning=tuple(i for i in self.pruning if i < first))
+
+
+def shares(options: Options, mixers: int) -> list[float]:
+    """The share of the tokens that stays after each mixer.
+
+    Raises
+    ------
+    ValueError
+        Where a list was given whose length is not the number of mixers.
+    """
+    if isinstance(options.schedule, tuple):
+        if len(options.schedule) != mixers:
+            raise ValueError(
+                f"option schedule lists {len(options.schedule)} shares and the model has {mixers} mixers; "
+                "give one share for each mixer."
+            )
+        every = list(options.schedule)
+    elif options.schedule == "uniform" or mixers == 1:
+        every = [options.keep] * mixers
+    else:
+        every = [1 - (1 - options.keep) * mixer / (mixers - 1) for mixer in range(mixers)]
+    return [every[mixer // options.every * options.every] for mixer in range(mixers)]
+
+
+def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | None:
+    """The plan for a graph, or None where none of its mixers can prune (each says why in ``mixer.reason``)."""
+    if not mixers:
+        return None
+    length = Length(value_of(mixers[0].x))
+    if not length.is_symbolic:
+        for mixer in mixers:
+            mixer.reason = (
+                f"the length is {length.symbol} in this graph, not a variable of its own "
+                "(dynamic=False, a length of 1, or a batch as large as the length)"
+            )
+        return None
+    ratios = tuple(round(share * SCALE) for share in shares(options, len(mixers)))
+    before = (SCALE, *ratios)
+    windows = {window for mixer in mixers for window in mixer.windows}
+    read = [suffix(node, length) or 0 for node in graph.nodes if node not in windows]
+    plan = Plan(
+        mixers=tuple(mixers),
+        ratios=ratios,
+        pruning=tuple(i for i, ratio in enumerate(ratios) if ratio < before[i]),
+        protect_first=options.protect_first,
+        protect_last=max([options.protect_last, *read]),
+        min_tokens=options.min_tokens,
+        length=length,
+    )
+    blocked = next((i for i, mixer in enumerate(mixers) if mixer.reason), None)
+    return plan if blocked is None else plan.without(blocked, mixers[blocked].reason or "")

@@ -1,0 +1,256 @@
+"""Rewrite the graph so that what follows a pruning mixer runs on the tokens that it keeps.
+
+Before:
+
+    … ─ selective_scan(x, dt, A, B, C, D, z) ─ out_proj ─ + residual
+
+After:
+
+    scores = influence(x, dt, A, B, C)
+    kept   = select(scores, n)
+    … ─ selective_scan(gather(x, kept), gather(dt, kept), …) ─ out_proj ─ + gather(residual, kept)
+
+Every value has a *version*: how many prunings it has gone through; 0 is full length. One rule brings everything else
+along: a node takes the newest version among its inputs, and its older inputs are gathered. It holds for operations that
+treat tokens alike and apart (`tokens.is_tokenwise`). Any other operation, and the graph's output, sees full-length values,
+which are put together as `restore` says.
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from simba_compile.options import Options
+from simba_compile.passes.match import CONV, NAMES, SCAN
+from simba_compile.passes.plan import Plan
+from simba_compile.passes.restore import Stream, uncast
+from simba_compile.passes.tokens import (
+    NO_TOKENS,
+    expression,
+    inputs_with_tokens,
+    is_inplace,
+    is_tokenwise,
+    suffix,
+    value_of,
+)
+
+OPS = torch.ops.simba
+CONTRACT = {SCAN, CONV}  # what they compute on kept tokens is the contract's; there is no full-length value behind it
+
+
+class Unprunable(Exception):
+    """A mixer cannot prune in this graph; it and those after it stay dense."""
+
+    def __init__(self, mixer: int, reason: str) -> None:
+        super().__init__(reason)
+        self.mixer = mixer
+
+
+def prune(gm: GraphModule, plan: Plan, options: Options) -> GraphModule:
+    """A copy of the graph in which the plan's mixers prune; it takes their counts as further inputs at the end.
+
+    Raises
+    ------
+    Unprunable
+        Where the graph needs a value that is not defined for pruned tokens.
+    """
+    return _Pruning(gm, plan, options).run()
+
+
+class _Pruning:
+    """One walk over a graph, which writes the pruned graph as it goes."""
+
+    def __init__(self, gm: GraphModule, plan: Plan, options: Options) -> None:
+        self.gm, self.plan, self.options, self.length = gm, plan, options, plan.length
+        self.out = Graph()
+        self.stream = Stream(plan.mixers)
+        self.version: dict[Node, int] = {}  # of every node of the old graph
+        self.made: dict[tuple[Node, int], Node] = {}  # (old node, version) → new node
+        self.counts: list[Node] = []  # version 1 is entry 0: how many tokens are left,
+        self.kept: list[Node] = []  # … their places among the tokens of the version before,
+        self.positions: list[Node] = []  # … and their places in the sequence
+        self.pending: Node | None = None  # placement "layer": selected at the scan, to be pruned at the residual add
+        self.mixer = 0  # the last one that pruned: whom a failure is laid to
+        self.tokens: Node | None = None  # the full length as a number
+
+    @property
+    def latest(self) -> int:
+        return len(self.kept)
+
+    # --- the walk ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> GraphModule:
+        nodes = list(self.gm.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        for node in inputs:
+            self._emit(node, 0)
+        self.counts = [self.out.placeholder(f"kept_{i}") for i in self.plan.pruning]
+        self.tokens = self._full_length(inputs)
+        for node in nodes:
+            if node.op != "placeholder":
+                self._visit(node)
+        self.out.lint()
+        return GraphModule(self.gm, self.out)
+
+    def _visit(self, node: Node) -> None:
+        if node.op == "output":
+            self.out.node_copy(node, lambda source: self.at(source, 0))
+            return
+        if self.length.is_number(node):
+            self.version[node] = 0  # written where it is used, for the version that it is used in
+            return
+        mixer = next((i for i in self.plan.pruning if self.plan.mixers[i].scan is node), None)
+        if mixer is not None:
+            self._select(mixer, node)
+        versions = [self.version[source] for source in inputs_with_tokens(node, self.length)]
+        if mixer is not None:
+            versions.append(self.latest)
+        newest = max(versions, default=0)
+        if is_inplace(node) and newest > 0:
+            raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
+        if newest == 0:
+            self._emit(node, 0)
+        elif self._reads_the_end(node):
+            self._emit_last_tokens(node, newest)
+        elif is_tokenwise(node, self.length):
+            self._emit(node, newest)
+        elif node.target in CONTRACT:
+            raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be told from its other axes")
+        else:
+            self._emit(node, 0)
+        self.stream.note(node)
+        if self.pending is not None and node is self.plan.mixers[self.mixer].add:
+            self._prune_layer(node)
+
+    def _emit(self, node: Node, version: int) -> None:
+        self.version[node] = version
+        self.made[node, version] = self.out.node_copy(node, lambda source: self.at(source, version))
+
+    def _call(self, target: Any, *args: Any) -> Node:
+        return self.out.call_function(target, args)
+
+    # --- scoring and selecting ---------------------------------------------------------------------------------------
+
+    def _select(self, mixer: int, scan: Node) -> None:
+        """Score before the scan of a pruning mixer, and select. What follows has a newer version."""
+        if self.pending is not None:
+            raise Unprunable(mixer, "another mixer stands between this one's scan and its residual add")
+        self.mixer = mixer
+        given = {
+            name: self.at(value, self.latest) if isinstance(value, Node) else value
+            for name, value in zip(NAMES, scan.args, strict=True)
+        }
+        count = self.counts[self.latest]
+        if self.options.criterion == "influence":
+            inputs = (given[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus"))
+            scores = self._call(OPS.influence, *inputs, self.options.pool, self.options.dt_bias == "include")
+        else:
+            seed = self.options.seed + mixer
+            scores = self._call(OPS.token_scores, given["x"], count, self.options.criterion, seed)
+        kept = self._call(OPS.select, scores, count, self.plan.protect_first, self.plan.protect_last)
+        if self.options.placement == "scan":
+            self._new_version(kept)
+        else:
+            self.pending = kept
+
+    def _prune_layer(self, add: Node) -> None:
+        """Placement "layer": the residual add's result loses the tokens that its mixer did not select."""
+        if self.version[add] != self.latest:
+            raise Unprunable(self.mixer, "the layer's output does not have the tokens that its scan ran on")
+        kept, self.pending = self.pending, None
+        whole = self.made[add, self.latest]
+        assert kept is not None
+        self._new_version(kept)
+        self.version[add] = self.latest
+        self.made[add, self.latest] = self._call(OPS.gather, whole, kept, self.length.of(add))
+
+    def _new_version(self, kept: Node) -> None:
+        self.positions.append(self._call(OPS.gather, self.positions[-1], kept, 1) if self.positions else kept)
+        self.kept.append(kept)
+
+    # --- reading the end of the sequence -----------------------------------------------------------------------------
+
+    def _reads_the_end(self, node: Node) -> bool:
+        """Whether it takes the last tokens, which are protected, or a window that a cache keeps for the convolution."""
+        if any(node in mixer.windows for mixer in self.plan.mixers):
+            return True
+        k = suffix(node, self.length)
+        return k is not None and k <= self.plan.protect_last and self.length.of(node) == NO_TOKENS
+
+    def _emit_last_tokens(self, node: Node, version: int) -> None:
+        source: Node = node.args[0]  # type: ignore[assignment]
+        new = self._call(OPS.last_tokens, self.at(source, version), suffix(node, self.length), self.length.of(source))
+        new.meta = dict(node.meta)
+        self.version[node] = 0  # no token axis is left to be gathered along
+        self.made[node, 0] = new
+
+    # --- a value in another version ----------------------------------------------------------------------------------
+
+    def at(self, node: Node, version: int) -> Node:
+        """The new graph's node for a value in this version."""
+        if self.length.is_number(node):
+            return self._number(node, version)
+        have = self.version[node]
+        if self.length.of(node) == NO_TOKENS:
+            return self.made[node, have]
+        if (node, version) not in self.made:
+            later = version > have
+            new = self._gather(node, have, version) if later else self._restore(node, version)
+            new.meta = dict(node.meta)  # its sizes are those of the full length: only dtypes and ranks are read from here
+            self.made[node, version] = new
+        return self.made[node, version]
+
+    def _number(self, node: Node, version: int) -> Node:
+        """A size that depends on the length: the same expression of the version's count."""
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and expression(value) == self.length.symbol:
+            count = self.counts[version - 1] if version else self.tokens
+            assert count is not None
+            return count
+        if (node, version) not in self.made:
+            self.made[node, version] = self.out.node_copy(node, lambda source: self.at(source, version))
+        return self.made[node, version]
+
+    def _full_length(self, inputs: list[Node]) -> Node:
+        for node in inputs:
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and expression(value) == self.length.symbol:
+                return self.made[node, 0]
+        for node in inputs:
+            if self.length.of(node) >= 0:
+                return self._call(torch.ops.aten.sym_size.int, self.made[node, 0], self.length.of(node))
+        raise Unprunable(0, "no input of the graph has the sequence's length")
+
+    def _gather(self, node: Node, have: int, version: int) -> Node:
+        axis, value = self.length.of(node), value_of(node)
+        if axis < 1 or not (self.length.has_batch(value) or value.shape[0] == 1):
+            raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
+        if have == 0:
+            return self._call(OPS.gather, self.made[node, 0], self.positions[version - 1], axis)
+        return self._call(OPS.gather, self.at(node, version - 1), self.kept[version - 1], axis)
+
+    def _restore(self, node: Node, version: int) -> Node:
+        """The value at full length, where a token that left is what it was on leaving."""
+        if version != 0:
+            raise Unprunable(self.mixer, f"{node.name} would be needed with more tokens than it has")
+        if node in self.stream.before:
+            return self._restore_stream(node)
+        if node.target in CONTRACT or not is_tokenwise(node, self.length):
+            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
+        return self.out.node_copy(node, lambda source: self.at(source, 0))
+
+    def _restore_stream(self, node: Node) -> Node:
+        if self.length.of(node) != 1:
+            raise Unprunable(self.mixer, f"the residual stream {node.name} has its tokens in axis {self.length.of(node)}")
+        layers: dict[int, Node] = {}  # version → the last value of the stream in it
+        while self.version[node] > 0 and (node, 0) not in self.made:
+            for version in range(self.version[node], 0, -1):  # "layer": the add also stands in the version before
+                if (node, version) in self.made and node in self.stream.before:
+                    layers.setdefault(version, self.made[node, version])
+            if node not in self.stream.before:
+                raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
+            node = uncast(self.stream.before[node])
+        order = sorted(layers)
+        positions = [self.positions[version - 1] for version in order]
+        return self._call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

@@ -1,0 +1,44 @@
+"""Full-length values out of pruned ones (DESIGN 1.4).
+
+A token that leaves keeps its residual stream as it was on leaving. The stream is the chain of residual adds: each node of
+it has one operand that is the stream before. Restoring a node of the stream lays the chain's values over each other, the
+oldest, at full length, at the bottom; restoring anything that treats tokens apart computes it from restored inputs.
+"""
+
+from torch.fx import Node
+
+from simba_compile.passes.match import ADDS, Mixer
+from simba_compile.passes.tokens import CASTS
+
+
+class Stream:
+    """The residual stream of a graph: which adds belong to it, and which operand of each is the stream before.
+
+    Parameters
+    ----------
+    mixers : iterable of Mixer
+        Their residual adds are where the stream is known; other adds onto it (of an MLP, say) join by themselves.
+    """
+
+    def __init__(self, mixers: tuple[Mixer, ...]) -> None:
+        self.before: dict[Node, Node] = {}
+        self.sources: set[Node] = set()
+        for mixer in mixers:
+            if mixer.add is not None and mixer.residual is not None:
+                self.before[mixer.add] = mixer.residual
+                self.sources |= {mixer.add, uncast(mixer.residual)}
+
+    def note(self, node: Node) -> None:
+        """Take an add onto the stream into it."""
+        if node.target in ADDS and node not in self.before:
+            onto = [source for source in node.all_input_nodes if uncast(source) in self.sources]
+            if len(onto) == 1:
+                self.before[node] = onto[0]
+                self.sources.add(node)
+
+
+def uncast(node: Node) -> Node:
+    """What the node is a cast of, if it is one."""
+    while node.target in CASTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node

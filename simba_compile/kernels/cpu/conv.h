@@ -32,42 +32,48 @@ int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
   return 0;
 }
 
-/* The gradient: a task is LANES channels of all sequences, so that dweight and dbias need no reduction. */
+#define CONV_BLOCKS 4 /* vectors of channels in one task of the gradient */
+
+/* The gradient: a task is a few vectors of channels of all sequences, so that dweight and dbias need no reduction. */
 int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
   const ConvArgs *f = &a->forward;
+  const int64_t width = f->width, slice = CONV_BLOCKS * LANES;
   int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : failed)
-  for (int64_t block = 0; block < (f->channels + LANES - 1) / LANES; block++) {
-    int64_t d = block * LANES, width = f->width;
-    int count = (int)(f->channels - d < LANES ? f->channels - d : LANES);
-    vec *grads = simba_alloc(2 * width * sizeof(vec)); /* of the last width outputs before SiLU; then of the weight */
-    if (!grads) { failed = 1; continue; }
-    vec *dweight = grads + width, dbias = splat(0);
-    memset(dweight, 0, width * sizeof(vec));
-    for (int64_t b = 0; b < f->batch; b++) {
-      memset(grads, 0, width * sizeof(vec));
-      for (int64_t t = f->tokens - 1; t >= 0; t--) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
+  for (int64_t task = 0; task < (f->channels + slice - 1) / slice; task++) {
+    int64_t first = task * slice, last = first + slice < f->channels ? first + slice : f->channels;
+    /* For every block of the task: the gradients of the last width outputs before SiLU, dweight, dbias. */
+    vec *scratch = simba_alloc(CONV_BLOCKS * (2 * width + 1) * sizeof(vec));
+    if (!scratch) { failed = 1; continue; }
+    memset(scratch, 0, CONV_BLOCKS * (2 * width + 1) * sizeof(vec));
+    for (int64_t at = 0; at < f->batch * f->tokens; at++) {
+      int64_t b = at / f->tokens, t = f->tokens - 1 - at % f->tokens;
+      for (int64_t d = first; d < last; d += LANES) {
+        int count = (int)(last - d < LANES ? last - d : LANES);
+        vec *grads = scratch + (d - first) / LANES * (2 * width + 1), *dweight = grads + width, *dbias = dweight + width;
         vec g = load_at(f->out, b, t, d, count), dx = splat(0);
         if (f->silu) {
           vec y = NAME(conv_at)(f, b, t, d, count), s = sigmoidv(y);
           g *= s + y * s * (1 - s);
         }
-        dbias += g;
-        for (int64_t k = 0; k < width; k++) { /* out_t reads x_row with weight k */
-          int64_t row = t - width + 1 + k;
-          if (row >= 0) dweight[k] += g * load_at(f->x, b, row, d, count);
-        }
+        *dbias += g;
         grads[t % width] = g;
-        for (int64_t k = 0; k < width; k++) { /* x_t is read by out_{t + width - 1 - k} with weight k */
-          int64_t reader = t + width - 1 - k;
-          if (reader < f->tokens) dx += grads[reader % width] * load_real_some((REAL *)f->weight + k * f->channels + d, count);
+        for (int64_t k = 0; k < width; k++) {
+          int64_t read = t - width + 1 + k, reader = t + width - 1 - k; /* out_t reads x_read, out_reader reads x_t */
+          if (read >= 0) dweight[k] += g * load_at(f->x, b, read, d, count);
+          if (reader < f->tokens)
+            dx += grads[reader % width] * load_real_some((REAL *)f->weight + k * f->channels + d, count);
         }
         store((elem *)a->dx.data + b * a->dx.batch + t * a->dx.token + d, dx, count);
       }
     }
-    for (int64_t k = 0; k < width; k++) store_real_some((REAL *)a->dweight + k * f->channels + d, dweight[k], count);
-    if (a->dbias) store_real_some((REAL *)a->dbias + d, dbias, count);
-    free(grads);
+    for (int64_t d = first; d < last; d += LANES) {
+      int count = (int)(last - d < LANES ? last - d : LANES);
+      vec *dweight = scratch + (d - first) / LANES * (2 * width + 1) + width;
+      for (int64_t k = 0; k < width; k++) store_real_some((REAL *)a->dweight + k * f->channels + d, dweight[k], count);
+      if (a->dbias) store_real_some((REAL *)a->dbias + d, dweight[width], count);
+    }
+    free(scratch);
   }
   return failed;
 }

@@ -4,10 +4,10 @@
  *     log|Δy_T(t)| = m + log|x_t Δ_t Σ_n C_T B_t exp(A S_t - m)|,   m = max_n A S_t,   S_t = Σ_{k>t} Δ_k
  *
  * S and m are double, so that a million steps lose nothing and far tokens keep their order. The exponents are taken as
- * (A - max_n A) S: exact where they are 0. A state whose exponent is below -150 (base 2) for all of a block's tokens
+ * (A - max_n A) S: exact where they are 0. A state whose exponent is below -126 (base 2) for all of a block's tokens
  * adds nothing to a float sum and is left out; far from the end that is most of them. */
 
-#define NOTHING (-150)
+#define NOTHING (-126)
 
 typedef struct { wide S, top; } NAME(decay); /* Σ of the later steps; max_n A in natural units */
 #define decay_t NAME(decay)
@@ -16,29 +16,37 @@ typedef struct { wide best; vec sum; } NAME(pool); /* of one token, for each lan
 
 /* Take log-magnitudes into a token's pool: the largest so far, and for L2 also Σ exp(2 (value - largest)). NaN stays. */
 INLINE void NAME(pool_in)(pool_t *pool, wide value, int l2) {
-  wide before = pool->best;
-  pool->best = select_wide((value > before) | (value != value), value, before);
-  if (!l2) return;
-  /* equal values (two infinities among them) differ by 0; the smaller one of unequal values shrinks */
-  vec shrink = __builtin_convertvector(select_wide(before == pool->best, (wide){0}, 2 * (before - pool->best)), vec);
-  vec add = __builtin_convertvector(select_wide(value == pool->best, (wide){0}, 2 * (value - pool->best)), vec);
-  vec one = __builtin_convertvector(select_wide(value == -INFINITY, (wide){0}, 1 - (wide){0}), vec);
-  pool->sum = pool->sum * exp2v(shrink * (REAL)LOG2E) + one * exp2v(add * (REAL)LOG2E);
+  wide shrink, add;
+  for (int p = 0; p < PARTS; p++) {
+    dvec v = value.part[p], before = pool->best.part[p];
+    idvec higher = (v > before) | (v != v);
+    dvec best = (dvec)((higher & (idvec)v) | (~higher & (idvec)before));
+    pool->best.part[p] = best;
+    if (l2) { /* of equals (two infinities among them) the difference is 0 */
+      shrink.part[p] = (dvec)(~(idvec)(before == best) & (idvec)(2 * (before - best)));
+      add.part[p] = (dvec)(~(idvec)(v == best) & (idvec)(2 * (v - best)));
+      add.part[p] -= (dvec)((idvec)(v == -INFINITY) & (idvec)(INFINITY - (dvec){0})); /* nothing to add */
+    }
+  }
+  if (l2) pool->sum = pool->sum * exp2v(from_wide(shrink) * (REAL)LOG2E) + exp2v(from_wide(add) * (REAL)LOG2E);
 }
 
-INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, const REAL *weight, const vec *A, vec range,
-                                  decay_t *decay, pool_t *pool, int *active, int64_t b, int64_t d, int count) {
+INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, const REAL *weight, const vec *A,
+                                  const REAL *reach, vec range, decay_t *decay, pool_t *pool, vec *near, int64_t b,
+                                  int64_t d, int count) {
   const int N = (int)a->states;
-  vec nearest = __builtin_convertvector(decay->S, vec), S[CHUNK], scale[CHUNK], total[CHUNK];
-  ivec inside;
-  for (int i = 0; i < LANES; i++) inside[i] = i < count ? -1 : 0;
-  int terms = 0;
-  for (int n = 0; n < N; n++) {
-    ivec alive = inside & ~(A[n] * nearest < NOTHING);
-    INTEGER any = 0;
-    for (int i = 0; i < LANES; i++) any |= alive[i];
-    if (any || !a->softplus) active[terms++] = n;
+  vec S[CHUNK], scale[CHUNK], total[CHUNK], nearest = from_wide(decay->S), inside = splat((REAL)-INFINITY);
+  REAL least = nearest[0];
+  for (int i = 0; i < count; i++) {
+    least = nearest[i] < least ? nearest[i] : least;
+    inside[i] = 0;
   }
+  int terms[MAX_STATES], alive = 0;
+  for (int n = 0; n < N; n++)
+    if (!(reach[n] * least < NOTHING) || !a->softplus) {
+      near[alive] = A[n];
+      terms[alive++] = n;
+    }
   for (int t = 0; t < chunk->count; t++) {
     vec delta = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
     scale[t] = load_at(a->x, b, chunk->row[t], d, count) * delta;
@@ -47,34 +55,46 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
   }
   wide exact[CHUNK];
   for (int t = chunk->count - 1; t >= 0; t--) {
+    wide step = to_wide(S[t]);
     exact[t] = decay->S;
-    decay->S += __builtin_convertvector(S[t], wide);
-    S[t] = __builtin_convertvector(exact[t], vec);
+    S[t] = from_wide(exact[t]);
+    for (int p = 0; p < PARTS; p++) decay->S.part[p] += step.part[p];
   }
   for (int t = 0; t < chunk->count; t++) {
     const REAL *w = weight + t * N;
     vec excess = select(S[t] < 0, range * S[t], splat(0)); /* only where dt may be negative: then the smallest A leads */
-    total[t] = splat(0);
-    for (int j = 0; j < terms; j++) total[t] += exp2v(A[active[j]] * S[t] - excess) * w[active[j]];
+    vec even = splat(0), odd = splat(0);
+    int j = 0;
+    for (; j + 1 < alive; j += 2) {
+      even += exp2v(near[j] * S[t] - excess) * w[terms[j]];
+      odd += exp2v(near[j + 1] * S[t] - excess) * w[terms[j + 1]];
+    }
+    if (j < alive) even += exp2v(near[j] * S[t] - excess) * w[terms[j]];
+    total[t] = even + odd;
   }
   for (int t = 0; t < chunk->count; t++) {
     vec excess = select(S[t] < 0, range * S[t], splat(0)), value = scale[t] * total[t];
     if (a->pool == POOL_MAX) value = select(value < 0, splat(0), value);
     value = logv(absolute(value)) + excess * (REAL)(1 / LOG2E);
-    value = select(inside, value, splat((REAL)-INFINITY));
-    NAME(pool_in)(pool + t, __builtin_convertvector(value, wide) + decay->top * exact[t], a->pool == POOL_L2);
+    value = select(inside < 0, inside, value); /* lanes past the last channel */
+    wide score = to_wide(value);
+    for (int p = 0; p < PARTS; p++) score.part[p] += decay->top.part[p] * exact[t].part[p];
+    NAME(pool_in)(pool + t, score, a->pool == POOL_L2);
   }
 }
 
 /* What the lanes of one token hold, as one number. */
 INLINE double NAME(pool_out)(const pool_t *pool, int l2) {
-  double best = -INFINITY, sum = 0;
+  const double *best = (const double *)&pool->best;
+  double top = -INFINITY, sum = 0;
   for (int i = 0; i < LANES; i++)
-    if (pool->best[i] > best || pool->best[i] != pool->best[i]) best = pool->best[i];
-  if (!l2 || !(best - best == 0)) return best; /* -inf, inf and NaN speak for themselves */
+    if (best[i] > top || best[i] != best[i]) top = best[i];
   for (int i = 0; i < LANES; i++)
-    if (pool->sum[i] > 0) sum += exp(2 * (pool->best[i] - best)) * pool->sum[i];
-  return best + log(sum) / 2;
+    if (best[i] != best[i]) top = best[i];
+  if (!l2 || !(top - top == 0)) return top; /* -inf, inf and NaN speak for themselves */
+  for (int i = 0; i < LANES; i++)
+    if (pool->sum[i] > 0) sum += exp(2 * (best[i] - top)) * pool->sum[i];
+  return top + log(sum) / 2;
 }
 
 int NAME(influence)(const InfluenceArgs *a, int threads) {
@@ -86,16 +106,15 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
   for (int64_t task = 0; task < a->batch * slices; task++) {
     int64_t b = task / slices, slice = task % slices, first = slice * a->slice;
     int64_t size = a->channels - first < a->slice ? a->channels - first : a->slice;
-    vec *A = simba_alloc((blocks * N + blocks) * sizeof(vec) + CHUNK * sizeof(pool_t) + blocks * sizeof(decay_t) +
-                         (2 * CHUNK + 1) * N * sizeof(REAL) + N * sizeof(int));
+    vec *A = simba_alloc((blocks * N + blocks + N) * sizeof(vec) + CHUNK * sizeof(pool_t) + blocks * sizeof(decay_t) +
+                         ((2 * CHUNK + 1) * N + blocks * N) * sizeof(REAL));
     if (!A) { failed = 1; continue; }
-    vec *range = A + blocks * N;
-    pool_t *pool = (pool_t *)(range + blocks);
+    vec *range = A + blocks * N, *near = range + blocks;
+    pool_t *pool = (pool_t *)(near + N);
     decay_t *decay = (decay_t *)(pool + CHUNK);
     chunk_t chunk = {.B = (REAL *)(decay + blocks)};
     chunk.C = chunk.B + CHUNK * N;
-    REAL *C_last = chunk.C + CHUNK * N;
-    int *active = (int *)(C_last + N);
+    REAL *C_last = chunk.C + CHUNK * N, *reach = C_last + N; /* reach: of a block's exponents of a state, the largest */
     pack_A(A, a->A, first, size, N);
     widen_row(C_last, (elem *)a->C.data + b * a->C.batch + (a->tokens - 1) * a->C.token, (int)N);
     for (int64_t k = 0; k < blocks; k++) {
@@ -105,9 +124,21 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
         low = -larger(-low, -A[k * N + n]);
       }
       range[k] = low - high;
-      decay[k].S = (wide){0};
-      decay[k].top = __builtin_convertvector(high, wide) / LOG2E;
-      for (int64_t n = 0; n < N; n++) A[k * N + n] -= high;
+      decay[k].S = to_wide(splat(0));
+      for (int i = 0; i < LANES; i++) { /* from A itself: in double, times S, the rounding of A log2(e) would show */
+        double *top = (double *)&decay[k].top + i;
+        *top = 0;
+        if (k * LANES + i >= size) continue;
+        const REAL *row = (REAL *)a->A + (first + k * LANES + i) * N;
+        *top = row[0];
+        for (int64_t n = 1; n < N; n++) *top = row[n] > *top || row[n] != row[n] ? row[n] : *top;
+      }
+      for (int64_t n = 0; n < N; n++) {
+        A[k * N + n] -= high;
+        reach[k * N + n] = A[k * N + n][0];
+        for (int i = 1; i < LANES && k * LANES + i < size; i++)
+          if (!(A[k * N + n][i] <= reach[k * N + n])) reach[k * N + n] = A[k * N + n][i];
+      }
     }
     for (int64_t c = chunks - 1; c >= 0; c--) {
       prefetch(a->x, b, NULL, (c - 1) * CHUNK, a->tokens, first, size);
@@ -115,12 +146,12 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
       open_chunk(&chunk, &rows, b, c * CHUNK);
       for (int64_t i = 0; i < chunk.count * N; i++) chunk.B[i] *= C_last[i % N];
       for (int i = 0; i < CHUNK; i++) {
-        pool[i].best = (wide){0} - INFINITY;
+        pool[i].best = to_wide(splat((REAL)-INFINITY));
         pool[i].sum = splat(0);
       }
       for (int64_t k = 0; k * LANES < size; k++)
-        NAME(influence_lanes)(a, &chunk, chunk.B, A + k * N, range[k], decay + k, pool, active, b, first + k * LANES,
-                              (int)(size - k * LANES < LANES ? size - k * LANES : LANES));
+        NAME(influence_lanes)(a, &chunk, chunk.B, A + k * N, reach + k * N, range[k], decay + k, pool, near, b,
+                              first + k * LANES, (int)(size - k * LANES < LANES ? size - k * LANES : LANES));
       for (int i = 0; i < chunk.count; i++)
         a->partial[(b * slices + slice) * a->tokens + c * CHUNK + i] = NAME(pool_out)(pool + i, a->pool == POOL_L2);
     }

@@ -11,51 +11,55 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
                                 int64_t b, int64_t first, int64_t d, int count) {
   const ScanArgs *f = &a->forward;
   const int N = (int)f->states;
-  const REAL *bias = f->dt_bias;
   vec skip = f->D ? load_real_some((REAL *)f->D + d, count) : splat(0);
-  for (int i = 0; i < chunk->count; i++) { /* forward again: h (CHUNK, N) and decay (CHUNK, N) */
-    int64_t row = first + i;
+  vec x[CHUNK], raw[CHUNK], delta[CHUNK], grad[CHUNK], from_A[CHUNK], from_B[CHUNK];
+  for (int i = 0; i < chunk->count; i++) {
+    x[i] = load_at(f->x, b, first + i, d, count);
+    raw[i] = step_size(f->dt, f->dt_bias, 0, b, first + i, d, count);
+    delta[i] = f->softplus ? softplusv(raw[i]) : raw[i];
+    grad[i] = load_at(f->out, b, first + i, d, count);
+  }
+  for (int i = 0; i < chunk->count; i++) { /* forward again: h and decay, (CHUNK, N) */
     const vec *before = i ? h + (i - 1) * N : start;
-    vec x = load_at(f->x, b, row, d, count);
-    vec delta = step_size(f->dt, bias, (int)f->softplus, b, row, d, count), input = delta * x;
+    vec input = delta[i] * x[i];
     for (int n = 0; n < N; n++) {
-      decay[i * N + n] = exp2v(delta * A[n]);
+      decay[i * N + n] = exp2v(delta[i] * A[n]);
       h[i * N + n] = decay[i * N + n] * before[n] + input * chunk->B[i * N + n];
     }
   }
+  for (int i = 0; i < chunk->count && f->z.data; i++) {
+    vec z = load_at(f->z, b, first + i, d, count), gate = sigmoidv(z), y = skip * x[i];
+    for (int n = 0; n < N; n++) y += h[i * N + n] * chunk->C[i * N + n];
+    vec dz = grad[i] * y * (gate + z * gate * (1 - gate));
+    store((elem *)a->dz.data + b * a->dz.batch + (first + i) * a->dz.token + d, dz, count);
+    grad[i] *= z * gate;
+  }
   for (int i = chunk->count - 1; i >= 0; i--) {
-    int64_t row = first + i;
     const vec *before = i ? h + (i - 1) * N : start;
     const REAL *B = chunk->B + i * N, *C = chunk->C + i * N;
-    vec x = load_at(f->x, b, row, d, count);
-    vec raw = load_at(f->dt, b, row, d, count);
-    if (bias) raw += load_real_some(bias + d, count);
-    vec delta = f->softplus ? softplusv(raw) : raw;
-    vec grad = load_at(f->out, b, row, d, count);
-    if (f->z.data) {
-      vec z = load_at(f->z, b, row, d, count), gate = sigmoidv(z), y = skip * x;
-      for (int n = 0; n < N; n++) y += h[i * N + n] * C[n];
-      vec dz = grad * y * (gate + z * gate * (1 - gate));
-      store((elem *)a->dz.data + b * a->dz.batch + row * a->dz.token + d, dz, count);
-      grad *= z * gate;
-    }
-    vec from_B = splat(0), from_A = splat(0), input = delta * x;
+    vec input = delta[i] * x[i], step = delta[i], g = grad[i], sum_A = splat(0), sum_B = splat(0);
     for (int n = 0; n < N; n++) {
-      lambda[n] += grad * C[n];
-      dC[i * N + n] += grad * h[i * N + n];
-      dB[i * N + n] += lambda[n] * input;
-      from_B += lambda[n] * B[n];
-      lambda[n] *= decay[i * N + n]; /* now exp(Δ_t A) λ_t, what the token before receives */
-      vec through = lambda[n] * before[n];
-      from_A += through * A[n];
-      dA[n] += through * delta;
+      vec l = lambda[n] + g * C[n];
+      dC[i * N + n] += g * h[i * N + n];
+      dB[i * N + n] += l * input;
+      sum_B += l * B[n];
+      l *= decay[i * N + n]; /* now exp(Δ_t A) λ_t, what the token before receives */
+      lambda[n] = l;
+      vec through = l * before[n];
+      sum_A += through * A[n];
+      dA[n] += through * step;
     }
-    vec ddelta = x * from_B + from_A * (REAL)(1 / LOG2E);
-    if (f->softplus) ddelta *= sigmoidv(raw);
+    from_A[i] = sum_A;
+    from_B[i] = sum_B;
+  }
+  for (int i = 0; i < chunk->count; i++) {
+    vec ddelta = x[i] * from_B[i] + from_A[i] * (REAL)(1 / LOG2E);
+    if (f->softplus) ddelta *= sigmoidv(raw[i]);
     *dbias += ddelta;
-    *dD += grad * x;
-    store((elem *)a->dx.data + b * a->dx.batch + row * a->dx.token + d, delta * from_B + grad * skip, count);
-    store((elem *)a->ddt.data + b * a->ddt.batch + row * a->ddt.token + d, ddelta, count);
+    *dD += grad[i] * x[i];
+    vec dx = delta[i] * from_B[i] + grad[i] * skip;
+    store((elem *)a->dx.data + b * a->dx.batch + (first + i) * a->dx.token + d, dx, count);
+    store((elem *)a->ddt.data + b * a->ddt.batch + (first + i) * a->ddt.token + d, ddelta, count);
   }
 }
 #define adjoint_lanes NAME(adjoint_lanes)
@@ -87,6 +91,8 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
         for (int64_t n = 0; n < N; n++)
           lambda[d / LANES * N + n][d % LANES] = ((REAL *)a->grad_state)[(b * f->channels + first + d) * N + n];
     for (int64_t c = chunks - 1; c >= 0; c--) {
+      const View3 *rows[] = {&f->x, &f->dt, &f->z, &f->out, &a->dx, &a->ddt, &a->dz};
+      for (int i = 0; i < 7; i++) prefetch(*rows[i], b, NULL, (c - 1) * CHUNK, f->tokens, first, size);
       open_chunk(&chunk, f, b, c * CHUNK);
       memset(dB, 0, 2 * CHUNK * N * sizeof(vec));
       for (int64_t d = 0; d < size; d += LANES) {

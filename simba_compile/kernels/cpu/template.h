@@ -13,10 +13,12 @@
 #undef LANES
 #undef vec
 #undef ivec
+#undef PARTS
+#undef dvec
+#undef idvec
 #undef wide
-#undef iwide
-#undef select_wide
-#undef larger_wide
+#undef to_wide
+#undef from_wide
 #undef splat
 #undef select
 #undef absolute

@@ -2,13 +2,17 @@
  * need on them. Plain operators, so one source serves SSE2, AVX2, AVX-512 and NEON; no -ffast-math, so NaN and
  * infinity go through as IEEE 754 says. Included once for each element type by template.h. */
 
+#define PARTS ((int)(sizeof(double) / sizeof(REAL)))
 #define LANES ((int)(VECTOR_BYTES / sizeof(REAL)))
 typedef REAL NAME(vec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef INTEGER NAME(ivec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
-typedef double NAME(wide) __attribute__((vector_size(VECTOR_BYTES / sizeof(REAL) * 8), may_alias));
-typedef int64_t NAME(iwide) __attribute__((vector_size(VECTOR_BYTES / sizeof(REAL) * 8), may_alias));
-#define wide NAME(wide) /* LANES doubles */
-#define iwide NAME(iwide)
+typedef double NAME(dvec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef int64_t NAME(idvec) __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef REAL NAME(part) __attribute__((vector_size(VECTOR_BYTES / PARTS), may_alias));
+typedef struct { NAME(dvec) part[PARTS]; } NAME(wide); /* LANES doubles, in vectors that the CPU has */
+#define dvec NAME(dvec)
+#define idvec NAME(idvec)
+#define wide NAME(wide)
 #define vec NAME(vec)
 #define ivec NAME(ivec)
 
@@ -21,8 +25,22 @@ INLINE vec NAME(select)(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a)
 INLINE vec NAME(absolute)(vec a) { return (vec)((ivec)a & ~(ivec)splat((REAL)-0.0)); }
 #define absolute NAME(absolute)
 
-INLINE wide NAME(select_wide)(iwide mask, wide a, wide b) { return (wide)((mask & (iwide)a) | (~mask & (iwide)b)); }
-#define select_wide NAME(select_wide)
+INLINE wide NAME(widen_vec)(vec v) {
+  NAME(part) parts[PARTS];
+  wide w;
+  __builtin_memcpy(parts, &v, sizeof v);
+  for (int p = 0; p < PARTS; p++) w.part[p] = __builtin_convertvector(parts[p], dvec);
+  return w;
+}
+INLINE vec NAME(narrow_vec)(wide w) {
+  NAME(part) parts[PARTS];
+  vec v;
+  for (int p = 0; p < PARTS; p++) parts[p] = __builtin_convertvector(w.part[p], NAME(part));
+  __builtin_memcpy(&v, parts, sizeof v);
+  return v;
+}
+#define to_wide NAME(widen_vec)
+#define from_wide NAME(narrow_vec)
 
 /* The larger of two, NaN if either is one. */
 INLINE vec NAME(larger)(vec a, vec b) { return select((a > b) | (a != a), a, b); }
@@ -57,11 +75,15 @@ INLINE REAL NAME(sum)(vec v) {
 
 #define LOG2E 1.44269504088896341f
 
-/* 2^t. Cody-Waite reduction to r in [-1/2, 1/2] and the polynomial of Cephes' exp2f: below 1.5 ulp. */
+/* 2^t, and 0 below 2^-126: a subnormal would cost a hundred cycles. Cody-Waite reduction to r in [-1/2, 1/2] and the
+ * polynomial of Cephes' exp2f: below 1.5 ulp. */
 INLINE vec NAME(exp2)(vec t) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
+  __mmask16 there = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   vec n = (vec)_mm512_roundscale_ps((__m512)t, 8); /* to nearest, no exceptions */
 #else
+  ivec gone = t < -126.0f;
+  t = (vec)(~gone & (ivec)t);
   t = select(t > 128.0f, splat(128.0f), t);
   vec shifted = t + 0x1.8p23f; /* rounds t to an integer, which lands in the low bits */
   vec n = shifted - 0x1.8p23f;
@@ -74,11 +96,10 @@ INLINE vec NAME(exp2)(vec t) {
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
-  p = (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-  return select(t < -150.0f, splat(0), p); /* t = -inf would leave r = NaN */
+  return (vec)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)n);
 #else
   vec scale = (vec)(((ivec)shifted << 23) + 0x3f800000);
-  return select(t < -126.0f, splat(0), p * scale);
+  return (vec)(~gone & (ivec)(p * scale));
 #endif
 }
 

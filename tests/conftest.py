@@ -1,0 +1,117 @@
+"""What the tests share: a clean Dynamo for each of them, hypothesis's profile, and tiny Hugging Face models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from eager_reference import Reference, pruned_forward
+from torch import Tensor, nn
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+
+hypothesis.settings.register_profile(
+    "simba", deadline=None, derandomize=True, max_examples=15, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("simba")
+
+FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
+VOCABULARY = 64
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No test sees what another one compiled, or its seed."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+class ExactNorm(nn.Module):
+    """An RMS norm in its input's own type. Hugging Face's rounds to float32, and so would hide errors of that size."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        weightless = hasattr(norm, "eps")  # those that FalconMamba has inside its mixers
+        self.weight = None if weightless else norm.weight
+        self.variance_epsilon = norm.eps if weightless else norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return normed if self.weight is None else self.weight * normed
+
+
+def tiny_model(
+    family: str = "mamba", dtype: torch.dtype = torch.float32, *, layers: int = 4, seed: int = 0, **config: Any
+) -> nn.Module:
+    """A tiny model of this family in eval mode, with weights so spread that tokens differ in their influence.
+
+    Parameters
+    ----------
+    family : {"mamba", "falcon_mamba"}
+        The Hugging Face class.
+    dtype : torch.dtype
+        Of its weights. In float64 the residual stream and the norms are in float64 too.
+    layers, seed : int
+        How many layers, and what the weights are drawn from.
+    **config
+        Further fields of its configuration.
+    """
+    model_class, config_class = FAMILIES[family]
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "state_size": 8,
+        "vocab_size": VOCABULARY,
+        "residual_in_fp32": dtype != torch.float64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**fields, **config})).eval()
+    with torch.no_grad():
+        model.backbone.embeddings.weight.normal_()
+        for block in model.backbone.layers:
+            mixer = block.mixer
+            mixer.in_proj.weight.normal_(std=0.3)
+            mixer.x_proj.weight.normal_(std=0.3)
+            mixer.dt_proj.weight.normal_(std=0.5)
+            mixer.conv1d.weight.normal_(std=0.5)
+            mixer.out_proj.weight.normal_(std=0.15)
+            mixer.D.normal_()
+            mixer.A_log.add_(0.3 * torch.randn_like(mixer.A_log))
+            block.norm.weight.add_(0.1 * torch.randn_like(block.norm.weight))
+    if dtype == torch.float64:
+        for module in [*model.modules()]:
+            for name, child in module.named_children():
+                if "norm" in name:
+                    setattr(module, name, ExactNorm(child))
+    return model.to(dtype)
+
+
+def pruned_exactly(model: nn.Module, *args: Any, **kwargs: Any) -> Reference:
+    """`pruned_forward` of a float64 model without the casts of activations to float32 that Hugging Face's scan makes."""
+    cast = Tensor.float
+
+    def keep_wide(x: Tensor) -> Tensor:
+        return x if x.dim() >= 3 and x.dtype == torch.float64 else cast(x)  # parameters are cast as ever
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", keep_wide)
+        return pruned_forward(model, *args, **kwargs)
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids, (batch, length), none of them padding."""
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(batch: int, length: int) -> Tensor:
+    """An attention mask: sequence i is padded on the left with 5·i tokens (none is padded whole)."""
+    pads = torch.arange(batch)[:, None] * 5 % max(length - 1, 1)
+    return (torch.arange(length)[None] >= pads).long()

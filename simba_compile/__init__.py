@@ -5,5 +5,6 @@
 """
 
 from simba_compile.options import Options
+from simba_compile.report import Report, explain
 
-__all__ = ["Options"]
+__all__ = ["Options", "Report", "explain"]

@@ -23,7 +23,7 @@ def simba(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-    observe: Callable[[Transformed, Sequence[Any]], None] | None = None,
+    observe: Callable[[Transformed], None] | None = None,
 ) -> Callable:
     """Compile one graph of Dynamo's. Registered as the backend ``"simba"``.
 
@@ -55,17 +55,17 @@ def simba(
         raise capture.InvalidOptions(str(error)) from None
     _log(result)
     if observe is not None:
-        observe(result, example_inputs)
-    return run_by_length(result, chosen, mode)
+        observe(result)
+    return run_by_length(result, mode)
 
 
-def run_by_length(result: Transformed, options: Options, mode: str | None = None) -> Callable:
+def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     """What runs the graph: pruned where its length leaves something to prune, else dense."""
-    dense = compile_inner(result.dense, options.inner, mode)
+    dense = compile_inner(result.dense, result.options.inner, mode)
     if result.pruned is None or result.plan is None:
         return dense
-    pruned, plan = compile_inner(result.pruned, options.inner, mode), result.plan
-    place, axis = plan.length.find(node for node in result.dense.graph.nodes if node.op == "placeholder")
+    pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
+    place, axis = plan.length.find(result.dense.graph.find_nodes(op="placeholder"))
 
     def run(*args: Any) -> Any:
         tokens = args[place] if axis is None else args[place].shape[axis]
@@ -91,12 +91,11 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
 
 
 def _log(result: Transformed) -> None:
-    for mixer in result.mixers:
-        if mixer.reason is not None:
-            log.warning("%s stays dense: %s.", mixer.path, mixer.reason)
-            break
     pruning = 0 if result.plan is None else len(result.plan.pruning)
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
+    dense = next((mixer for mixer in result.mixers if mixer.reason is not None), None)
+    if dense is not None and dense.x.shape[1] != 1:  # of one token, nothing can be dropped
+        log.warning("%s and the mixers after it stay dense: %s.", dense.path, dense.reason)
 
 
 capture.install(simba)

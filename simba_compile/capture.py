@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch._dynamo import config, exc, pgo
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx.experimental import _config as shapes
 
 from simba_compile.kernels import ops  # noqa: F401  (registers torch.ops.simba)
 
@@ -42,7 +43,7 @@ class InvalidOptions(exc.ShortenTraceback, ValueError):
 # --- asked while tracing ---------------------------------------------------------------------------------------------
 
 _backend: Callable | None = None
-_changed: list[tuple[Any, str, Any]] = []  # (code state, source, entry before): what `forget` puts back
+_undo: list[Callable[[], None]] = []  # what `forget` calls
 
 
 def _unwrap(compiler_fn: Any) -> Any:
@@ -57,7 +58,10 @@ def _unwrap(compiler_fn: Any) -> Any:
 @torch._dynamo.assume_constant_result
 def _lifting() -> bool:
     """Whether the backend that Dynamo traces for is ours."""
-    return _unwrap(InstructionTranslator.current_tx().output.compiler_fn) is _backend
+    ours = _unwrap(InstructionTranslator.current_tx().output.compiler_fn) is _backend
+    if not ours:
+        forget()  # a trace of ours that failed may have left something
+    return ours
 
 
 @torch._dynamo.assume_constant_result
@@ -71,14 +75,18 @@ def _make_length_dynamic() -> bool:
     state = pgo.get_code_state()[_code_id(tx)].automatic_dynamic
     changed = False
     for name, value in inputs.items():
-        varies = [axis == 0 or size == length for axis, size in enumerate(value.shape)]
-        varies = [vary and size > 1 for vary, size in zip(varies, value.shape, strict=True)]
+        varies = [size > 1 and (axis == 0 or size == length) for axis, size in enumerate(value.shape)]
         known = state.get(name)
-        if not any(varies) or (known is not None and all(known.is_size_dynamic(i) for i, vary in enumerate(varies) if vary)):
+        if all(known is not None and known.is_size_dynamic(axis) for axis, vary in enumerate(varies) if vary):
             continue
-        _changed.append((state, name, copy.copy(known)))
+        _undo.append(functools.partial(_put_back, state, name, copy.copy(known)))
         size = tuple(pgo.auto_dynamic if vary else int(have) for vary, have in zip(varies, value.shape, strict=True))
         pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))
+        changed = True
+    if length > 1 and shapes.use_duck_shape and any(value.shape[0] == length for value in inputs.values()):
+        # A batch as large as the length: Dynamo would take the two for one symbol.
+        shapes.use_duck_shape = False
+        _undo.append(functools.partial(setattr, shapes, "use_duck_shape", True))
         changed = True
     if changed:
         raise exc.RestartAnalysis(restart_reason="simba: the length is made symbolic")
@@ -105,14 +113,17 @@ def _tensors(source: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(f"{source}[{i}]", item)
 
 
+def _put_back(state: dict[str, Any], name: str, entry: Any) -> None:
+    if entry is None:
+        state.pop(name, None)
+    else:
+        state[name] = entry
+
+
 def forget() -> None:
-    """Put Dynamo's record of varying sizes back as it was before `_make_length_dynamic`."""
-    while _changed:
-        state, name, entry = _changed.pop()
-        if entry is None:
-            state.pop(name, None)
-        else:
-            state[name] = entry
+    """Put back what `_make_length_dynamic` changed in Dynamo's records."""
+    while _undo:
+        _undo.pop()()
 
 
 # --- the substitutes -------------------------------------------------------------------------------------------------

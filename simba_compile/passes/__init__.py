@@ -36,12 +36,15 @@ class Transformed:
         How many tokens stay.
     mixers : list of Mixer
         Every mixer that was found; ``mixer.reason`` says why one stays dense.
+    options : Options
+        What they were made with.
     """
 
     dense: GraphModule
     pruned: GraphModule | None
     plan: Plan | None
     mixers: list[Mixer]
+    options: Options
 
 
 def transform(gm: GraphModule, options: Options) -> Transformed:
@@ -60,4 +63,4 @@ def transform(gm: GraphModule, options: Options) -> Transformed:
             log.debug("%s, before lowering:\n%s", name, graph.graph)
             lower(graph)
             log.debug("%s, lowered:\n%s", name, graph.graph)
-    return Transformed(gm, pruned, plan if pruned is not None else None, mixers)
+    return Transformed(gm, pruned, plan if pruned is not None else None, mixers, options)

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
@@ -32,32 +33,28 @@ class Mixer:
         Where the module sits in the model, like ``backbone.layers.3.mixer``.
     scan : Node
         Its ``simba::selective_scan``.
-    conv, in_proj, x_proj, dt_proj, out_proj : Node or None
-        The operations around it; None where there is none of the kind.
+    x : Tensor
+        What Dynamo saw as the scan's input: (batch, token, channel).
     add, residual : Node or None
-        The residual add, and its operand that does not come from the scan.
+        The residual add after it, and the operand of it that does not come from the scan.
     windows : list of Node
         Slices of the convolution's input that a cache keeps for decoding.
+    entering_flops, scanned_flops, scoring_flops : int
+        Arithmetic for one token that enters, one that is scanned, one that is scored.
     reason : str or None
         Why this mixer stays dense, where it does.
     """
 
     path: str
     scan: Node
-    conv: Node | None
-    in_proj: Node | None
-    x_proj: Node | None
-    dt_proj: Node | None
-    out_proj: Node | None
+    x: Tensor
     add: Node | None
     residual: Node | None
     windows: list[Node]
+    entering_flops: int
+    scanned_flops: int
+    scoring_flops: int
     reason: str | None = None
-
-    @property
-    def x(self) -> Node:
-        """The scan's input, (batch, token, channel)."""
-        return self.scan.args[0]  # type: ignore[return-value]
 
 
 def match(graph: Graph) -> list[Mixer]:
@@ -66,40 +63,49 @@ def match(graph: Graph) -> list[Mixer]:
 
 
 def _mixer(scan: Node) -> Mixer:
-    x, dt, B = scan.args[0], scan.args[1], scan.args[3]
+    x, dt, A, B = (scan.args[i] for i in range(4))
     conv = _before(x, lambda node: node.target is CONV)  # type: ignore[arg-type]
     out_proj = _after(scan, lambda node: node.target in LINEAR)
+    projections = {
+        _before(B, lambda node: node.target in LINEAR),  # type: ignore[arg-type]
+        _before(dt, lambda node: node.target in LINEAR | PRODUCTS),  # type: ignore[arg-type]
+        None if conv is None else _before(conv.args[0], lambda node: node.target in LINEAR),  # type: ignore[arg-type]
+    }
     add = _after(out_proj or scan, lambda node: node.target in ADDS and len(node.all_input_nodes) == 2)
-    residual, reason = None, None
-    if add is None:
-        reason = "no residual add follows its output"
-    else:
+    residual, reason = None, "no residual add follows its output"
+    if add is not None:
         outside = [source for source in add.all_input_nodes if not _reaches(scan, source)]
-        if len(outside) == 1:
-            residual = outside[0]
-        else:
-            reason = "the add after its output has no operand that passes it by"
+        residual = outside[0] if len(outside) == 1 else None
+        reason = "the add after its output has no operand that passes it by"
     windows: list[Node] = []
     if conv is not None:
-        length = Length(value_of(scan.args[0]))  # type: ignore[arg-type]
-        sources = _views_of(conv.args[0])  # type: ignore[arg-type]
-        windows = [user for source in sources for user in source.users if suffix(user, length)]
-        padded = [user for source in sources for user in source.users if user.target in (torch.nn.functional.pad,)]
-        if padded:
-            reason = "the prompt is shorter than the convolution"
+        uses = [user for source in _views_of(conv.args[0]) for user in source.users]  # type: ignore[arg-type]
+        windows = [user for user in uses if suffix(user, Length(value_of(x)))]  # type: ignore[arg-type]
+        if any(user.target is torch.nn.functional.pad for user in uses):
+            residual, reason = None, "the prompt is shorter than the convolution"
+    per_state = value_of(A).numel()  # type: ignore[arg-type]
     return Mixer(
         path=_path(scan),
         scan=scan,
-        conv=conv,
-        in_proj=None if conv is None else _before(conv.args[0], lambda node: node.target in LINEAR),  # type: ignore[arg-type]
-        x_proj=_before(B, lambda node: node.target in LINEAR),  # type: ignore[arg-type]
-        dt_proj=_before(dt, lambda node: node.target in LINEAR | PRODUCTS),  # type: ignore[arg-type]
-        out_proj=out_proj,
+        x=value_of(x),  # type: ignore[arg-type]
         add=add,
         residual=residual,
         windows=windows,
-        reason=reason,
+        # Two operations for each weight; in the scan seven for each state (Δ·A, exp, decay, two for B, two for C), in the
+        # score four (A·S, exp, two for the sum).
+        entering_flops=2 * sum(_weights(node) for node in projections) + 2 * _weights(conv),
+        scanned_flops=2 * _weights(out_proj) + 7 * per_state,
+        scoring_flops=4 * per_state,
+        reason=None if residual is not None else reason,
     )
+
+
+def _weights(node: Node | None) -> int:
+    """How many weights a projection or a convolution has."""
+    if node is None:
+        return 0
+    weight = node.args[0] if node.target in PRODUCTS else node.args[1]
+    return int(value_of(weight).numel())  # type: ignore[arg-type]
 
 
 def _path(node: Node) -> str:

@@ -6,7 +6,7 @@ from torch.fx import Graph
 
 from simba_compile.options import Options
 from simba_compile.passes.match import Mixer
-from simba_compile.passes.tokens import Length, suffix, value_of
+from simba_compile.passes.tokens import Length, suffix
 
 SCALE = 2**20  # ratios are fractions of this, so that a count is integer arithmetic
 
@@ -83,13 +83,10 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
     """The plan for a graph, or None where none of its mixers can prune (each says why in ``mixer.reason``)."""
     if not mixers:
         return None
-    length = Length(value_of(mixers[0].x))
+    length = Length(mixers[0].x)
     if not length.is_symbolic:
         for mixer in mixers:
-            mixer.reason = (
-                f"the length is {length.symbol} in this graph, not a variable of its own "
-                "(dynamic=False, a length of 1, or a batch as large as the length)"
-            )
+            mixer.reason = f"the length is fixed at {length.symbol} in this graph"
         return None
     ratios = tuple(round(share * SCALE) for share in shares(options, len(mixers)))
     before = (SCALE, *ratios)

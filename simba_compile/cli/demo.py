@@ -1,0 +1,227 @@
+"""``simba demo``: a file read dense and pruned, side by side."""
+
+import dataclasses
+import math
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import simba_compile
+from simba_compile.cli import machine, models, plot
+from simba_compile.cli.show import Steps, clock, times
+from simba_compile.cli.timing import Timing, side_by_side
+
+FILES = ("argparse.py", "statistics.py")  # two that training/corpus.py holds out
+KEEPS = (1.0, 0.5, 0.3, 0.1)
+HF = "Hugging Face eager"
+SCORED = 256
+CONTINUED = 120
+REPEATS = 3
+LARGE_LAYERS, LARGE_TOKENS = 24, 2048
+WARM_TOKENS = 64  # the graph takes any length: a short prompt compiles it
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What the model reads of a file.
+
+    Attributes
+    ----------
+    name : str
+        Where it is from.
+    context : bytes
+        What it reads.
+    after : bytes
+        How the file goes on.
+    scored : int
+        The predictions made at this many last bytes of `context` are scored, against the byte that follows each.
+    """
+
+    name: str
+    context: bytes
+    after: bytes
+    scored: int
+
+
+def run(model_folder: Path, file: Path | None, tokens: int, large: bool, picture: Path | None) -> None:
+    """See `simba_compile.cli.demo`."""
+    if picture is not None:
+        plot.require()
+    window = read(file, tokens)
+    models.quiet()
+    model = models.load_bytes(model_folder)
+    console = Console()
+    console.print(machine.one_line(), markup=False, highlight=False, style="dim")
+    steps = len(KEEPS) - 1 + _timing_steps() + len(KEEPS)
+    with torch.no_grad(), Steps(steps + (1 + _timing_steps() if large else 0)) as progress:
+        _byte_model(console, progress, model, window, picture)
+        if large:
+            _large_model(console, progress)
+
+
+def read(file: Path | None, tokens: int) -> Window:
+    """The middle of a file, up to the end of a line.
+
+    Raises
+    ------
+    typer.BadParameter
+        Where there is no such file, or too little in it.
+    """
+    if file is None:
+        library = Path(sysconfig.get_path("stdlib"))
+        found = [library / name for name in FILES if (library / name).is_file()]
+        if not found:
+            raise typer.BadParameter(f"{library} has none of {', '.join(FILES)}: name one.", param_hint="--file")
+        file = found[0]
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}.", param_hint="--file") from None
+    tokens = min(tokens, len(text) - 1)  # the last one's prediction is scored too
+    if tokens < 2:
+        raise typer.BadParameter(f"{file} has {len(text)} bytes: nothing to predict.", param_hint="--file")
+    end = (len(text) + tokens) // 2
+    end = max(text.rfind(b"\n", tokens, end) + 1, tokens)
+    return Window(file.name, text[end - tokens : end], text[end : end + CONTINUED], min(SCORED, tokens // 2))
+
+
+def _byte_model(
+    console: Console, progress: Steps, model: PreTrainedModel, window: Window, picture: Path | None
+) -> None:
+    ids = torch.tensor([list(window.context)])
+    options: dict[str, Any] = {"protect_last": window.scored}
+    call: dict[str, Any] = {"use_cache": False, "logits_to_keep": window.scored}
+    depth = model.config.num_hidden_layers
+    console.print(
+        f"\n{len(window.context)} bytes of {window.name}, the last {window.scored} of them protected (protect_last), "
+        f"so that the predictions\nmade there can be scored: by a model of {depth} layers and "
+        f"{model.num_parameters() / 1e6:.1f}M parameters.",
+        highlight=False,
+        markup=False,
+    )
+    layers = {1.0: [len(window.context)] * depth}
+    for keep in KEEPS[1:]:
+        progress.next(f"counting the tokens left at keep {keep}")
+        report = simba_compile.explain(model, ids, options={"keep": keep, **options}, **call)
+        layers[keep] = [mixer["tokens_out"] for mixer in report.to_dict()["mixers"]]
+    console.print(_layer_table(layers))
+
+    timings, logits = _time(progress, model, ids, options, call, warm=len(window.context))
+    bits = {name: _bits_per_byte(value, window) for name, value in logits.items()}
+    console.print(_time_table(timings, bits, f"bits/byte, last {window.scored}"))
+
+    for keep in KEEPS:
+        progress.next(f"writing on at {_name(keep)}")
+        console.print(_continuation(model, ids, {"keep": keep, **options}, _name(keep)), "")
+    console.print(_written("the file itself goes on", window.context, window.after))
+    if picture is not None:
+        speeds = {keep: timings[_name(1.0)].median / timings[_name(keep)].median for keep in KEEPS}
+        qualities = {keep: bits[_name(keep)] for keep in KEEPS}
+        plot.demo(picture, layers, speeds, qualities, f"{len(window.context)} bytes of {window.name}", window.scored)
+        console.print(f"\nThe plot is in {picture}.", markup=False, highlight=False)
+
+
+def _large_model(console: Console, progress: Steps) -> None:
+    progress.next(f"making a model of mamba-130m's size: {LARGE_LAYERS} layers, random weights")
+    model = models.random_mamba(LARGE_LAYERS, models.MAMBA_130M)
+    ids = models.random_ids(models.MAMBA_130M["vocab_size"], LARGE_TOKENS)
+    timings, _ = _time(progress, model, ids, {}, {"use_cache": False, "logits_to_keep": 1}, warm=WARM_TOKENS)
+    console.print(
+        f"\nThe same for a model of mamba-130m's size ({LARGE_LAYERS} layers, hidden "
+        f"{models.MAMBA_130M['hidden_size']}, random weights)\non a prompt of {LARGE_TOKENS} tokens, up to the next "
+        "token's logits.",
+        highlight=False,
+    )
+    console.print(_time_table(timings))
+
+
+def _name(keep: float) -> str:
+    return "dense (keep 1.0)" if keep == 1 else f"keep {keep}"
+
+
+def _timing_steps() -> int:
+    return len(KEEPS) * (1 + REPEATS) + 1
+
+
+def _time(
+    progress: Steps, model: PreTrainedModel, ids: Tensor, options: dict[str, Any], call: dict[str, Any], warm: int
+) -> tuple[dict[str, Timing], dict[str, Tensor]]:
+    """Time the model as Hugging Face runs it, once, and at each keep; with the logits of the last run."""
+    logits: dict[str, Tensor] = {}
+
+    def contender(name: str, forward: Callable) -> Callable[[], None]:
+        def go() -> None:
+            logits[name] = forward(ids, **call).logits
+
+        return go
+
+    torch._dynamo.reset()
+    calls = {HF: contender(HF, model)}
+    for keep in KEEPS:
+        progress.next(f"compiling at {_name(keep)}")
+        forward = torch.compile(model, backend="simba", options={"keep": keep, **options})
+        forward(ids[:, :warm], **call)
+        calls[_name(keep)] = contender(_name(keep), forward)
+    repeats = {name: 1 if name == HF else REPEATS for name in calls}
+    timings = side_by_side(calls, repeats, lambda name: progress.next(f"timing {name}, {ids.shape[1]} tokens"))
+    return timings, logits
+
+
+def _bits_per_byte(logits: Tensor, window: Window) -> float:
+    first = len(window.context) - window.scored + 1
+    following = (window.context + window.after)[first : first + window.scored]
+    return F.cross_entropy(logits[0].float(), torch.tensor(list(following))).item() / math.log(2)
+
+
+def _continuation(model: PreTrainedModel, ids: Tensor, options: dict[str, float], title: str) -> Text:
+    torch._dynamo.reset()
+    # Not torch.compile(model): the generate of what it returns runs the model that is not compiled.
+    model.compile(backend="simba", options=options)
+    generate: Any = model.generate
+    out = generate(ids, max_new_tokens=CONTINUED, do_sample=False)
+    return _written(f"{title} writes on", bytes(ids[0].tolist()), bytes(out[0, ids.shape[1] :].tolist()))
+
+
+def _written(title: str, before: bytes, new: bytes) -> Text:
+    """The last line of what was read, dim, and what comes after it."""
+    line = before.rstrip(b"\n").rfind(b"\n") + 1
+    return Text.assemble(
+        (f"── {title} ", "bold cyan"), "\n", (_printable(before[line:]), "dim"), (_printable(new).rstrip("\n"), "bold")
+    )
+
+
+def _printable(text: bytes) -> str:
+    decoded = text.decode("utf-8", errors="replace")
+    return "".join(char if char.isprintable() or char == "\n" else "·" for char in decoded)
+
+
+def _layer_table(layers: dict[float, list[int]]) -> Table:
+    table = Table(title="Tokens left after each layer, first to last", title_justify="left")
+    table.add_column("keep")
+    table.add_column("tokens")
+    width = len(str(max(layers[1.0])))
+    for keep, counts in layers.items():
+        table.add_row(f"{keep}", " ".join(f"{count:>{width}}" for count in counts))
+    return table
+
+
+def _time_table(timings: dict[str, Timing], bits: dict[str, float] | None = None, heading: str = "") -> Table:
+    table = Table(title=f"Medians of {REPEATS} runs in turns; {HF} ran once", title_justify="left")
+    table.add_column("")
+    for column in ("time", "against dense", f"against {HF}", *([heading] if bits else [])):
+        table.add_column(column, justify="right")
+    dense, eager = timings[_name(1.0)].median, timings[HF].median
+    for name, timing in timings.items():
+        cells = [clock(timing.median), times(dense / timing.median), times(eager / timing.median)]
+        table.add_row(name, *cells, *([f"{bits[name]:.3f}"] if bits else []))
+    return table

@@ -1,0 +1,21 @@
+"""``simba explain``: print what the backend does to a model."""
+
+import typer
+from rich.console import Console
+
+import simba_compile
+from simba_compile.cli import models
+
+
+def run(name: str, keep: float, tokens: int, config_only: bool) -> None:
+    """See `simba_compile.cli.explain`."""
+    try:
+        options = simba_compile.Options(keep=keep)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--keep") from None
+    models.quiet()
+    model = models.load(name, config_only, dtype="auto")
+    ids = models.random_ids(model.config.get_text_config().vocab_size, tokens)
+    # The call that `generate` makes for a prompt, without its cache: only the last token's logits are asked for.
+    report = simba_compile.explain(model, ids, options={"keep": options.keep}, logits_to_keep=1, use_cache=False)
+    Console().print(str(report), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,46 @@
+"""Name the machine that measured something."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor's name, as its maker gives it where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> dict[str, str | int]:
+    """What a measurement depends on: processor, cores, threads, versions."""
+    import torch
+    import transformers
+
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def one_line() -> str:
+    """`describe`, to print."""
+    facts = describe()
+    return (
+        f"{facts['cpu']} ({facts['instructions']}), {facts['cores']} cores, {facts['threads']} threads, "
+        f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}"
+    )

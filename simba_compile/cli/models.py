@@ -1,0 +1,69 @@
+"""Models that the commands run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import typer
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+
+MAMBA_130M = {"hidden_size": 768, "state_size": 16, "vocab_size": 50280}
+TINY = {"hidden_size": 64, "state_size": 16, "vocab_size": 256}
+
+
+def quiet() -> None:
+    """Have transformers say nothing about its missing GPU kernels, and show no bars of its own beside ours."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def random_mamba(layers: int, sizes: dict[str, int]) -> MambaForCausalLM:
+    """A Mamba with random weights, the same ones each time."""
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(num_hidden_layers=layers, **sizes)).eval()
+
+
+def random_ids(vocabulary: int, tokens: int) -> torch.Tensor:
+    """A random prompt, (1, tokens), the same one each time."""
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def load_bytes(folder: Path) -> PreTrainedModel:
+    """A byte-level model from a folder, in float32.
+
+    Raises
+    ------
+    typer.BadParameter
+        Where there is none.
+    """
+    if not (folder / "config.json").is_file():
+        raise typer.BadParameter(
+            f"there is no model in {folder} (no config.json). The repository of simba_compile carries one in "
+            "models/python-bytes: run this from the repository's root, or name the folder.",
+            param_hint="--model",
+        )
+    model = load(str(folder), config_only=False, dtype=torch.float32)
+    if model.config.vocab_size != 256:
+        raise typer.BadParameter(
+            f"{folder} has a vocabulary of {model.config.vocab_size}; the demo reads bytes, and needs one of 256.",
+            param_hint="--model",
+        )
+    return model
+
+
+def load(name: str, config_only: bool, **options: Any) -> PreTrainedModel:
+    """A model from a folder or the Hub; with random weights if only its configuration is to be read.
+
+    Raises
+    ------
+    typer.BadParameter
+        Where it cannot be loaded, with the reason that transformers gives.
+    """
+    try:
+        if config_only:
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **options).eval()
+        return AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"{name} cannot be loaded: {reason}", param_hint="model") from None

@@ -1,0 +1,56 @@
+"""What the commands print: progress on stderr, results on stdout."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Steps:
+    """Progress over a known number of steps: a bar on a terminal, else a line for each step.
+
+    Parameters
+    ----------
+    total : int
+        How often `next` will be called.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> "Steps":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def next(self, what: str) -> None:
+        """Say what is done now; what was said before is finished."""
+        self.bar.update(self.task, completed=self.done, description=what)
+        self.done += 1
+        if not self.console.is_terminal:
+            self.console.print(f"[{self.done}/{self.total}] {what}", markup=False, highlight=False)
+
+
+def clock(seconds: float) -> str:
+    """A duration to read."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def times(factor: float) -> str:
+    """A speedup to read."""
+    return f"{factor:.1f}×" if factor < 100 else f"{factor:.0f}×"

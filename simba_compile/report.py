@@ -1,0 +1,175 @@
+"""`explain`: what the backend does to a model, mixer by mixer."""
+
+import dataclasses
+import io
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import Parameter
+
+from simba_compile.backend import simba
+from simba_compile.passes import Transformed
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerReport:
+    """One mixer in one call.
+
+    Attributes
+    ----------
+    path : str
+        Where the module sits in the model.
+    kind : str
+        "mamba1".
+    tokens_in, tokens_out : int
+        Tokens of a sequence that enter the mixer, and that are left after it.
+    flops_dense, flops_pruned : int
+        Its arithmetic for one sequence on all tokens, and with the options that were given (score included).
+    reason : str or None
+        Why it does not prune, where something keeps it from that.
+    """
+
+    path: str
+    kind: str
+    tokens_in: int
+    tokens_out: int
+    flops_dense: int
+    flops_pruned: int
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` returns. ``str(report)`` is a table, ``report.to_dict()`` the same as data.
+
+    Attributes
+    ----------
+    mixers : tuple of MixerReport
+        In the order in which they run.
+    graphs : int
+        How many graphs Dynamo made of the call: more than one means graph breaks.
+    """
+
+    mixers: tuple[MixerReport, ...]
+    graphs: int
+
+    @property
+    def flops_dense(self) -> int:
+        """Arithmetic of all mixers for one sequence on all tokens."""
+        return sum(mixer.flops_dense for mixer in self.mixers)
+
+    @property
+    def flops_pruned(self) -> int:
+        """Arithmetic of all mixers for one sequence with the options that were given."""
+        return sum(mixer.flops_pruned for mixer in self.mixers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        totals = {"flops_dense": self.flops_dense, "flops_pruned": self.flops_pruned, "graphs": self.graphs}
+        return {"mixers": [dataclasses.asdict(mixer) for mixer in self.mixers], **totals}
+
+    def __str__(self) -> str:
+        if not self.mixers:
+            return "No Mamba mixer was found: the model runs as it is.\n"
+        table = Table(box=SIMPLE_HEAD)
+        for name in ("mixer", "kind"):
+            table.add_column(name)
+        for name in ("tokens in", "tokens out", "GFLOP dense", "GFLOP pruned"):
+            table.add_column(name, justify="right")
+        table.add_column("left dense because")
+        for mixer in self.mixers:
+            flops = (f"{mixer.flops_dense / 1e9:.2f}", f"{mixer.flops_pruned / 1e9:.2f}")
+            tokens = (str(mixer.tokens_in), str(mixer.tokens_out))
+            table.add_row(mixer.path, mixer.kind, *tokens, *flops, mixer.reason or "")
+        first, last = self.mixers[0], self.mixers[-1]
+        ends = (str(first.tokens_in), str(last.tokens_out))
+        totals = (f"{self.flops_dense / 1e9:.2f}", f"{self.flops_pruned / 1e9:.2f}")
+        table.add_section()
+        table.add_row(f"{len(self.mixers)} mixers", "", *ends, *totals, f"{self.graphs} graph(s)")
+        text = io.StringIO()
+        Console(file=text, width=140).print(table)
+        return text.getvalue()
+
+
+def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Show what ``torch.compile(model, backend="simba", options=options)`` does to one call of the model.
+
+    The call is made, once, through the backend.
+
+    Parameters
+    ----------
+    model : callable
+        A module, or a function of one.
+    *args, **kwargs
+        What to call it with: the tokens in and out are those of this call.
+    options : mapping, optional
+        See `simba_compile.Options`.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ValueError
+        For options that are not valid.
+
+    Examples
+    --------
+    >>> report = simba_compile.explain(model, input_ids, options={"keep": 0.1})
+    >>> print(report)
+    """
+    rows: list[MixerReport] = []
+    graphs = 0
+
+    def observing(gm: GraphModule, example_inputs: list[Any], **given: Any) -> Callable:
+        nonlocal graphs
+        graphs += 1
+        found: list[Transformed] = []
+        run = simba(gm, example_inputs, observe=found.append, **given)
+
+        def observed(*inputs: Any) -> Any:
+            rows.extend(_describe(found[0], inputs))
+            return run(*inputs)
+
+        return observed
+
+    observing.__wrapped__ = simba  # type: ignore[attr-defined]  # how capture knows the backend
+
+    def call() -> Any:
+        return model(*args, **kwargs)
+
+    # A code object of its own: Dynamo keeps a limited number of compilations for each.
+    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    torch.compile(fresh, backend=observing, options=dict(options or {}))()
+    torch._dynamo.reset_code(fresh.__code__)
+    return Report(tuple(rows), graphs)
+
+
+def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
+    """The rows of one graph, for the inputs of one call."""
+    if not result.mixers:
+        return []
+    # Model inputs are (batch, token, ...); what else a graph takes is parameters.
+    sizes = [x.shape[1] for x in inputs if isinstance(x, Tensor) and not isinstance(x, Parameter) and x.dim() >= 2]
+    tokens = int(sizes[0])
+    counts = [tokens] * len(result.mixers) if result.plan is None else result.plan.counts(tokens)
+    rows, before = [], tokens
+    for i, mixer in enumerate(result.mixers):
+        reason = mixer.reason
+        if reason is None and result.plan is not None and counts[-1] == tokens:
+            reason = f"{tokens} tokens are no more than min_tokens" if result.plan.pruning else None
+        scored = result.plan is not None and i in result.plan.pruning and counts[-1] < tokens
+        scanned = counts[i] if result.options.placement == "scan" else before
+        flops = before * (mixer.entering_flops + scored * mixer.scoring_flops) + scanned * mixer.scanned_flops
+        dense = tokens * (mixer.entering_flops + mixer.scanned_flops)
+        rows.append(MixerReport(mixer.path, "mamba1", before, counts[i], dense, flops, reason))
+        before = counts[i]
+    return rows

@@ -1,6 +1,6 @@
 """The entry point: ``torch.compile(model, backend="simba", options={...})`` calls `simba` with each graph.
 
-    Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
+Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
 """
 
 import logging

@@ -81,7 +81,7 @@ def _make_length_dynamic() -> bool:
             continue
         _undo.append(functools.partial(_put_back, state, name, copy.copy(known)))
         size = tuple(pgo.auto_dynamic if vary else int(have) for vary, have in zip(varies, value.shape, strict=True))
-        pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))
+        pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))  # type: ignore[arg-type]
         changed = True
     if length > 1 and shapes.use_duck_shape and any(value.shape[0] == length for value in inputs.values()):
         # A batch as large as the length: Dynamo would take the two for one symbol.

@@ -113,7 +113,9 @@ def test_influence_is_the_logarithm_of_pooled_contributions(
     include: bool, with_native: bool, pool: str, scan: dict[str, Any]
 ) -> None:
     each = parts(scan, include)
-    pooled = {"max": each.amax(-1).clamp(min=0), "absmax": each.abs().amax(-1), "l2": each.norm(dim=-1)}[pool]
+    largest = each.abs().amax(-1)
+    norm = largest * (each / largest.clamp(min=1e-300)[..., None]).norm(dim=-1)  # squares would underflow
+    pooled = {"max": each.amax(-1).clamp(min=0), "absmax": largest, "l2": norm}[pool]
     bare = {name: value.abs() if name in ("x", "B", "C") else value for name, value in scan.items()}
     scale = parts(bare, include).amax(-1)
     with pytest.MonkeyPatch.context() as patch:

@@ -4,12 +4,15 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells stderr that it starts
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +65,7 @@ class Settings:
         return cls(layers=2, tokens=128, repeats=2, threads=threads, inductor=inductor, tiny=True)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """The model's widths."""
         return models.TINY if self.tiny else models.MAMBA_130M
 
@@ -131,7 +134,8 @@ def compile_model(name: str, model: PreTrainedModel) -> Callable[..., Any]:
         # takes.
         torch._inductor.config.force_disable_caches = True
         return torch.compile(model, backend="inductor", dynamic=False)
-    return torch.compile(model, backend="simba", options={"keep": KEEP if name == PRUNED else 1.0})
+    options: dict[str, Any] = {"keep": KEEP if name == PRUNED else 1.0}
+    return torch.compile(model, backend="simba", options=options)
 
 
 def _prefill(
@@ -193,9 +197,7 @@ def _scoring(call: Callable[[], object], repeats: int) -> dict[str, float]:
     return {name: Timing(tuple(values)).median for name, values in shares.items()}
 
 
-def _decode(
-    steps: Steps, model: PreTrainedModel, ids: Tensor, settings: Settings, failed: dict[str, str]
-) -> dict[str, Any]:
+def _decode(steps: Steps, model: PreTrainedModel, ids: Tensor, settings: Settings, failed: dict[str, str]) -> dict[str, Any]:
     """Time one-token steps. Every contender goes on from a cache that eager mode filled."""
     torch._dynamo.reset()
     calls: dict[str, Callable[[], object]] = {}
@@ -223,9 +225,7 @@ def _repeat(step: Callable[[], object]) -> None:
         step()
 
 
-def _first_call(
-    name: str, calls: dict[str, Callable[[], object]], first: dict[str, float], failed: dict[str, str]
-) -> None:
+def _first_call(name: str, calls: dict[str, Callable[[], object]], first: dict[str, float], failed: dict[str, str]) -> None:
     """Compile a contender; the others go on without Inductor where it cannot (no C++ compiler, say)."""
     try:
         first[name] = seconds(calls[name])

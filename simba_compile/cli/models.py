@@ -8,8 +8,8 @@ import transformers
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-MAMBA_130M = {"hidden_size": 768, "state_size": 16, "vocab_size": 50280}
-TINY = {"hidden_size": 64, "state_size": 16, "vocab_size": 256}
+MAMBA_130M: dict[str, Any] = {"hidden_size": 768, "state_size": 16, "vocab_size": 50280}
+TINY: dict[str, Any] = {"hidden_size": 64, "state_size": 16, "vocab_size": 256}
 
 
 def quiet() -> None:
@@ -18,7 +18,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def random_mamba(layers: int, sizes: dict[str, int]) -> MambaForCausalLM:
+def random_mamba(layers: int, sizes: dict[str, Any]) -> MambaForCausalLM:
     """A Mamba with random weights, the same ones each time."""
     torch.manual_seed(0)
     return MambaForCausalLM(MambaConfig(num_hidden_layers=layers, **sizes)).eval()

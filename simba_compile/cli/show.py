@@ -1,6 +1,8 @@
 """What the commands print: progress on stderr, results on stdout."""
 
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -49,6 +51,12 @@ class Steps:
 def clock(seconds: float) -> str:
     """A duration to read."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def spread(timing: Mapping[str, Any]) -> str:
+    """The fastest and the slowest run, in one unit."""
+    low, high = timing["min"], timing["max"]
+    return f"{low:.2f} to {high:.2f} s" if high >= 1 else f"{low * 1e3:.1f} to {high * 1e3:.1f} ms"
 
 
 def times(factor: float) -> str:

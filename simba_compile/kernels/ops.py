@@ -349,7 +349,9 @@ def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], kept, x.shape[2])), state
 
 
-@operator(f"(Tensor grad, Tensor? grad_state, {SCAN_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+@operator(
+    f"(Tensor grad, Tensor? grad_state, {SCAN_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 def selective_scan_backward(
     grad: Tensor,
     grad_state: Tensor | None,
@@ -372,9 +374,11 @@ def selective_scan_backward(
         return native.selective_scan_backward(grad, grad_state, *inputs, softplus)
     with torch.enable_grad():
         leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        out, state = reference.selective_scan(*leaves, softplus)  # type: ignore[arg-type]
+        out, state = reference.selective_scan(*leaves, softplus)  # type: ignore[call-arg, arg-type]
         grads = torch.autograd.grad(
-            (out, state), [v for v in leaves if v is not None], (grad, torch.zeros_like(state) if grad_state is None else grad_state)
+            (out, state),
+            [v for v in leaves if v is not None],
+            (grad, torch.zeros_like(state) if grad_state is None else grad_state),
         )
     rest = iter(grads)
     return tuple(x.new_empty(0) if value is None else next(rest) for value in inputs)
@@ -401,13 +405,11 @@ def _scan_backward(ctx: Any, grad: Tensor, grad_state: Tensor | None) -> tuple:
     if grad is None:
         kept = x.shape[1] if index is None else index.shape[1]
         grad = x.new_zeros((x.shape[0], kept, x.shape[2]))
-    along = (x, dt, B, C, z)
+    along = [x, dt, B, C, z]
     if index is not None:
-        along = tuple(None if value is None else torch.ops.simba.gather(value, index, 1) for value in along)
+        along = [None if value is None else torch.ops.simba.gather(value, index, 1) for value in along]
     u, step, b, c, gate = along
-    grads = list(
-        torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, gate, dt_bias, ctx.softplus)
-    )
+    grads = list(torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, gate, dt_bias, ctx.softplus))
     if index is not None:
         for i in (0, 1, 3, 4, 6):
             if inputs[i] is not None:

@@ -218,4 +218,3 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     u = x.to(kind)
     y = u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight.to(kind)).to(x.dtype)
-

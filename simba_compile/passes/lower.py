@@ -10,7 +10,12 @@ from simba_compile.passes.match import ADDS, NAMES, SCAN
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, value_of
 
 OPS = torch.ops.simba
-MUL, POW, RSQRT, MEAN = {operator.mul, torch.mul, "mul"}, {"pow", torch.pow, operator.pow}, {torch.rsqrt, "rsqrt"}, {"mean", torch.mean}
+MUL, POW, RSQRT, MEAN = (
+    {operator.mul, torch.mul, "mul"},
+    {"pow", torch.pow, operator.pow},
+    {torch.rsqrt, "rsqrt"},
+    {"mean", torch.mean},
+)
 GATHERED = ("x", "dt", "B", "C", "z")  # the scan's inputs that have tokens
 
 

@@ -1,10 +1,10 @@
 """Find the mixers: from every scan, back to the projections and the convolution before it, forward to the residual add.
 
-    hidden ─ in_proj ─┬─ conv ─┬─────────── x ─┐
-                      │        ├ x_proj ─ B, C ─┤
-                      │        └ … ─ dt_proj ─ dt ─ selective_scan ─ out_proj ─ + ─ hidden'
-                      └──────────────────── z ─┘                                │
-    residual ───────────────────────────────────────────────────────────────────┘
+hidden ─ in_proj ─┬─ conv ─┬─────────── x ─┐
+                  │        ├ x_proj ─ B, C ─┤
+                  │        └ … ─ dt_proj ─ dt ─ selective_scan ─ out_proj ─ + ─ hidden'
+                  └──────────────────── z ─┘                                │
+residual ───────────────────────────────────────────────────────────────────┘
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Where a value of the graph has its tokens: the axis whose symbolic size is the sequence length.
 
-Also the list of what may run on fewer tokens than it was traced with. An operation may if it treats tokens alike and
-apart. Symbolic sizes show most that do not (the axis is gone, or its size is another); what they cannot show is decided by
-a short list of operations. What is not known to be safe is not.
+Also what may run on fewer tokens than it was traced with. An operation may if it treats tokens alike and apart. Symbolic
+sizes show most that do not (the axis is gone, or its size is another); what they cannot show is decided by short lists of
+operations. What is not known to be safe is not.
 """
 
 import operator
@@ -18,9 +18,9 @@ NO_TOKENS = -1  # the value has no token axis
 UNCLEAR = -2  # it depends on the length in another way: flattened, shifted, or along two axes
 
 
-def value_of(node: Node) -> Any:
-    """What Dynamo saw there: a fake tensor, a SymInt, a tuple of them."""
-    return node.meta.get("example_value", node.meta.get("val"))
+def value_of(node: Any) -> Any:
+    """What Dynamo saw at a node: a fake tensor, a SymInt, a tuple of them. None for what is no node."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
 def expression(size: Any) -> sympy.Expr:
@@ -61,7 +61,7 @@ class Length:
             return NO_TOKENS
         return depends[0] if len(depends) == 1 and sizes[depends[0]] == self.symbol else UNCLEAR
 
-    def of(self, node: Node) -> int:
+    def of(self, node: Any) -> int:
         """The token axis of a node's value."""
         return self.axis(value_of(node))
 
@@ -92,27 +92,43 @@ class Length:
 
 _F = torch.nn.functional
 
-POINTWISE = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_, operator.or_),
-    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert),
+POINTWISE: set[Any] = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_),
+    *(operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.pow, torch.exp, torch.log, torch.sqrt, torch.rsqrt),
     *(torch.sigmoid, torch.tanh, torch.relu, torch.clamp, torch.where, torch.abs, torch.square, torch.maximum),
-    *(torch.minimum, _F.silu, _F.gelu, _F.relu, _F.softplus, _F.sigmoid, _F.tanh, torch._C._nn.gelu, torch._C._nn.silu),
+    *(torch.minimum, _F.silu, _F.gelu, _F.relu, _F.softplus, _F.sigmoid, _F.tanh, torch._C._nn.gelu),
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "clamp"),
     *("abs", "square", "masked_fill", "to", "type_as", "float", "half", "bfloat16", "double", "bool", "contiguous"),
     *("clone", "detach", "eq", "ne", "lt", "le", "gt", "ge"),
 }
-ALONG_LAST = {  # reduce or normalise over axes that they name; the token axis is checked not to be one
-    *(torch.mean, torch.sum, torch.softmax, _F.softmax, "mean", "sum", "softmax", "amax", "amin", torch.amax, torch.amin),
+ALONG_AXES: set[Any] = {  # take ``dim``, which must be given and must not be the tokens'
+    *(
+        torch.mean,
+        torch.sum,
+        torch.softmax,
+        _F.softmax,
+        torch.amax,
+        torch.amin,
+        "mean",
+        "sum",
+        "softmax",
+        "amax",
+        "amin",
+    ),
 }
-VIEWS = {"transpose", "permute", "squeeze", "unsqueeze", "view", "reshape", "flatten", "unflatten", "expand", "chunk"}
-VIEWS |= {"split", torch.functional.split, torch.split, torch.chunk, torch.transpose, torch.unsqueeze, torch.squeeze}
-VIEWS |= {torch.permute, torch.reshape, torch.flatten}
-RESHAPES = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
-PRODUCTS = {operator.matmul, torch.matmul, "matmul", "__matmul__", "__rmatmul__"}
-LINEAR = {_F.linear, torch._C._nn.linear}
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ipow}
-CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+NORMS: set[Any] = {_F.layer_norm, _F.rms_norm}  # over the last axes, as many as ``normalized_shape`` has
+RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
+VIEWS: set[Any] = {
+    *("transpose", "permute", "squeeze", "unsqueeze", "expand", "chunk", "split", torch.transpose, torch.permute),
+    *(torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.functional.split),
+}
+PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
+LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
+CASTS: set[Any] = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+IN_PLACE: set[Any] = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ipow),
+}
 
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
@@ -124,7 +140,7 @@ def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
 
 def is_one_result(node: Node) -> bool:
     """Whether the node takes one of several results of another."""
-    return node.target is operator.getitem and isinstance(value_of(node.args[0]), list | tuple)  # type: ignore[arg-type]
+    return node.target is operator.getitem and isinstance(value_of(node.args[0]), list | tuple)
 
 
 def is_tokenwise(node: Node, length: Length) -> bool:
@@ -147,8 +163,13 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         return _rows_before(value_of(source), length.of(source)) == _rows_before(value, axis)
     if node.target in VIEWS:
         return True
-    if node.target in ALONG_LAST:
-        return length.of(sources[0]) == axis and axis != _rank(value_of(sources[0])) - 1
+    if node.target in ALONG_AXES:
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        dims = dims if isinstance(dims, list | tuple) else [dims]
+        known = all(isinstance(dim, int) and dim % rank != axis for dim in dims)
+        return len(sources) == 1 and known and _rank(value_of(sources[0])) == rank and length.of(sources[0]) == axis
+    if node.target in NORMS:
+        return sources == [node.args[0]] and axis < rank - len(node.args[1])  # type: ignore[arg-type]
     if node.target in LINEAR:
         return sources == [node.args[0]] and axis != rank - 1
     if node.target in PRODUCTS:

@@ -46,27 +46,26 @@ int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
     vec *scratch = simba_alloc(CONV_BLOCKS * (2 * width + 1) * sizeof(vec));
     if (!scratch) { failed = 1; continue; }
     memset(scratch, 0, CONV_BLOCKS * (2 * width + 1) * sizeof(vec));
-    for (int64_t at = 0; at < f->batch * f->tokens; at++) {
-      int64_t b = at / f->tokens, t = f->tokens - 1 - at % f->tokens;
+    for (int64_t b = 0, t = f->tokens - 1; b < f->batch; t > 0 ? t-- : (b++, t = f->tokens - 1))
       for (int64_t d = first; d < last; d += LANES) {
         int count = (int)(last - d < LANES ? last - d : LANES);
         vec *grads = scratch + (d - first) / LANES * (2 * width + 1), *dweight = grads + width, *dbias = dweight + width;
+        if (t == f->tokens - 1) memset(grads, 0, width * sizeof(vec));
         vec g = load_at(f->out, b, t, d, count), dx = splat(0);
         if (f->silu) {
           vec y = NAME(conv_at)(f, b, t, d, count), s = sigmoidv(y);
           g *= s + y * s * (1 - s);
         }
         *dbias += g;
-        grads[t % width] = g;
+        for (int64_t k = width - 1; k > 0; k--) grads[k] = grads[k - 1]; /* grads[j] is that of out_{t + j} */
+        grads[0] = g;
         for (int64_t k = 0; k < width; k++) {
-          int64_t read = t - width + 1 + k, reader = t + width - 1 - k; /* out_t reads x_read, out_reader reads x_t */
-          if (read >= 0) dweight[k] += g * load_at(f->x, b, read, d, count);
-          if (reader < f->tokens)
-            dx += grads[reader % width] * load_real_some((REAL *)f->weight + k * f->channels + d, count);
+          int64_t row = t - width + 1 + k; /* what out_t reads with weight k; x_t is read so by out_{t + width - 1 - k} */
+          if (row >= 0) dweight[k] += g * load_at(f->x, b, row, d, count);
+          dx += grads[width - 1 - k] * load_real_some((REAL *)f->weight + k * f->channels + d, count);
         }
         store((elem *)a->dx.data + b * a->dx.batch + t * a->dx.token + d, dx, count);
       }
-    }
     for (int64_t d = first; d < last; d += LANES) {
       int count = (int)(last - d < LANES ? last - d : LANES);
       vec *dweight = scratch + (d - first) / LANES * (2 * width + 1) + width;

@@ -7,59 +7,59 @@
  * slices by the caller. Every token is kept (index is null): gathering is the caller's. */
 
 INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk, const vec *A, const vec *start,
-                                vec *lambda, vec *dA, vec *dB, vec *dC, vec *h, vec *decay, vec *dD, vec *dbias,
-                                int64_t b, int64_t first, int64_t d, int count) {
+                                vec *lambda, vec *dA, vec *dB, vec *dC, vec *dD, vec *dbias, int64_t b, int64_t first,
+                                int64_t d, int count) {
   const ScanArgs *f = &a->forward;
-  const int N = (int)f->states;
+  const int N = (int)f->states, T = chunk->count;
   vec skip = f->D ? load_real_some((REAL *)f->D + d, count) : splat(0);
-  vec x[CHUNK], raw[CHUNK], delta[CHUNK], grad[CHUNK], from_A[CHUNK], from_B[CHUNK];
-  for (int i = 0; i < chunk->count; i++) {
-    x[i] = load_at(f->x, b, first + i, d, count);
-    raw[i] = step_size(f->dt, f->dt_bias, 0, b, first + i, d, count);
-    delta[i] = f->softplus ? softplusv(raw[i]) : raw[i];
-    grad[i] = load_at(f->out, b, first + i, d, count);
-  }
-  for (int i = 0; i < chunk->count; i++) { /* forward again: h and decay, (CHUNK, N) */
-    const vec *before = i ? h + (i - 1) * N : start;
-    vec input = delta[i] * x[i];
-    for (int n = 0; n < N; n++) {
-      decay[i * N + n] = exp2v(delta[i] * A[n]);
-      h[i * N + n] = decay[i * N + n] * before[n] + input * chunk->B[i * N + n];
+  vec x[CHUNK], raw[CHUNK], delta[CHUNK], input[CHUNK], grad[CHUNK], y[CHUNK], from_A[CHUNK], from_B[CHUNK];
+  for (int t = 0; t < T; t++) {
+    x[t] = load_at(f->x, b, first + t, d, count);
+    raw[t] = step_size(f->dt, f->dt_bias, 0, b, first + t, d, count);
+    delta[t] = f->softplus ? softplusv(raw[t]) : raw[t];
+    input[t] = delta[t] * x[t];
+    y[t] = skip * x[t];
+    from_A[t] = from_B[t] = splat(0);
+    grad[t] = load_at(f->out, b, first + t, d, count);
+    if (f->z.data) {
+      vec z = load_at(f->z, b, first + t, d, count);
+      grad[t] *= z * sigmoidv(z);
     }
   }
-  for (int i = 0; i < chunk->count && f->z.data; i++) {
-    vec z = load_at(f->z, b, first + i, d, count), gate = sigmoidv(z), y = skip * x[i];
-    for (int n = 0; n < N; n++) y += h[i * N + n] * chunk->C[i * N + n];
-    vec dz = grad[i] * y * (gate + z * gate * (1 - gate));
-    store((elem *)a->dz.data + b * a->dz.batch + (first + i) * a->dz.token + d, dz, count);
-    grad[i] *= z * gate;
-  }
-  for (int i = chunk->count - 1; i >= 0; i--) {
-    const vec *before = i ? h + (i - 1) * N : start;
-    const REAL *B = chunk->B + i * N, *C = chunk->C + i * N;
-    vec input = delta[i] * x[i], step = delta[i], g = grad[i], sum_A = splat(0), sum_B = splat(0);
-    for (int n = 0; n < N; n++) {
-      vec l = lambda[n] + g * C[n];
-      dC[i * N + n] += g * h[i * N + n];
-      dB[i * N + n] += l * input;
-      sum_B += l * B[n];
-      l *= decay[i * N + n]; /* now exp(Δ_t A) λ_t, what the token before receives */
-      lambda[n] = l;
-      vec through = l * before[n];
-      sum_A += through * A[n];
-      dA[n] += through * step;
+  for (int n = 0; n < N; n++) { /* one state through the chunk and back: what it needs stays in the first-level cache */
+    vec h[CHUNK + 1], decay[CHUNK], l = lambda[n], sum = dA[n];
+    h[0] = start[n]; /* h[t + 1] is that after token t */
+    for (int t = 0; t < T; t++) {
+      decay[t] = exp2v(delta[t] * A[n]);
+      h[t + 1] = decay[t] * h[t] + input[t] * chunk->B[t * N + n];
+      y[t] += h[t + 1] * chunk->C[t * N + n];
     }
-    from_A[i] = sum_A;
-    from_B[i] = sum_B;
+    for (int t = T - 1; t >= 0; t--) {
+      l += grad[t] * chunk->C[t * N + n];
+      dC[n * CHUNK + t] += grad[t] * h[t + 1];
+      dB[n * CHUNK + t] += l * input[t];
+      from_B[t] += l * chunk->B[t * N + n];
+      l *= decay[t]; /* now exp(Δ_t A) λ_t, what the token before receives */
+      vec through = l * h[t];
+      from_A[t] += through * A[n];
+      sum += through * delta[t];
+    }
+    lambda[n] = l;
+    dA[n] = sum;
   }
-  for (int i = 0; i < chunk->count; i++) {
-    vec ddelta = x[i] * from_B[i] + from_A[i] * (REAL)(1 / LOG2E);
-    if (f->softplus) ddelta *= sigmoidv(raw[i]);
+  for (int t = 0; t < T; t++) {
+    vec ddelta = x[t] * from_B[t] + from_A[t] * (REAL)(1 / LOG2E);
+    if (f->softplus) ddelta *= sigmoidv(raw[t]);
     *dbias += ddelta;
-    *dD += grad[i] * x[i];
-    vec dx = delta[i] * from_B[i] + grad[i] * skip;
-    store((elem *)a->dx.data + b * a->dx.batch + (first + i) * a->dx.token + d, dx, count);
-    store((elem *)a->ddt.data + b * a->ddt.batch + (first + i) * a->ddt.token + d, ddelta, count);
+    *dD += grad[t] * x[t];
+    vec dx = delta[t] * from_B[t] + grad[t] * skip;
+    store((elem *)a->dx.data + b * a->dx.batch + (first + t) * a->dx.token + d, dx, count);
+    store((elem *)a->ddt.data + b * a->ddt.batch + (first + t) * a->ddt.token + d, ddelta, count);
+    if (f->z.data) {
+      vec z = load_at(f->z, b, first + t, d, count), gate = sigmoidv(z);
+      vec dz = load_at(f->out, b, first + t, d, count) * y[t] * (gate + z * gate * (1 - gate));
+      store((elem *)a->dz.data + b * a->dz.batch + (first + t) * a->dz.token + d, dz, count);
+    }
   }
 }
 #define adjoint_lanes NAME(adjoint_lanes)
@@ -77,11 +77,11 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
   for (int64_t task = 0; task < f->batch * slices; task++) {
     int64_t b = task / slices, slice = task % slices, first = slice * f->slice;
     int64_t size = f->channels - first < f->slice ? f->channels - first : f->slice;
-    int64_t vectors = 3 * blocks * N + 4 * CHUNK * N + 2 * blocks;
+    int64_t vectors = 3 * blocks * N + 2 * CHUNK * N + 2 * blocks;
     vec *A = simba_alloc(vectors * sizeof(vec) + 2 * CHUNK * N * sizeof(REAL));
     if (!A) { failed = 1; continue; }
     vec *lambda = A + blocks * N, *dA = lambda + blocks * N, *dB = dA + blocks * N, *dC = dB + CHUNK * N;
-    vec *h = dC + CHUNK * N, *decay = h + CHUNK * N, *dD = decay + CHUNK * N, *dbias = dD + blocks;
+    vec *dD = dC + CHUNK * N, *dbias = dD + blocks;
     chunk_t chunk = {.B = (REAL *)(dbias + blocks)};
     chunk.C = chunk.B + CHUNK * N;
     memset(lambda, 0, (char *)chunk.B - (char *)lambda);
@@ -98,14 +98,14 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
       for (int64_t d = 0; d < size; d += LANES) {
         int64_t k = d / LANES;
         const vec *start = (vec *)f->checkpoints + ((b * chunks + c) * slices + slice) * blocks * N + k * N;
-        adjoint_lanes(a, &chunk, A + k * N, start, lambda + k * N, dA + k * N, dB, dC, h, decay, dD + k, dbias + k, b,
-                      c * CHUNK, first + d, (int)(size - d < LANES ? size - d : LANES));
+        adjoint_lanes(a, &chunk, A + k * N, start, lambda + k * N, dA + k * N, dB, dC, dD + k, dbias + k, b, c * CHUNK,
+                      first + d, (int)(size - d < LANES ? size - d : LANES));
       }
       for (int i = 0; i < chunk.count; i++)
         for (int64_t n = 0; n < N; n++) {
           int64_t at = ((b * slices + slice) * f->tokens + c * CHUNK + i) * N + n;
-          ((REAL *)a->dB)[at] = sum_lanes(dB[i * N + n]);
-          ((REAL *)a->dC)[at] = sum_lanes(dC[i * N + n]);
+          ((REAL *)a->dB)[at] = sum_lanes(dB[n * CHUNK + i]);
+          ((REAL *)a->dC)[at] = sum_lanes(dC[n * CHUNK + i]);
         }
     }
     for (int64_t d = 0; d < size; d++) {

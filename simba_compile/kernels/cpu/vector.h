@@ -65,9 +65,11 @@ INLINE void NAME(store_some)(REAL *p, vec v, int count) {
 #define store_real_some NAME(store_some)
 
 INLINE REAL NAME(sum)(vec v) {
-  REAL total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
+  REAL lanes[VECTOR_BYTES / sizeof(REAL)];
+  store_real(lanes, v);
+  for (int half = LANES / 2; half; half /= 2) /* pairwise: independent additions */
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 #define sum_lanes NAME(sum)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,6 +115,6 @@ def _shares(schedule: Any) -> tuple[float, ...]:
     given = f"option schedule is {schedule!r}; "
     if not isinstance(schedule, Sequence) or not schedule or not all(_is_share(share) for share in schedule):
         raise ValueError(given + "it must be 'linear', 'uniform' or a list of numbers above 0 and at most 1.")
-    if any(later > earlier for earlier, later in zip(schedule, schedule[1:], strict=False)):
+    if any(later > earlier for earlier, later in itertools.pairwise(schedule)):
         raise ValueError(given + "no share may be larger than the one before it, for a token that left cannot come back.")
     return tuple(float(share) for share in schedule)

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells stderr that it starts
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +78,9 @@ def run(settings: Settings, out: Path, command: str) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     models.quiet()
-    results = measure(settings)
+    with tempfile.TemporaryDirectory() as empty:  # what Inductor kept of an earlier run would hide its compile time
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        results = measure(settings)
     results["command"] = command
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -130,9 +131,7 @@ def compile_model(name: str, model: PreTrainedModel) -> Callable[..., Any]:
     if name == EAGER:
         return model
     if name == INDUCTOR:
-        # Static: code of its own for each length is Inductor's best case. Its caches on disk would hide what compiling
-        # takes.
-        torch._inductor.config.force_disable_caches = True
+        # Static: code of its own for each length is Inductor's best case.
         return torch.compile(model, backend="inductor", dynamic=False)
     options: dict[str, Any] = {"keep": KEEP if name == PRUNED else 1.0}
     return torch.compile(model, backend="simba", options=options)
@@ -187,6 +186,7 @@ def bare_products(model: PreTrainedModel, mixers: list[dict[str, Any]]) -> Calla
 def _scoring(call: Callable[[], object], repeats: int) -> dict[str, float]:
     """The share of a run that each operator of the score takes, and of all of them; medians."""
     shares: dict[str, list[float]] = {name: [] for name in (*SCORING, "share")}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself each time
     for _ in range(repeats):
         with profile(activities=[ProfilerActivity.CPU]) as taken, record_function("simba bench"):
             call()

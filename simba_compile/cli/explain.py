@@ -1,5 +1,6 @@
 """``simba explain``: print what the backend does to a model."""
 
+import torch
 import typer
 from rich.console import Console
 
@@ -14,8 +15,9 @@ def run(name: str, keep: float, tokens: int, config_only: bool) -> None:
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--keep") from None
     models.quiet()
-    model = models.load(name, config_only, dtype="auto")
+    model = models.load(name, config_only)
     ids = models.random_ids(model.config.get_text_config().vocab_size, tokens)
     # The call that `generate` makes for a prompt, without its cache: only the last token's logits are asked for.
-    report = simba_compile.explain(model, ids, options={"keep": options.keep}, logits_to_keep=1, use_cache=False)
+    with torch.no_grad():
+        report = simba_compile.explain(model, ids, options={"keep": options.keep}, logits_to_keep=1, use_cache=False)
     Console().print(str(report), markup=False, highlight=False, soft_wrap=True)

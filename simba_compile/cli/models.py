@@ -52,8 +52,8 @@ def load_bytes(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load(name: str, config_only: bool, **options: Any) -> PreTrainedModel:
-    """A model from a folder or the Hub; with random weights if only its configuration is to be read.
+def load(name: str, config_only: bool, dtype: Any = "auto") -> PreTrainedModel:
+    """A model from a folder or the Hub; with random weights, in its own type, if only its configuration is to be read.
 
     Raises
     ------
@@ -62,8 +62,8 @@ def load(name: str, config_only: bool, **options: Any) -> PreTrainedModel:
     """
     try:
         if config_only:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **options).eval()
-        return AutoModelForCausalLM.from_pretrained(name, **options).eval()
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise typer.BadParameter(f"{name} cannot be loaded: {reason}", param_hint="model") from None

@@ -26,10 +26,11 @@ INLINE vec NAME(widen)(const elem *p) {
   return (vec)(w << 16);
 #else
   word_vec sign = (w & 0x8000) << 16, magnitude = (w & 0x7fff) << 13;
-  vec v = (vec)magnitude * 0x1p112f; /* moves the exponent's bias; subnormals come out right */
-  word_vec special = (word_vec)((w & 0x7c00) == 0x7c00); /* inf and NaN keep their exponent of ones */
-  v = (vec)((word_vec)v | (special & 0x7f800000));
-  return (vec)((word_vec)v | sign);
+  word_vec normal = magnitude + ((127 - 15) << 23); /* the exponent's bias */
+  word_vec special = (word_vec)((w & 0x7c00) == 0x7c00), small = (word_vec)((w & 0x7c00) == 0);
+  word_vec subnormal = (word_vec)(__builtin_convertvector(w & 0x3ff, vec) * 0x1p-24f);
+  normal |= special & 0x7f800000; /* inf and NaN keep their exponent of ones */
+  return (vec)(((small & subnormal) | (~small & normal)) | sign);
 #endif
 }
 
@@ -72,9 +73,3 @@ INLINE void NAME(store_elem)(elem *p, vec v, int count) {
 #if ELEM_KIND != ELEM_REAL
 INLINE REAL NAME(widen_one)(elem e) { return load(&e, 1)[0]; }
 #endif
-
-/* A row of states as compute numbers. */
-INLINE void NAME(widen_row)(REAL *out, const elem *row, int count) {
-  for (int i = 0; i < count; i += LANES) store_real_some(out + i, load(row + i, count - i), count - i);
-}
-#define widen_row NAME(widen_row)

@@ -61,15 +61,15 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
     for (int p = 0; p < PARTS; p++) decay->S.part[p] += step.part[p];
   }
   for (int t = 0; t < chunk->count; t++) {
-    const REAL *w = weight + t * N;
+    const REAL *w = weight + t;
     vec excess = select(S[t] < 0, range * S[t], splat(0)); /* only where dt may be negative: then the smallest A leads */
     vec even = splat(0), odd = splat(0);
     int j = 0;
     for (; j + 1 < alive; j += 2) {
-      even += exp2v(near[j] * S[t] - excess) * w[terms[j]];
-      odd += exp2v(near[j + 1] * S[t] - excess) * w[terms[j + 1]];
+      even += exp2v(near[j] * S[t] - excess) * w[terms[j] * CHUNK];
+      odd += exp2v(near[j + 1] * S[t] - excess) * w[terms[j + 1] * CHUNK];
     }
-    if (j < alive) even += exp2v(near[j] * S[t] - excess) * w[terms[j]];
+    if (j < alive) even += exp2v(near[j] * S[t] - excess) * w[terms[j] * CHUNK];
     total[t] = even + odd;
   }
   for (int t = 0; t < chunk->count; t++) {
@@ -109,6 +109,7 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
     vec *A = simba_alloc((blocks * N + blocks + N) * sizeof(vec) + CHUNK * sizeof(pool_t) + blocks * sizeof(decay_t) +
                          ((2 * CHUNK + 1) * N + blocks * N) * sizeof(REAL));
     if (!A) { failed = 1; continue; }
+    unsigned mode = simba_flush_subnormals();
     vec *range = A + blocks * N, *near = range + blocks;
     pool_t *pool = (pool_t *)(near + N);
     decay_t *decay = (decay_t *)(pool + CHUNK);
@@ -116,7 +117,8 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
     chunk.C = chunk.B + CHUNK * N;
     REAL *C_last = chunk.C + CHUNK * N, *reach = C_last + N; /* reach: of a block's exponents of a state, the largest */
     pack_A(A, a->A, first, size, N);
-    widen_row(C_last, (elem *)a->C.data + b * a->C.batch + (a->tokens - 1) * a->C.token, (int)N);
+    for (int64_t n = 0; n < N; n++)
+      C_last[n] = NAME(widen_one)(((elem *)a->C.data + b * a->C.batch + (a->tokens - 1) * a->C.token)[n]);
     for (int64_t k = 0; k < blocks; k++) {
       vec high = A[k * N], low = A[k * N];
       for (int64_t n = 1; n < N; n++) {
@@ -144,7 +146,7 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
       prefetch(a->x, b, NULL, (c - 1) * CHUNK, a->tokens, first, size);
       prefetch(a->dt, b, NULL, (c - 1) * CHUNK, a->tokens, first, size);
       open_chunk(&chunk, &rows, b, c * CHUNK);
-      for (int64_t i = 0; i < chunk.count * N; i++) chunk.B[i] *= C_last[i % N];
+      for (int64_t i = 0; i < N * CHUNK; i++) chunk.B[i] *= C_last[i / CHUNK];
       for (int i = 0; i < CHUNK; i++) {
         pool[i].best = to_wide(splat((REAL)-INFINITY));
         pool[i].sum = splat(0);
@@ -156,6 +158,7 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
         a->partial[(b * slices + slice) * a->tokens + c * CHUNK + i] = NAME(pool_out)(pool + i, a->pool == POOL_L2);
     }
     free(A);
+    simba_restore_mode(mode);
   }
   return failed;
 }

@@ -16,6 +16,31 @@
 #define ELEM_BFLOAT16 1
 #define ELEM_FLOAT16 2
 
+/* 2^(i/32) for eight i; constant expressions in GCC and Clang. */
+#define POWER_OF_2(i) (float)__builtin_exp2((i) / 32.0)
+#define POWERS_OF_2(i) POWER_OF_2(i), POWER_OF_2(i + 1), POWER_OF_2(i + 2), POWER_OF_2(i + 3), \
+                       POWER_OF_2(i + 4), POWER_OF_2(i + 5), POWER_OF_2(i + 6), POWER_OF_2(i + 7)
+
+/* Subnormals count as zero while a task runs: one of them costs a hundred cycles, and a state that fades away would stay
+ * subnormal to the end of the sequence. The mode is the thread's, which is torch's: it is put back. */
+#if defined(__x86_64__)
+INLINE unsigned simba_flush_subnormals(void) {
+  unsigned before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(before | 0x8040);
+  return before;
+}
+INLINE void simba_restore_mode(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
+#else
+INLINE unsigned simba_flush_subnormals(void) { return 0; }
+INLINE void simba_restore_mode(unsigned mode) { (void)mode; }
+#endif
+
+/* Scratch of one task, aligned for vectors. NULL where memory is out: the task then reports failure. */
+INLINE void *simba_alloc(int64_t bytes) {
+  void *p = NULL;
+  return posix_memalign(&p, 64, bytes > 0 ? (size_t)bytes : 64) ? NULL : p;
+}
+
 #define REAL float
 #define INTEGER int32_t
 #define REAL_IS_FLOAT

@@ -10,7 +10,7 @@
 typedef struct {
   int count;            /* tokens in this chunk */
   int64_t row[CHUNK];   /* where each of them stands among the tokens that entered */
-  REAL *B, *C;          /* (CHUNK, states) */
+  REAL *B, *C;          /* (states, CHUNK) */
 } NAME(chunk);
 #define chunk_t NAME(chunk)
 
@@ -19,8 +19,12 @@ INLINE void NAME(open_chunk)(chunk_t *chunk, const ScanArgs *a, int64_t b, int64
   for (int i = 0; i < chunk->count; i++) {
     int64_t row = a->index ? a->index[b * a->kept + first + i] : first + i;
     chunk->row[i] = row;
-    widen_row(chunk->B + i * a->states, (elem *)a->B.data + b * a->B.batch + row * a->B.token, (int)a->states);
-    widen_row(chunk->C + i * a->states, (elem *)a->C.data + b * a->C.batch + row * a->C.token, (int)a->states);
+    const elem *B = (elem *)a->B.data + b * a->B.batch + row * a->B.token;
+    const elem *C = (elem *)a->C.data + b * a->C.batch + row * a->C.token;
+    for (int64_t n = 0; n < a->states; n++) {
+      chunk->B[n * CHUNK + i] = NAME(widen_one)(B[n]);
+      chunk->C[n * CHUNK + i] = NAME(widen_one)(C[n]);
+    }
   }
 }
 #define open_chunk NAME(open_chunk)
@@ -59,48 +63,48 @@ INLINE void NAME(pack_A)(vec *packed, const REAL *A, int64_t first, int64_t size
 }
 #define pack_A NAME(pack_A)
 
-/* LANES channels through one chunk. What is independent from token to token stands in loops of its own, where many
- * tokens are in flight at once; only the recurrence itself runs in order. */
+/* LANES channels through one chunk, state by state, so that h and A stay in registers. What does not depend on the token
+ * before stands in loops of its own, where many tokens are in flight at once. */
 INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t b, int64_t first,
                              int64_t d, int count) {
-  const int N = (int)a->states;
+  const int N = (int)a->states, T = chunk->count;
   vec skip = a->D ? load_real_some((REAL *)a->D + d, count) : splat(0);
   vec delta[CHUNK], input[CHUNK], y[CHUNK];
-  for (int i = 0; i < chunk->count; i++) {
-    vec x = load_at(a->x, b, chunk->row[i], d, count);
-    delta[i] = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[i], d, count);
-    input[i] = delta[i] * x;
-    y[i] = skip * x;
+  for (int t = 0; t < T; t++) {
+    vec x = load_at(a->x, b, chunk->row[t], d, count);
+    delta[t] = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
+    input[t] = delta[t] * x;
+    y[t] = skip * x;
   }
-  for (int i = 0; i < chunk->count; i++) {
-    const REAL *B = chunk->B + i * N, *C = chunk->C + i * N;
-    vec total = y[i];
-    for (int n = 0; n < N; n++) {
-      vec h = exp2v(delta[i] * A[n]) * state[n] + input[i] * B[n];
-      state[n] = h;
-      total += h * C[n];
+  int n = 0;
+  for (; n + 1 < N; n += 2) { /* two at a time share what they load */
+    const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
+    vec h = state[n], k = state[n + 1], h_decay = A[n], k_decay = A[n + 1];
+    for (int t = 0; t < T; t++) {
+      h = exp2v(delta[t] * h_decay) * h + input[t] * B[t];
+      k = exp2v(delta[t] * k_decay) * k + input[t] * B[t + CHUNK];
+      y[t] += h * C[t] + k * C[t + CHUNK];
     }
-    y[i] = total;
+    state[n] = h;
+    state[n + 1] = k;
+  }
+  if (n < N) {
+    const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
+    for (int t = 0; t < T; t++) {
+      state[n] = exp2v(delta[t] * A[n]) * state[n] + input[t] * B[t];
+      y[t] += state[n] * C[t];
+    }
   }
   if (!a->out.data) return;
-  for (int i = 0; i < chunk->count; i++) {
+  for (int t = 0; t < T; t++) {
     if (a->z.data) {
-      vec z = load_at(a->z, b, chunk->row[i], d, count);
-      y[i] *= z * sigmoidv(z);
+      vec z = load_at(a->z, b, chunk->row[t], d, count);
+      y[t] *= z * sigmoidv(z);
     }
-    store((elem *)a->out.data + b * a->out.batch + (first + i) * a->out.token + d, y[i], count);
+    store((elem *)a->out.data + b * a->out.batch + (first + t) * a->out.token + d, y[t], count);
   }
 }
 #define scan_lanes NAME(scan_lanes)
-
-#ifndef SIMBA_ALLOC
-#define SIMBA_ALLOC
-/* Scratch of one task, aligned for vectors. NULL where memory is out: the task then reports failure. */
-INLINE void *simba_alloc(int64_t bytes) {
-  void *p = NULL;
-  return posix_memalign(&p, 64, bytes > 0 ? (size_t)bytes : 64) ? NULL : p;
-}
-#endif
 
 int NAME(selective_scan)(const ScanArgs *a, int threads) {
   int64_t slices = (a->channels + a->slice - 1) / a->slice, chunks = (a->kept + CHUNK - 1) / CHUNK, N = a->states;
@@ -112,6 +116,7 @@ int NAME(selective_scan)(const ScanArgs *a, int threads) {
     int64_t size = a->channels - first < a->slice ? a->channels - first : a->slice;
     vec *A = simba_alloc((2 * blocks * N) * sizeof(vec) + 2 * CHUNK * N * sizeof(REAL));
     if (!A) { failed = 1; continue; }
+    unsigned mode = simba_flush_subnormals();
     vec *state = A + blocks * N;
     chunk_t chunk = {.B = (REAL *)(state + blocks * N)};
     chunk.C = chunk.B + CHUNK * N;
@@ -138,6 +143,7 @@ int NAME(selective_scan)(const ScanArgs *a, int threads) {
         for (int64_t n = 0; n < N; n++)
           ((REAL *)a->state)[(b * a->channels + first + d) * N + n] = state[d / LANES * N + n][d % LANES];
     free(A);
+    simba_restore_mode(mode);
   }
   return failed;
 }

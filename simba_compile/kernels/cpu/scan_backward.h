@@ -31,14 +31,14 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
     h[0] = start[n]; /* h[t + 1] is that after token t */
     for (int t = 0; t < T; t++) {
       decay[t] = exp2v(delta[t] * A[n]);
-      h[t + 1] = decay[t] * h[t] + input[t] * chunk->B[t * N + n];
-      y[t] += h[t + 1] * chunk->C[t * N + n];
+      h[t + 1] = decay[t] * h[t] + input[t] * chunk->B[n * CHUNK + t];
+      y[t] += h[t + 1] * chunk->C[n * CHUNK + t];
     }
     for (int t = T - 1; t >= 0; t--) {
-      l += grad[t] * chunk->C[t * N + n];
+      l += grad[t] * chunk->C[n * CHUNK + t];
       dC[n * CHUNK + t] += grad[t] * h[t + 1];
       dB[n * CHUNK + t] += l * input[t];
-      from_B[t] += l * chunk->B[t * N + n];
+      from_B[t] += l * chunk->B[n * CHUNK + t];
       l *= decay[t]; /* now exp(Δ_t A) λ_t, what the token before receives */
       vec through = l * h[t];
       from_A[t] += through * A[n];
@@ -80,6 +80,7 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
     int64_t vectors = 3 * blocks * N + 2 * CHUNK * N + 2 * blocks;
     vec *A = simba_alloc(vectors * sizeof(vec) + 2 * CHUNK * N * sizeof(REAL));
     if (!A) { failed = 1; continue; }
+    unsigned mode = simba_flush_subnormals();
     vec *lambda = A + blocks * N, *dA = lambda + blocks * N, *dB = dA + blocks * N, *dC = dB + CHUNK * N;
     vec *dD = dC + CHUNK * N, *dbias = dD + blocks;
     chunk_t chunk = {.B = (REAL *)(dbias + blocks)};
@@ -116,6 +117,7 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
       if (a->dbias) ((REAL *)a->dbias)[channel] = dbias[d / LANES][d % LANES];
     }
     free(A);
+    simba_restore_mode(mode);
   }
   return failed;
 }

@@ -39,7 +39,6 @@
 #undef word_vec
 #undef load
 #undef store
-#undef widen_row
 #undef chunk_t
 #undef open_chunk
 #undef load_at

@@ -77,29 +77,29 @@ INLINE REAL NAME(sum)(vec v) {
 
 #define LOG2E 1.44269504088896341f
 
-/* 2^t, and 0 below 2^-126: a subnormal would cost a hundred cycles. Cody-Waite reduction to r in [-1/2, 1/2] and the
- * polynomial of Cephes' exp2f: below 1.5 ulp. */
+/* 2^t, and 0 below 2^-126, to 1.5 ulp; NaN stays. With AVX-512, a table of 2^(i/32) in two registers and a quadratic for
+ * the rest; else a polynomial for [-1/2, 1/2] (Cephes' exp2f). */
 INLINE vec NAME(exp2)(vec t) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
-  __mmask16 there = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  vec n = (vec)_mm512_roundscale_ps((__m512)t, 8); /* to nearest, no exceptions */
+  static const float table[32] = {POWERS_OF_2(0), POWERS_OF_2(8), POWERS_OF_2(16), POWERS_OF_2(24)};
+  t = (vec)_mm512_max_ps(_mm512_set1_ps(-1e4f), (__m512)t); /* for -inf; in this order NaN comes through */
+  vec shifted = t + 0x1.8p18f; /* rounds t to 1/32: its low bits are the place in the table */
+  vec n = shifted - 0x1.8p18f, r = t - n;
+  vec power = (vec)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)shifted, _mm512_loadu_ps(table + 16));
+  vec p = power * r * (r * 0.24022651f + 0.69315734f) + power; /* ln 2 raised to spread the error of the cubic term */
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);          /* by 2^floor(n) */
 #else
   ivec gone = t < -126.0f;
   t = (vec)(~gone & (ivec)t);
   t = select(t > 128.0f, splat(128.0f), t);
   vec shifted = t + 0x1.8p23f; /* rounds t to an integer, which lands in the low bits */
-  vec n = shifted - 0x1.8p23f;
-#endif
-  vec r = t - n;
+  vec r = t - (shifted - 0x1.8p23f);
   vec p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__) && VECTOR_BYTES == 64
-  return (vec)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)n);
-#else
   vec scale = (vec)(((ivec)shifted << 23) + 0x3f800000);
   return (vec)(~gone & (ivec)(p * scale));
 #endif

@@ -1,0 +1,157 @@
+"""Each operator at the size of mamba-130m's layer, beside what plain torch does for the same result.
+
+    pytest benchmarks/test_operators.py --benchmark-only
+
+One group for each operator; the first row of a group is the faster one.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import simba_compile.kernels.ops  # noqa: F401  (registers torch.ops.simba)
+from simba_compile.kernels import reference
+
+TOKENS, KEPT, HIDDEN, CHANNELS, STATES, WIDTH = 2048, 1024, 768, 1536, 16, 4
+OPS = torch.ops.simba
+
+Call = Callable[[], object]
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(1, *shape)
+
+
+def mixer_inputs(tokens: int = TOKENS) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D, z, dt_bias as a fresh Mamba has them: steps of 0.001 to 0.1, A from -1 to -16."""
+    step = torch.empty(CHANNELS).uniform_(-6.9, -2.3).exp()
+    return (
+        rows(tokens, CHANNELS),
+        rows(tokens, CHANNELS) * 0.1,
+        -torch.arange(1.0, STATES + 1).repeat(CHANNELS, 1),
+        rows(tokens, STATES),
+        rows(tokens, STATES),
+        torch.ones(CHANNELS),
+        rows(tokens, CHANNELS),
+        step + torch.log(-torch.expm1(-step)),
+    )
+
+
+def influence() -> dict[str, Call]:
+    x, dt, A, B, C, _, _, dt_bias = mixer_inputs()
+    return {
+        "simba": lambda: OPS.influence(x, dt, A, B, C, dt_bias, True, "max", True),
+        "torch": lambda: reference.influence(x, dt, A, B, C, dt_bias, True, "max", True),
+    }
+
+
+def selective_scan() -> dict[str, Call]:
+    inputs = mixer_inputs()
+    return {
+        "simba": lambda: OPS.selective_scan(*inputs, True, None),
+        "torch": lambda: reference.selective_scan(*inputs, True, None),
+    }
+
+
+def selective_scan_of_kept_tokens() -> dict[str, Call]:
+    inputs = mixer_inputs()
+    index = torch.randperm(TOKENS)[:KEPT].sort().values[None]
+    x, dt, A, B, C, D, z, dt_bias = inputs
+
+    def gathers_first() -> object:
+        taken = [OPS.gather(value, index, 1) for value in (x, dt, B, C, z)]
+        return OPS.selective_scan(taken[0], taken[1], A, taken[2], taken[3], D, taken[4], dt_bias, True, None)
+
+    return {"simba": lambda: OPS.selective_scan(*inputs, True, index), "simba, gathers first": gathers_first}
+
+
+def causal_conv1d() -> dict[str, Call]:
+    x, weight, bias = rows(TOKENS, CHANNELS), torch.randn(CHANNELS, WIDTH), torch.randn(CHANNELS)
+    across = x.transpose(1, 2).contiguous()  # as Hugging Face lays it out
+
+    def plain() -> Tensor:
+        return F.silu(F.conv1d(across, weight[:, None], bias, padding=WIDTH - 1, groups=CHANNELS)[..., :TOKENS])
+
+    return {"simba": lambda: OPS.causal_conv1d(x, weight, bias, True), "torch": plain}
+
+
+def rms_norm() -> dict[str, Call]:
+    x, weight = rows(TOKENS, HIDDEN), torch.randn(HIDDEN)
+    return {
+        "simba": lambda: OPS.rms_norm(x, weight, 1e-5),
+        "torch": lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-5),
+    }
+
+
+def select() -> dict[str, Call]:
+    scores = torch.randn(1, TOKENS, dtype=torch.float64)
+    return {
+        "simba": lambda: OPS.select(scores, KEPT, 0, 1),
+        "torch": lambda: scores.topk(KEPT).indices.sort(1).values,
+    }
+
+
+def gather() -> dict[str, Call]:
+    x, index = rows(TOKENS, HIDDEN), torch.randperm(TOKENS)[:KEPT].sort().values[None]
+    return {
+        "simba": lambda: OPS.gather(x, index, 1),
+        "torch": lambda: x.gather(1, index[:, :, None].expand(1, KEPT, HIDDEN)),
+    }
+
+
+def restore() -> dict[str, Call]:
+    base, value, index = rows(TOKENS, HIDDEN), rows(KEPT, HIDDEN), torch.randperm(TOKENS)[:KEPT].sort().values[None]
+    return {
+        "simba": lambda: OPS.restore(base, [value], [index]),
+        "torch": lambda: base.scatter(1, index[:, :, None].expand(value.shape), value),
+    }
+
+
+def state_update() -> dict[str, Call]:
+    x, dt, A, B, C, D, z, dt_bias = mixer_inputs(1)
+    inputs = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0], dt_bias, True)
+    state = torch.zeros(1, CHANNELS, STATES)
+    return {
+        "simba": lambda: OPS.state_update(state, *inputs),
+        "torch": lambda: reference.state_update(state, *inputs),
+    }
+
+
+def conv_update() -> dict[str, Call]:
+    state, x, weight = torch.zeros(1, CHANNELS, WIDTH), torch.randn(1, CHANNELS), torch.randn(CHANNELS, WIDTH)
+    bias = torch.randn(CHANNELS)
+    return {
+        "simba": lambda: OPS.conv_update(state, x, weight, bias, True),
+        "torch": lambda: reference.conv_update(state, x, weight, bias, True),
+    }
+
+
+OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
+    influence: ("simba", "torch"),
+    selective_scan: ("simba", "torch"),
+    selective_scan_of_kept_tokens: ("simba", "simba, gathers first"),
+    causal_conv1d: ("simba", "torch"),
+    rms_norm: ("simba", "torch"),
+    select: ("simba", "torch"),
+    gather: ("simba", "torch"),
+    restore: ("simba", "torch"),
+    state_update: ("simba", "torch"),
+    conv_update: ("simba", "torch"),
+}
+
+
+@pytest.mark.parametrize(
+    ("operator", "contender"),
+    [
+        pytest.param(make, name, id=f"{make.__name__}-{name}", marks=pytest.mark.benchmark(group=make.__name__))
+        for make, names in OPERATORS.items()
+        for name in names
+    ],
+)
+def test_operator(benchmark, operator: Callable[[], dict[str, Call]], contender: str) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        benchmark(operator()[contender])

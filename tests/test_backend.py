@@ -1,0 +1,734 @@
+"""End to end: ``torch.compile(model, backend="simba")`` against the contract in plain eager PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILIES, VOCABULARY, left_padding, pruned_exactly, random_ids, tiny_model
+from eager_reference import Reference
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import simba_compile.backend
+from simba_compile.kernels import reference
+from simba_compile.passes import Transformed
+
+each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
+
+
+@pytest.fixture
+def selected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What every `simba::select` of the test returned."""
+    results: list[Tensor] = []
+    original = reference.select
+
+    def spy(*args: Any) -> Tensor:
+        results.append(original(*args))
+        return results[-1]
+
+    monkeypatch.setattr(reference, "select", spy)
+    return results
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Transformed]:
+    """What the passes made of every graph of the test."""
+    results: list[Transformed] = []
+    original = simba_compile.backend.transform
+
+    def spy(*args: Any) -> Transformed:
+        results.append(original(*args))
+        return results[-1]
+
+    monkeypatch.setattr(simba_compile.backend, "transform", spy)
+    return results
+
+
+def simba(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Callable:
+    """The model under our backend."""
+    return torch.compile(model, backend="simba", fullgraph=fullgraph, dynamic=dynamic, options=options)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal but for a share of the largest magnitude; NaN are in the same places."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    size = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * size, equal_nan=True)
+
+
+def conv_states(cache: DynamicCache) -> list[Tensor]:
+    """The convolution's window of each layer."""
+    return [layer.conv_states[0] for layer in cache.layers]
+
+
+def ssm_states(cache: DynamicCache) -> list[Tensor]:
+    """The scan's last state of each layer."""
+    return [layer.recurrent_states[0] for layer in cache.layers]
+
+
+def original_places(chosen: list[Tensor], entering: int) -> list[list[list[int]]]:
+    """Positions in the sequence after each selection that dropped something."""
+    places, kept = torch.arange(entering).expand(chosen[0].shape[0] if chosen else 1, -1), []
+    for index in chosen:
+        if index.shape[1] < places.shape[1]:
+            places = places.gather(1, index)
+            kept.append(places.tolist())
+    return kept
+
+
+def assert_as_contracted(
+    compiled: Callable, model: nn.Module, ids: Tensor, mask: Tensor | None, selected: list[Tensor], **options: Any
+) -> Reference:
+    """Logits, hidden states, cache and kept positions of a float64 model are those of the eager reference."""
+    selected.clear()
+    with torch.no_grad():
+        out = compiled(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
+        expected = pruned_exactly(model, ids, mask, **options)
+    length = ids.shape[1]
+    kept = [places for before, places in zip([None, *expected.kept], expected.kept, strict=False)
+            if places.shape[1] < (length if before is None else before.shape[1])]  # fmt: skip
+    assert original_places(selected, length) == [places.tolist() for places in kept]
+    close(out.logits, expected.logits, 1e-6)  # logits are float32
+    assert len(out.hidden_states) == len(expected.hidden_states)
+    for actual, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
+        close(actual, wanted, 1e-11)
+    for actual, wanted in zip(conv_states(out.cache_params), expected.conv_states, strict=True):
+        close(actual, wanted, 1e-11)
+    for actual, wanted in zip(ssm_states(out.cache_params), expected.ssm_states, strict=True):
+        close(actual, wanted, 1e-11)
+    return expected
+
+
+# --- against the eager reference -------------------------------------------------------------------------------------
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"keep": 0.2, "min_tokens": 1},
+    "defaults": {},
+    "uniform schedule": {"keep": 0.4, "schedule": "uniform", "min_tokens": 4},
+    "list": {"schedule": [0.9, 0.9, 0.4, 0.15], "min_tokens": 1},
+    "every 2": {"keep": 0.1, "every": 2, "min_tokens": 1},
+    "every 3, uniform": {"keep": 0.3, "every": 3, "schedule": "uniform", "min_tokens": 1},
+    "layer": {"keep": 0.2, "placement": "layer", "min_tokens": 4},
+    "layer, uniform, l2": {"keep": 0.3, "placement": "layer", "schedule": "uniform", "pool": "l2", "min_tokens": 4},
+    "recent": {"keep": 0.2, "criterion": "recent", "min_tokens": 1},
+    "evenly spaced": {"keep": 0.2, "criterion": "uniform", "min_tokens": 1},
+    "evenly spaced, layer": {"keep": 0.2, "criterion": "uniform", "placement": "layer", "min_tokens": 1},
+    "absmax": {"keep": 0.2, "pool": "absmax", "min_tokens": 1},
+    "l2, exclude": {"keep": 0.2, "pool": "l2", "dt_bias": "exclude", "min_tokens": 1},
+    "exclude": {"keep": 0.2, "dt_bias": "exclude", "min_tokens": 1},
+    "ends": {"keep": 0.1, "protect_first": 5, "protect_last": 7, "min_tokens": 1},
+}
+
+
+@each_family
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(family: str, case: str, selected: list[Tensor]) -> None:
+    """The same graph serves two lengths; half of the cases have a batch with padding on the left."""
+    options, padded = CASES[case], (list(CASES).index(case) + (family == "mamba")) % 2 == 0
+    model = tiny_model(family, torch.float64)
+    compiled = simba(model, **options)
+    for batch, length in ((2, 57), (3, 80)):
+        mask = left_padding(batch, length) if padded else None
+        assert_as_contracted(compiled, model, random_ids(batch, length), mask, selected, **options)
+    assert selected
+
+
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])  # shrinking would compile for minutes
+@given(data=st.data())
+def test_equals_the_reference_on_random_models_and_options(data: st.DataObject) -> None:
+    layers = data.draw(st.integers(1, 4))
+    shares = sorted((data.draw(st.floats(0.05, 1)) for _ in range(layers)), reverse=True)
+    options = {
+        "keep": data.draw(st.floats(0.05, 1)),
+        "schedule": data.draw(st.sampled_from(["linear", "uniform", shares])),
+        "every": data.draw(st.integers(1, 3)),
+        "criterion": data.draw(st.sampled_from(["influence", "influence", "influence", "recent", "uniform"])),
+        "pool": data.draw(st.sampled_from(["max", "absmax", "l2"])),
+        "dt_bias": data.draw(st.sampled_from(["include", "exclude"])),
+        "placement": data.draw(st.sampled_from(["scan", "layer"])),
+        "protect_first": data.draw(st.integers(0, 6)),
+        "protect_last": data.draw(st.integers(1, 6)),
+        "min_tokens": data.draw(st.integers(1, 40)),
+    }
+    family, seed = data.draw(st.sampled_from(sorted(FAMILIES))), data.draw(st.integers(0, 99))
+    model = tiny_model(family, torch.float64, layers=layers, seed=seed)
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(5, 70))
+    ids, mask = random_ids(batch, length, seed), left_padding(batch, length) if data.draw(st.booleans()) else None
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        chosen: list[Tensor] = []
+        original = reference.select
+        patch.setattr(reference, "select", lambda *args: chosen.append(original(*args)) or chosen[-1])
+        assert_as_contracted(simba(model, **options), model, ids, mask, chosen, **options)
+
+
+def test_residual_in_float32_and_half_weights_stay_near_the_reference(selected: list[Tensor]) -> None:
+    """A float32 model keeps the same tokens as the reference in float32, and has its logits."""
+    model = tiny_model()
+    with torch.no_grad():
+        out = simba(model, **KEEP_FEW)(random_ids(2, 60))
+        expected = pruned_exactly(model, random_ids(2, 60), **KEEP_FEW)
+    assert original_places(selected, 60)[-1] == expected.kept[-1].tolist()
+    close(out.logits, expected.logits, 1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@each_family
+def test_logits_to_keep_restores_nothing(family: str, count: int, graphs: list[Transformed], selected: list[Tensor]) -> None:
+    model = tiny_model(family, torch.float64)
+    with torch.no_grad():
+        out = simba(model, keep=0.1, min_tokens=1)(random_ids(2, 60), logits_to_keep=count, use_cache=True)
+        expected = pruned_exactly(model, random_ids(2, 60), logits_to_keep=count, keep=0.1, min_tokens=1)
+    assert out.logits.shape == (2, count, VOCABULARY)
+    close(out.logits, expected.logits, 1e-6)
+    for actual, wanted in zip(ssm_states(out.cache_params), expected.ssm_states, strict=True):
+        close(actual, wanted, 1e-11)
+    assert original_places(selected, 60)[-1] == expected.kept[-1].tolist()
+    (graph,) = graphs
+    assert graph.pruned is not None
+    assert torch.ops.simba.restore not in [node.target for node in graph.pruned.graph.nodes]
+
+
+def test_random_criterion_follows_its_seed() -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            outputs.append(simba(model, criterion="random", seed=seed, **KEEP_FEW)(random_ids(2, 50)).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+# --- keep=1.0 is the dense model -------------------------------------------------------------------------------------
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_keep_everything_is_hugging_face(family: str, dtype: torch.dtype, selected: list[Tensor]) -> None:
+    model = tiny_model(family, dtype)
+    ids, mask = random_ids(2, 40), left_padding(2, 40)
+    with torch.no_grad():
+        dense = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
+        out = simba(model, keep=1.0)(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
+    pairs = [(out.logits, dense.logits), *zip(out.hidden_states, dense.hidden_states, strict=True)]
+    pairs += zip(conv_states(out.cache_params), conv_states(dense.cache_params), strict=True)
+    pairs += zip(ssm_states(out.cache_params), ssm_states(dense.cache_params), strict=True)
+    tolerance = {torch.float64: 1e-5, torch.float32: 2e-5}.get(dtype, 6 * torch.finfo(dtype).eps)
+    for actual, expected in pairs:
+        assert actual.dtype == expected.dtype
+        close(actual, expected, tolerance)
+    assert not selected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_no_worse_than_hugging_face(dtype: torch.dtype) -> None:
+    """Against the same weights in float64."""
+    model = tiny_model(dtype=dtype)
+    exact_model = tiny_model(dtype=torch.float64)
+    exact_model.load_state_dict(model.state_dict())
+    ids = random_ids(4, 40)
+    with torch.no_grad():
+        exact = exact_model(ids).logits
+        theirs = (model(ids).logits - exact).pow(2).mean()
+        ours = (simba(model, keep=1.0)(ids).logits - exact).pow(2).mean()
+    assert ours < 1.5 * theirs
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_graph_for_all_lengths_and_one_more_for_a_single_sequence(
+    graphs: list[Transformed], selected: list[Tensor]
+) -> None:
+    model = tiny_model(dtype=torch.float64, layers=3)
+    compiled = simba(model, **KEEP_FEW)
+    assert_as_contracted(compiled, model, random_ids(2, 33), None, selected, **KEEP_FEW)
+    assert selected  # the very first call is pruned
+    for batch, length in ((2, 60), (5, 91), (3, 34), (2, 8)):
+        assert_as_contracted(compiled, model, random_ids(batch, length), None, selected, **KEEP_FEW)
+    assert len(graphs) == 1
+    for length in (44, 60, 91):
+        assert_as_contracted(compiled, model, random_ids(1, length), None, selected, **KEEP_FEW)
+        assert selected
+    assert len(graphs) == 2
+    assert all(graph.pruned is not None for graph in graphs)
+
+
+def test_a_single_sequence_first(graphs: list[Transformed], selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(model, **KEEP_FEW)
+    for batch, length in ((1, 44), (1, 60), (2, 60), (3, 50)):
+        assert_as_contracted(compiled, model, random_ids(batch, length), None, selected, **KEEP_FEW)
+        assert selected
+    assert len(graphs) == 2
+
+
+def test_dynamic_true(graphs: list[Transformed], selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(model, dynamic=True, **KEEP_FEW)
+    for length in (44, 60):
+        assert_as_contracted(compiled, model, random_ids(2, length), None, selected, **KEEP_FEW)
+        assert selected
+    assert len(graphs) == 1
+
+
+def test_dynamic_false_stays_dense_and_says_so(
+    graphs: list[Transformed], selected: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(layers=2)
+    with caplog.at_level(logging.WARNING, "simba_compile"), torch.no_grad():
+        out = simba(model, dynamic=False, **KEEP_FEW)(random_ids(2, 44)).logits
+    close(out, model(random_ids(2, 44)).logits, 2e-5)
+    assert not selected
+    assert "stays dense" in caplog.text and "dynamic=False" in caplog.text
+    assert graphs[0].pruned is None and all(mixer.reason for mixer in graphs[0].mixers)
+
+
+@pytest.mark.parametrize("way", ["forward", "method", "function", "no fullgraph"])
+def test_every_way_to_compile(way: str, selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    plain = copy.deepcopy(model)
+    if way == "forward":
+        compiled = simba(model.forward, **KEEP_FEW)
+    elif way == "method":
+        model.compile(backend="simba", fullgraph=True, options=KEEP_FEW)
+        compiled = model
+    elif way == "function":
+        compiled = simba(lambda ids, **kwargs: model(ids, **kwargs), **KEEP_FEW)
+    else:
+        compiled = simba(model, fullgraph=False, **KEEP_FEW)
+    assert_as_contracted(compiled, plain, random_ids(2, 50), None, selected, **KEEP_FEW)
+    assert selected
+
+
+OTHERS = """
+import sys
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+torch.manual_seed(0)
+config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=32)
+model = MambaForCausalLM(config).eval()
+ids = torch.arange(24).view(2, 12) % 32
+
+
+def graphs(*inputs):
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(gm.print_readable(print_output=False))
+        return gm.forward
+
+    with torch.no_grad():
+        results = [torch.compile(model, backend=backend)(value).logits for value in inputs]
+    return found, results
+
+
+def inductor():
+    with torch.no_grad():
+        return torch.compile(model, backend="inductor")(ids[:, :5]).logits
+
+
+before = graphs(ids, ids[:, :9], ids)  # one static graph, then one for all lengths
+torch._dynamo.reset()
+compiled_before = inductor()
+torch._dynamo.reset()
+assert "simba_compile" not in sys.modules
+with torch.no_grad():
+    torch.compile(model, backend="simba", options={"keep": 0.5, "min_tokens": 1})(ids)
+assert "simba_compile" in sys.modules
+first = graphs(ids)  # no reset: what Dynamo remembers of our compilation must not show
+assert first[0] == before[0][:1], "the graph after ours differs"
+torch._dynamo.reset()
+after = graphs(ids, ids[:, :9], ids)
+assert after[0] == before[0], "graphs of another backend differ"
+assert "simba" not in "".join(after[0])
+assert all(torch.equal(a, b) for a, b in zip(before[1], after[1]))
+torch._dynamo.reset()
+assert torch.equal(inductor(), compiled_before), "Inductor's results differ"
+print("unchanged", len(before[0]))
+"""
+
+
+def test_other_backends_see_the_graphs_that_they_always_saw() -> None:
+    """In a process of its own, where nothing of ours is loaded at first."""
+    run = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "unchanged" in run.stdout
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 2.0},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "padded": {"do_sample": False},
+}
+
+
+@pytest.mark.parametrize(("family", "mode"), [*(("mamba", mode) for mode in MODES), ("falcon_mamba", "padded")])
+def test_generation_that_keeps_everything_is_hugging_faces(family: str, mode: str) -> None:
+    model = tiny_model(family, layers=2)
+    ids = random_ids(3, 40)
+    extra = dict(MODES[mode], max_new_tokens=8)
+    if mode == "padded":
+        extra["attention_mask"] = left_padding(3, 40)
+        ids = ids * extra["attention_mask"]
+    torch.manual_seed(1)
+    expected = model.generate(ids, **extra)
+    model.compile(backend="simba", options={"keep": 1.0})
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(ids, **extra), expected)
+
+
+def continued(model: nn.Module, ids: Tensor, mask: Tensor | None, following: Tensor, **options: Any) -> list[Tensor]:
+    """The logits of eager decoding from the reference's pruned states, for given tokens (or greedily, for a count)."""
+    expected = pruned_exactly(model, ids, mask, **options)
+    cache = model(ids, attention_mask=mask, use_cache=True).cache_params
+    for layer, conv, ssm in zip(cache.layers, expected.conv_states, expected.ssm_states, strict=True):
+        layer.conv_states[0].copy_(conv)
+        layer.recurrent_states[0].copy_(ssm)
+    logits = [expected.logits[:, -1]]
+    for token in following.unbind(1):
+        logits.append(model(token[:, None], cache_params=cache, use_cache=True).logits[:, -1])
+    return logits
+
+
+@each_family
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_goes_on_from_the_pruned_states(family: str, padded: bool, selected: list[Tensor]) -> None:
+    model = tiny_model(family, torch.float64, layers=3)
+    ids, following = random_ids(3, 50), random_ids(3, 5, seed=1)
+    mask = left_padding(3, 50) if padded else None
+    with torch.no_grad():
+        expected = continued(model, ids, mask, following, **KEEP_FEW)
+        compiled = simba(model, **KEEP_FEW)
+        out = compiled(ids, attention_mask=mask, use_cache=True)
+        prunings = len(selected)
+        actual, cache = [out.logits[:, -1]], out.cache_params
+        for token in following.unbind(1):
+            out = compiled(token[:, None], cache_params=cache, use_cache=True)
+            actual.append(out.logits[:, -1])
+    assert prunings > 0 and len(selected) == prunings  # decoding prunes nothing
+    for ours, theirs in zip(actual, expected, strict=True):
+        close(ours, theirs, 1e-5)  # Hugging Face's step rounds its activations to float32
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_after_a_pruned_prefill(padded: bool, selected: list[Tensor]) -> None:
+    """What `generate` writes, greedily, is what eager decoding from the reference's states ranks first, step by step."""
+    model = tiny_model(dtype=torch.float64, layers=3)
+    plain = copy.deepcopy(model)
+    ids, mask = random_ids(2, 60), left_padding(2, 60) if padded else torch.ones(2, 60, dtype=torch.int64)
+    model.compile(backend="simba", options=KEEP_FEW)
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 60:]
+    assert selected
+    protected = {**KEEP_FEW, "protect_last": 1}
+    with torch.no_grad():
+        logits = continued(plain, ids, mask if padded else None, written[:, :-1], **protected)
+    assert torch.equal(torch.stack([step.argmax(-1) for step in logits], 1), written)
+
+
+def test_beams_and_samples_with_pruning_run(selected: list[Tensor]) -> None:
+    model = tiny_model(layers=2)
+    model.compile(backend="simba", options=KEEP_FEW)
+    for extra in (MODES["beams"], MODES["sampled"]):
+        written = model.generate(random_ids(2, 50), max_new_tokens=4, **extra)
+        assert written.shape == (2, 54) and torch.equal(written[:, :50], random_ids(2, 50))
+    assert selected
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@each_family
+@pytest.mark.parametrize("options", [KEEP_FEW, {**KEEP_FEW, "placement": "layer"}], ids=["scan", "layer"])
+def test_gradients_are_the_references(family: str, options: dict[str, Any], selected: list[Tensor]) -> None:
+    model = tiny_model(family, torch.float64, layers=3).train()
+    other = copy.deepcopy(model)
+    ids = random_ids(2, 50)
+    out = simba(model, **options)(ids, labels=ids)
+    out.loss.backward()
+    logits = pruned_exactly(other, ids, **options).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert selected
+    close(out.loss, loss, 1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None and ours.grad.any(), name
+        close(ours.grad, theirs.grad, 1e-5)
+
+
+def test_a_training_step_in_place() -> None:
+    """The compiled model sees what the optimiser wrote, and its loss falls."""
+    model = tiny_model(layers=2).train()
+    compiled = simba(model, **KEEP_FEW)
+    ids = random_ids(2, 50)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = compiled(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_inner_compilers_compute_the_same(inner: str, selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    results = []
+    for chosen in ("eager", inner):
+        torch._dynamo.reset()
+        compiled = simba(model, inner=chosen, **KEEP_FEW)
+        selected.clear()
+        with torch.no_grad():
+            results.append([compiled(random_ids(2, length)).logits for length in (40, 55)])
+        assert len(selected) == 2
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+def test_gradients_through_aot_eager() -> None:
+    model, ids = tiny_model(dtype=torch.float64, layers=2).train(), random_ids(2, 40)
+    grads = []
+    for inner in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        simba(model, inner=inner, **KEEP_FEW)(ids, labels=ids).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+# --- what callers pass -----------------------------------------------------------------------------------------------
+
+
+def test_labels_embeddings_and_tuples(selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    ids = random_ids(2, 50)
+    compiled = simba(model, **KEEP_FEW)
+    with torch.no_grad():
+        expected = pruned_exactly(model, ids, **KEEP_FEW).logits
+        out = compiled(ids, labels=ids)
+        close(out.loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), 1e-6)
+        close(out.logits, expected, 1e-6)
+        embedded = compiled(inputs_embeds=model.backbone.embeddings(ids), use_cache=False)
+        close(embedded.logits, expected, 1e-6)
+        close(compiled(ids, return_dict=False)[0], expected, 1e-6)
+    assert len(selected) == 3
+
+
+@pytest.mark.parametrize("square_first", [True, False])
+def test_a_batch_as_large_as_the_length(square_first: bool) -> None:
+    """Pruned or dense, but never wrong; and other shapes still prune."""
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(model, **KEEP_FEW)
+    shapes = [(40, 40), (3, 40), (40, 40)] if square_first else [(3, 40), (40, 40), (3, 40)]
+    for batch, length in shapes:
+        ids = random_ids(batch, length)
+        with torch.no_grad():
+            out = compiled(ids).logits
+            pruned, dense = pruned_exactly(model, ids, **KEEP_FEW).logits, model(ids).logits
+        is_pruned = torch.allclose(out.double(), pruned, atol=1e-4)
+        assert is_pruned or (batch == length and torch.allclose(out, dense, atol=1e-4))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_short_prompts_are_dense(length: int, selected: list[Tensor]) -> None:
+    """Down to fewer tokens than the convolution has taps, with a cache and decoding after it."""
+    model = tiny_model(layers=2)
+    ids = random_ids(2, length)
+    compiled = simba(model)
+    with torch.no_grad():
+        dense = model(ids, use_cache=True)
+        out = compiled(ids, use_cache=True)
+        close(out.logits, dense.logits, 2e-5)
+        for ours, theirs in zip(conv_states(out.cache_params), conv_states(dense.cache_params), strict=True):
+            close(ours, theirs, 2e-5)
+        following = random_ids(2, 1, seed=1)
+        close(
+            compiled(following, cache_params=out.cache_params, use_cache=True).logits,
+            model(following, cache_params=dense.cache_params, use_cache=True).logits,
+            2e-5,
+        )
+    assert not any(index.shape[1] < length for index in selected)
+
+
+def test_at_most_min_tokens_is_dense(selected: list[Tensor]) -> None:
+    model = tiny_model(layers=2)
+    compiled = simba(model, keep=0.1)  # min_tokens is 32
+    for length in (20, 32):
+        with torch.no_grad():
+            close(compiled(random_ids(2, length)).logits, model(random_ids(2, length)).logits, 2e-5)
+    assert not selected
+    with torch.no_grad():
+        compiled(random_ids(2, 33))
+    assert [index.shape[1] for index in selected] == [32]
+
+
+def test_a_prompt_of_less_than_the_convolution_and_then_a_long_one(selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(model, **KEEP_FEW)
+    with torch.no_grad():
+        for length in (2, 3):
+            close(compiled(random_ids(2, length), use_cache=True).logits, model(random_ids(2, length)).logits, 1e-5)
+    assert_as_contracted(compiled, model, random_ids(2, 50), None, selected, **KEEP_FEW)
+    assert selected
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_empty_batch(warm: bool) -> None:
+    model = tiny_model(layers=2)
+    compiled = simba(model, **KEEP_FEW)
+    with torch.no_grad():
+        if warm:
+            compiled(random_ids(2, 50))
+        out = compiled(torch.zeros(0, 50, dtype=torch.int64))
+    assert out.logits.shape == (0, 50, VOCABULARY)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_bad_numbers_stay_visible(value: float) -> None:
+    """Non-finite where the dense model is, in their own sequence, from their own position on."""
+    model = tiny_model(layers=3)
+    embedded = model.backbone.embeddings(random_ids(3, 50)).detach().clone()
+    embedded[1, 20, 5] = value
+    with torch.no_grad():
+        dense = model(inputs_embeds=embedded).logits
+        out = simba(model, **KEEP_FEW)(inputs_embeds=embedded).logits
+    assert not dense[1, 20:].isfinite().any()  # what is compared with
+    assert torch.equal(out.isfinite(), dense.isfinite())
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"kep": 0.1}, r"'kep' is no option.*Did you mean keep\?.*protect_first"),
+    "nothing near": ({"qqq": 1}, r"'qqq' is no option.*The options are keep, schedule"),
+    "keep of text": ({"keep": "0.1"}, r"option keep is '0\.1'.*above 0 and at most 1"),
+    "keep of 0": ({"keep": 0.0}, r"option keep is 0\.0.*above 0 and at most 1"),
+    "keep of 2": ({"keep": 2}, r"option keep is 2;.*at most 1"),
+    "keep of nan": ({"keep": math.nan}, r"option keep is nan"),
+    "pool": ({"pool": "maxx"}, r"option pool is 'maxx'.*'max', 'absmax', 'l2'.*did you mean"),
+    "criterion": ({"criterion": 3}, r"option criterion is 3;.*'influence'"),
+    "min_tokens": ({"min_tokens": 0}, r"option min_tokens is 0;.*at least 1"),
+    "protect_last": ({"protect_last": 0}, r"option protect_last is 0;.*at least 1"),
+    "every": ({"every": 1.5}, r"option every is 1\.5;.*whole number"),
+    "schedule": ({"schedule": "lineal"}, r"option schedule is 'lineal'.*did you mean 'linear'"),
+    "schedule length": ({"schedule": [1.0, 0.5, 0.2]}, r"schedule lists 3 shares.*2 mixers"),
+    "schedule rises": ({"schedule": [0.5, 0.6]}, r"option schedule is \[0\.5, 0\.6\].*larger than the one before"),
+    "inner": ({"inner": "cudagraphs"}, r"option inner is 'cudagraphs'.*'inductor'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_raise_from_the_call(case: str) -> None:
+    options, message = WRONG[case]
+    compiled = torch.compile(tiny_model(layers=2), backend="simba", options=options)
+    with pytest.raises(ValueError, match=message):
+        compiled(random_ids(2, 40))
+
+
+def test_wrong_options_raise_without_a_mixer_too() -> None:
+    with pytest.raises(ValueError, match="kep"):
+        torch.compile(torch.sin, backend="simba", options={"kep": 0.1})(torch.ones(3))
+
+
+def test_mode_needs_inductor() -> None:
+    with pytest.raises(ValueError, match=r"mode.*inner"):
+        torch.compile(tiny_model(layers=1), backend="simba", mode="max-autotune")(random_ids(2, 40))
+
+
+# --- other models, several models, changed weights -------------------------------------------------------------------
+
+
+def test_models_without_a_mixer_are_as_in_eager() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    llama = LlamaForCausalLM(config).eval()
+    layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    x = torch.randn(3, 8, requires_grad=True)
+    with torch.no_grad():
+        for length in (20, 45):
+            ids = random_ids(2, length)
+            close(simba(llama, fullgraph=False)(ids).logits, llama(ids).logits, 1e-6)
+    out = simba(layers)(x)
+    close(out, layers(x), 1e-6)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    close(grad, torch.autograd.grad(layers(x).sum(), x)[0], 1e-6)
+
+    def function(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return (a + b).cumsum(1).flip(1), a.mean(1)
+
+    a, b = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    for ours, theirs in zip(simba(function)(a, b), function(a, b), strict=True):
+        close(ours, theirs, 1e-6)
+
+
+def test_two_models_with_options_of_their_own(selected: list[Tensor]) -> None:
+    models = [tiny_model("mamba", torch.float64, layers=2), tiny_model("mamba", torch.float64, layers=2, seed=5)]
+    chosen = [{"keep": 0.2, "min_tokens": 1}, {"keep": 0.6, "min_tokens": 1, "placement": "layer", "pool": "l2"}]
+    compiled = [simba(model, **options) for model, options in zip(models, chosen, strict=True)]
+    for _ in range(2):
+        for call, model, options in zip(compiled, models, chosen, strict=True):
+            assert_as_contracted(call, model, random_ids(2, 50), None, selected, **options)
+    both = [simba(models[0], **options) for options in chosen]  # one model, compiled twice
+    for call, options in zip(both, chosen, strict=True):
+        assert_as_contracted(call, models[0], random_ids(2, 50), None, selected, **options)
+
+
+def test_changed_weights_are_seen(selected: list[Tensor]) -> None:
+    model, other = tiny_model(dtype=torch.float64, layers=2), tiny_model(dtype=torch.float64, layers=2, seed=7)
+    compiled = simba(model, **KEEP_FEW)
+    first = assert_as_contracted(compiled, model, random_ids(2, 50), None, selected, **KEEP_FEW)
+    model.load_state_dict(other.state_dict())
+    second = assert_as_contracted(compiled, other, random_ids(2, 50), None, selected, **KEEP_FEW)
+    assert not torch.allclose(first.logits, second.logits)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert_as_contracted(compiled, model, random_ids(2, 50), None, selected, **KEEP_FEW)
+
+
+@each_family
+def test_a_checkpoint_from_disk(family: str, tmp_path: Any, selected: list[Tensor]) -> None:
+    saved = tiny_model(family, layers=2)
+    saved.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        out = simba(model, **KEEP_FEW)(random_ids(2, 50))
+        close(out.logits, pruned_exactly(saved, random_ids(2, 50), **KEEP_FEW).logits, 1e-4)
+    assert selected
+
+
+def test_inputs_are_left_as_they_were(selected: list[Tensor]) -> None:
+    """The fused residual adds write in place, but never into what the caller holds."""
+    model = tiny_model(layers=3)
+    embedded = model.backbone.embeddings(random_ids(2, 50)).detach().clone()
+    weights = copy.deepcopy(model.state_dict())
+    before = embedded.clone()
+    compiled = simba(model, schedule="uniform", **KEEP_FEW)
+    with torch.no_grad():
+        first = compiled(inputs_embeds=embedded).logits
+        assert torch.equal(compiled(inputs_embeds=embedded).logits, first)
+    assert selected
+    assert torch.equal(embedded, before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

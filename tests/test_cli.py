@@ -1,0 +1,142 @@
+"""The command ``simba``, with models of a few thousand weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+from typer.testing import CliRunner, Result
+
+from simba_compile.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=None)
+    MambaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.py"
+    path.write_bytes(b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i, i) for i in range(40)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal wide enough that no message is broken in two."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+
+def simba(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """What a person is told, on one line; no traceback."""
+    result = simba(*arguments)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_help_names_the_commands() -> None:
+    result = simba("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "bench", "explain"):
+        assert command in result.output
+
+
+def test_help_does_not_load_torch() -> None:
+    loaded = "import sys, simba_compile.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
+
+
+def test_demo(model: Path, text: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plots" / "demo.png"
+    result = simba("demo", "--model", model, "--file", text, "--tokens", 256, "--no-large", "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert "256 bytes of text.py" in result.output
+    assert result.output.count("256 128") == 3  # keep 0.3 and 0.1 cannot go below what is protected
+    for shown in ("HF eager", "dense (keep 1.0)", "keep 0.5", "keep 0.3", "keep 0.1", "bits per byte"):
+        assert shown in result.output
+    assert "keep 0.1 goes on" in result.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_explains_what_is_missing(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "models/python-bytes" in refused("demo", "--model", tmp_path / "none", "--file", text)
+    assert "none.py cannot be read: No such file" in refused("demo", "--model", model, "--file", tmp_path / "none.py")
+    (tmp_path / "empty.py").write_bytes(b"")
+    assert "0 bytes" in refused("demo", "--model", model, "--file", tmp_path / "empty.py")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = refused("demo", "--model", model, "--file", text, "--plot", tmp_path / "x.png")
+    assert "simba_compile[plot]" in told
+
+
+def test_demo_wants_bytes(text: Path, tmp_path: Path) -> None:
+    MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path)
+    assert "vocabulary of 300" in refused("demo", "--model", tmp_path, "--file", text)
+
+
+def test_the_scored_bytes_are_the_last(tmp_path: Path) -> None:
+    from simba_compile.cli.demo import _bits_per_byte, read
+
+    (tmp_path / "digits").write_bytes(bytes(range(100, 200)))
+    window = read(tmp_path / "digits", 64)
+    assert len(window.context) == 64
+    assert window.scored == 32
+    assert window.context + window.after == bytes(range(window.context[0], 200))[: 64 + len(window.after)]
+    sure = torch.full((1, 32, 256), -100.0)  # certain of the byte that follows each of the last 32
+    for place, byte in enumerate(window.context[-32:]):
+        sure[0, place, byte + 1] = 100.0
+    assert _bits_per_byte(sure, window) == pytest.approx(0.0)
+
+
+def test_bench(tmp_path: Path) -> None:
+    result = simba("bench", "--quick", "--skip-inductor", "--out", tmp_path / "results")
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "results" / "bench.json").read_text())
+    assert set(data["prefill"]) == {"HF eager", "simba keep 1.0", "simba keep 0.1", "matrix products"}
+    assert set(data["decode"]) == {"HF eager", "simba keep 0.1"}
+    assert set(data["memory"]) == {"HF eager", "simba keep 1.0", "simba keep 0.1"}
+    for timing in (*data["prefill"].values(), *data["decode"].values()):
+        assert 0 < timing["min"] <= timing["median"] <= timing["max"]
+        assert len(timing["runs"]) == data["settings"]["repeats"]
+    assert 0 < data["scoring"]["share"] < 1
+    assert data["scoring"]["influence"] > 0
+    page = (tmp_path / "results" / "bench.md").read_text()
+    for shown in (data["machine"]["cpu"], "speedup over HF eager", "speedup over simba keep 1.0"):
+        assert shown in page
+    assert "speedup over HF eager" in result.output
+
+
+def test_turns_spread_the_runs_of_the_slow() -> None:
+    from simba_compile.cli.timing import side_by_side
+
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("fast", "slow")}
+    timings = side_by_side(calls, {"fast": 4, "slow": 2})
+    assert order == ["fast", "fast", "slow", "fast", "fast", "slow"]
+    assert [len(timing.runs) for timing in timings.values()] == [4, 2]
+
+
+def test_explain(model: Path) -> None:
+    for extra in ((), ("--config-only",)):
+        result = simba("explain", model, "--keep", 0.25, "--tokens", 200, *extra)
+        assert result.exit_code == 0, result.output
+        assert "layers.1.mixer" in result.output
+        assert "50" in result.output  # a quarter of 200 tokens
+
+
+def test_explain_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
+    assert "cannot be loaded" in refused("explain", tmp_path / "none")
+    assert "above 0 and at most 1" in refused("explain", model, "--keep", 2)

@@ -118,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
     "linear": {"keep": 0.2, "min_tokens": 1},
     "defaults": {},
     "uniform schedule": {"keep": 0.4, "schedule": "uniform", "min_tokens": 4},
-    "list": {"schedule": [0.9, 0.9, 0.4, 0.15], "min_tokens": 1},
+    "list": {"schedule": [0.9, 0.9, 0.15], "min_tokens": 1},
     "every 2": {"keep": 0.1, "every": 2, "min_tokens": 1},
     "every 3, uniform": {"keep": 0.3, "every": 3, "schedule": "uniform", "min_tokens": 1},
     "layer": {"keep": 0.2, "placement": "layer", "min_tokens": 4},
@@ -133,12 +133,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@each_family
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference(family: str, case: str, selected: list[Tensor]) -> None:
-    """The same graph serves two lengths; half of the cases have a batch with padding on the left."""
-    options, padded = CASES[case], (list(CASES).index(case) + (family == "mamba")) % 2 == 0
-    model = tiny_model(family, torch.float64)
+def test_equals_the_reference(case: str, selected: list[Tensor]) -> None:
+    """The same graph serves two lengths. The cases take turns at the families and at padding on the left."""
+    options, turn = CASES[case], list(CASES).index(case)
+    family, padded = sorted(FAMILIES)[turn % 2], turn // 2 % 2 == 0
+    model = tiny_model(family, torch.float64, layers=3)
     compiled = simba(model, **options)
     for batch, length in ((2, 57), (3, 80)):
         mask = left_padding(batch, length) if padded else None
@@ -146,7 +146,7 @@ def test_equals_the_reference(family: str, case: str, selected: list[Tensor]) ->
     assert selected
 
 
-@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])  # shrinking would compile for minutes
+@settings(max_examples=6, phases=[Phase.explicit, Phase.generate])  # shrinking would compile for minutes
 @given(data=st.data())
 def test_equals_the_reference_on_random_models_and_options(data: st.DataObject) -> None:
     layers = data.draw(st.integers(1, 4))
@@ -294,7 +294,7 @@ def test_dynamic_false_stays_dense_and_says_so(
         out = simba(model, dynamic=False, **KEEP_FEW)(random_ids(2, 44)).logits
     close(out, model(random_ids(2, 44)).logits, 2e-5)
     assert not selected
-    assert "stays dense" in caplog.text and "dynamic=False" in caplog.text
+    assert "dense" in caplog.text and "dynamic=False" in caplog.text
     assert graphs[0].pruned is None and all(mixer.reason for mixer in graphs[0].mixers)
 
 

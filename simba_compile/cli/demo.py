@@ -119,7 +119,8 @@ def _byte_model(console: Console, progress: Steps, model: PreTrainedModel, windo
     bits = {name: _bits_per_byte(value, window) for name, value in logits.items()}
     console.print(_time_table(timings, bits, "bits per byte"))
 
-    console.print(_written("the context ends", window.context[-SHOWN:], "dim"))
+    ending = window.context[-SHOWN:]
+    console.print(_written("the context ends", ending.partition(b"\n")[2] or ending, "dim"))
     for keep in KEEPS:
         progress.next(f"writing on at {_name(keep)}")
         console.print(_written(f"{_name(keep)} goes on", _generate(model, ids, options | {"keep": keep}), "bold"))
@@ -192,7 +193,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, options: dict[str, Any]) -> b
 
 
 def _written(title: str, text: bytes, style: str) -> Text:
-    decoded = text.decode("utf-8", errors="replace").strip("\n")
+    decoded = text.decode("utf-8", errors="replace").strip("\n").rstrip()
     lines = "".join(char if char.isprintable() or char == "\n" else "·" for char in decoded).split("\n")
     return Text("\n").join([Text(f"── {title}", "cyan"), *(Text.assemble(("│ ", "cyan"), (line, style)) for line in lines)])
 
@@ -210,7 +211,7 @@ def _layer_table(layers: dict[float, list[int]]) -> Table:
 def _time_table(timings: dict[str, Timing], bits: dict[str, float] | None = None, heading: str = "") -> Table:
     table = Table(title=f"Medians of {REPEATS} runs in turns; {HF} ran once", title_justify="left")
     table.add_column("")
-    for column in ("time", "speedup", f"over {HF}", *([heading] if bits else [])):
+    for column in ("time", "over dense", f"over {HF}", *([heading] if bits else [])):
         table.add_column(column, justify="right")
     dense, eager = timings[_name(1.0)].median, timings[HF].median
     for name, timing in timings.items():

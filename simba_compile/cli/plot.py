@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 SHADES = ("#c6d8ea", "#86aed4", "#4480b8", "#12406f")  # light to dark: the fewer tokens, the darker
-LEAST_SPAN = 0.1  # bits per byte
+LEAST_BITS, LEAST_SPEED = 0.1, 0.5  # the least that an axis spans: noise should not look like a difference
 INK, MUTED, GRID = "#222222", "#666666", "#e4e4e4"
 
 
@@ -78,7 +78,7 @@ def _trapezoid(axes, layers: dict[float, list[int]]) -> None:  # type: ignore[no
         axes.plot([], [], "s", color=shade, label="dense" if keep == 1 else f"keep {keep}")
     depth = len(next(iter(layers.values())))
     axes.set_yticks(range(1, depth + 1) if depth <= 12 else range(4, depth + 1, 4))
-    axes.set_ylim(0.4, depth + 1)
+    axes.set_ylim(0.4, depth * 1.06 + 0.5)
     axes.set_xlim(0, max(layers[1.0]) * 1.01)
     axes.tick_params(axis="y", length=0)
     axes.set_ylabel("layer", color=INK)
@@ -104,18 +104,23 @@ def _curve(axes, speeds: dict[float, float], bits: dict[float, float], scored: i
         axes.annotate(
             "dense" if keep == 1 else f"keep {keep}",
             (speeds[keep], bits[keep]),
-            xytext=(0, 9),
+            xytext=(-7, 6),  # the curve rises to the right: this side is free
             textcoords="offset points",
-            ha="center",
+            ha="right",
             color=INK,
             fontsize=9,
         )
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(x=0.14, y=0.22)
-    low, high = axes.get_ylim()
-    if high - low < LEAST_SPAN:  # a difference that means nothing should not look like one
-        axes.set_ylim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
+    axes.margins(x=0.18, y=0.22)
+    axes.set_xlim(_widened(axes.get_xlim(), LEAST_SPEED))
+    axes.set_ylim(_widened(axes.get_ylim(), LEAST_BITS))
     axes.set_xlabel("speed (dense is 1)", color=INK)
-    axes.set_ylabel(f"bits per byte, last {scored} bytes (lower is better)", color=INK)
+    axes.set_ylabel(f"bits per byte of the last {scored} (lower is better)", color=INK)
     axes.set_title("Speed against quality", loc="left", color=INK, fontsize=11)
+
+
+def _widened(limits: tuple[float, float], least: float) -> tuple[float, float]:
+    low, high = limits
+    more = max(0.0, least - (high - low)) / 2
+    return low - more, high + more

@@ -1,0 +1,103 @@
+"""The options: what is taken, what is refused and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simba_compile import Options
+
+DEFAULTS = {
+    "keep": 0.1,
+    "schedule": "linear",
+    "every": 1,
+    "criterion": "influence",
+    "pool": "max",
+    "dt_bias": "include",
+    "placement": "scan",
+    "protect_first": 0,
+    "protect_last": 1,
+    "min_tokens": 32,
+    "seed": 0,
+    "inner": "auto",
+}
+
+
+def test_defaults_are_the_contracts() -> None:
+    assert dataclasses.asdict(Options()) == DEFAULTS
+    assert Options.from_mapping(None) == Options.from_mapping({}) == Options()
+
+
+def test_options_are_frozen_and_hashable() -> None:
+    options = Options(schedule=[1, 0.5])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.keep = 0.5  # type: ignore[misc]
+    assert hash(options) == hash(Options(schedule=(1.0, 0.5)))
+    assert options.schedule == (1.0, 0.5)
+
+
+@given(keep=st.floats(0, 1, exclude_min=True), schedule=st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
+def test_every_valid_share_is_taken(keep: float, schedule: list[float]) -> None:
+    falling = sorted(schedule, reverse=True)
+    options = Options.from_mapping({"keep": keep, "schedule": falling})
+    assert options.keep == keep and options.schedule == tuple(falling)
+
+
+@pytest.mark.parametrize("keep", [1, 1.0, 1e-9, True])
+def test_keep_may_be_a_whole_number_but_no_truth_value(keep: Any) -> None:
+    if keep is True:
+        with pytest.raises(ValueError, match="option keep is True"):
+            Options(keep=keep)
+    else:
+        assert Options(keep=keep).keep == keep
+
+
+WRONG: dict[str, list[Any]] = {
+    "keep": [0, -0.1, 1.1, math.nan, math.inf, "0.1", None, [0.1], 1j],
+    "schedule": ["", "lin", [], [0.5, 0.6], [1.5], [0.0], ["a"], [True], 0.5, None, {0.5}, [math.nan]],
+    "every": [0, -1, 1.0, "1", True, None],
+    "criterion": ["", "influenc", None, 1, ["influence"], b"recent"],
+    "pool": ["mean", None, "MAX"],
+    "dt_bias": [True, False, "yes", None],
+    "placement": ["block", None, 0],
+    "protect_first": [-1, 0.5, "0", True, None],
+    "protect_last": [0, -1, 1.0, None],
+    "min_tokens": [0, -5, 32.0, "32", None],
+    "seed": [-1, 0.0, None, "0"],
+    "inner": ["cudagraphs", "simba", None, 1],
+}
+
+
+def test_every_option_has_wrong_values_here() -> None:
+    assert set(WRONG) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_values_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        Options.from_mapping({name: value})
+    message = str(error.value)
+    assert message.startswith(f"option {name} is {value!r}; ")
+    assert "must be" in message or "no share may be larger" in message
+
+
+@pytest.mark.parametrize(
+    ("given_name", "meant"), [("kep", "keep"), ("min_token", "min_tokens"), ("protect", "protect_last"), ("Pool", "pool")]
+)
+def test_unknown_names_come_with_the_nearest(given_name: str, meant: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Options.from_mapping({given_name: 1})
+    near = "protect_" if given_name == "protect" else meant
+    assert repr(given_name) in str(error.value) and f"Did you mean {near}" in str(error.value)
+    assert all(name in str(error.value) for name in DEFAULTS)
+
+
+@pytest.mark.parametrize("name", [3, None, ("keep",)])
+def test_names_that_are_no_text(name: Any) -> None:
+    with pytest.raises(ValueError, match="is no option"):
+        Options.from_mapping({name: 1})

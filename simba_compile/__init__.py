@@ -4,7 +4,20 @@
 `Options` (what the backend takes) and `explain` (what it does to a model).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from simba_compile.options import Options
-from simba_compile.report import Report, explain
+
+if TYPE_CHECKING:
+    from simba_compile.report import Report, explain
 
 __all__ = ["Options", "Report", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch when it is first asked for: ``simba --help`` does not."""
+    if name in ("Report", "explain"):
+        from simba_compile import report
+
+        return getattr(report, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,8 @@ hypothesis.settings.register_profile(
     "simba", deadline=None, derandomize=True, max_examples=15, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("simba")
+
+logging.getLogger("torch.__trace").propagate = False  # else pytest records thousands of lines for each compilation
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64
@@ -94,15 +98,22 @@ def tiny_model(
     return model.to(dtype)
 
 
-def pruned_exactly(model: nn.Module, *args: Any, **kwargs: Any) -> Reference:
-    """`pruned_forward` of a float64 model without the casts of activations to float32 that Hugging Face's scan makes."""
+@contextlib.contextmanager
+def exact_casts() -> Iterator[None]:
+    """Leave out the casts of float64 activations to float32 that Hugging Face's scan makes; those of parameters stay."""
     cast = Tensor.float
 
     def keep_wide(x: Tensor) -> Tensor:
-        return x if x.dim() >= 3 and x.dtype == torch.float64 else cast(x)  # parameters are cast as ever
+        return x if x.dim() >= 3 and x.dtype == torch.float64 else cast(x)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", keep_wide)
+        yield
+
+
+def pruned_exactly(model: nn.Module, *args: Any, **kwargs: Any) -> Reference:
+    """`pruned_forward` of a float64 model, in float64 all through."""
+    with exact_casts():
         return pruned_forward(model, *args, **kwargs)
 
 

@@ -221,31 +221,25 @@ def test_random_criterion_follows_its_seed() -> None:
 def test_keep_everything_is_hugging_face(family: str, dtype: torch.dtype, selected: list[Tensor]) -> None:
     model = tiny_model(family, dtype)
     ids, mask = random_ids(2, 40), left_padding(2, 40)
-    with torch.no_grad():
-        dense = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
-        out = simba(model, keep=1.0)(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
-    pairs = [(out.logits, dense.logits), *zip(out.hidden_states, dense.hidden_states, strict=True)]
-    pairs += zip(conv_states(out.cache_params), conv_states(dense.cache_params), strict=True)
-    pairs += zip(ssm_states(out.cache_params), ssm_states(dense.cache_params), strict=True)
-    tolerance = {torch.float64: 1e-5, torch.float32: 2e-5}.get(dtype, 6 * torch.finfo(dtype).eps)
-    for actual, expected in pairs:
-        assert actual.dtype == expected.dtype
-        close(actual, expected, tolerance)
-    assert not selected
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_halves_are_no_worse_than_hugging_face(dtype: torch.dtype) -> None:
-    """Against the same weights in float64."""
-    model = tiny_model(dtype=dtype)
-    exact_model = tiny_model(dtype=torch.float64)
+    exact_model = tiny_model(family, torch.float64)
     exact_model.load_state_dict(model.state_dict())
-    ids = random_ids(4, 40)
+    everything = {"attention_mask": mask, "output_hidden_states": True, "use_cache": True}
     with torch.no_grad():
-        exact = exact_model(ids).logits
-        theirs = (model(ids).logits - exact).pow(2).mean()
-        ours = (simba(model, keep=1.0)(ids).logits - exact).pow(2).mean()
-    assert ours < 1.5 * theirs
+        exact, dense = exact_model(ids, **everything), model(ids, **everything)
+        out = simba(model, keep=1.0)(ids, **everything)
+
+    def values(output: Any) -> list[Tensor]:
+        cache = output.cache_params
+        return [output.logits, *output.hidden_states, *conv_states(cache), *ssm_states(cache)]
+
+    close(out.hidden_states[0], dense.hidden_states[0], 6 * torch.finfo(dtype).eps + 1e-6)
+    for ours, theirs, right in zip(values(out), values(dense), values(exact), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        rounding = (theirs.double() - right).norm()  # later layers magnify what the first ones round
+        assert (ours.double() - right).norm() <= 1.5 * rounding + 1e-5 * right.norm()
+        if dtype in (torch.float32, torch.float64):
+            close(ours, theirs, 2e-5)
+    assert not selected
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
@@ -294,7 +288,7 @@ def test_dynamic_false_stays_dense_and_says_so(
         out = simba(model, dynamic=False, **KEEP_FEW)(random_ids(2, 44)).logits
     close(out, model(random_ids(2, 44)).logits, 2e-5)
     assert not selected
-    assert "dense" in caplog.text and "dynamic=False" in caplog.text
+    assert "dense" in caplog.text and "fixed at 44" in caplog.text
     assert graphs[0].pruned is None and all(mixer.reason for mixer in graphs[0].mixers)
 
 
@@ -330,7 +324,14 @@ def graphs(*inputs):
     found = []
 
     def backend(gm, example_inputs):
-        found.append(gm.print_readable(print_output=False))
+        place = {node: i for i, node in enumerate(gm.graph.nodes)}  # names aside: Dynamo picks them by its own record
+        each = []
+        for node in gm.graph.nodes:
+            value = node.meta.get("example_value")
+            shape = str(tuple(value.shape)) if isinstance(value, torch.Tensor) else str(value)
+            args = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: f"%{place[source]}")
+            each.append(f"{node.op} {shape} {args} " + (str(node.target) if node.op != "output" else ""))
+        found.append("\\n".join(each))
         return gm.forward
 
     with torch.no_grad():
@@ -551,7 +552,7 @@ def test_a_batch_as_large_as_the_length(square_first: bool) -> None:
         assert is_pruned or (batch == length and torch.allclose(out, dense, atol=1e-4))
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("length", [1, 3, 4])
 def test_short_prompts_are_dense(length: int, selected: list[Tensor]) -> None:
     """Down to fewer tokens than the convolution has taps, with a cache and decoding after it."""
     model = tiny_model(layers=2)

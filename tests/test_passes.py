@@ -11,7 +11,7 @@ import eager_reference as eager
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import exact_casts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class Captured:
 
     def lowered(self) -> list[Any]:
         """What its nodes call once it is lowered; the results are the same."""
-        lower.lower(self.gm)
+        lower(self.gm)
         with torch.no_grad():
             result = self.gm(*self.args)
         result = result[0] if isinstance(result, tuple) else result
@@ -106,7 +106,7 @@ def tokens(length: int = 20) -> Tensor:
 
 def test_match_finds_the_mixers_and_their_parts() -> None:
     captured = Captured(toys(2), tokens())
-    mixers = match.match(captured.gm.graph)
+    mixers = match(captured.gm.graph)
     assert len(mixers) == 2
     assert [mixer.reason for mixer in mixers] == [None, None]
     (first_input,) = [node for node in captured.gm.graph.nodes if node.op == "placeholder" and Length(mixers[0].x).of(node) == 1]
@@ -125,15 +125,14 @@ def test_match_finds_the_mixers_and_their_parts() -> None:
 
 def test_match_says_what_is_missing() -> None:
     layer = toys(1)[0]
-    for function in (lambda h: layer(h) - h, lambda h: layer.out_proj(h @ torch.ones(HIDDEN, WIDTH))):
-        assert [m.reason for m in match.match(Captured(function, tokens()).gm.graph)] in ([], [None])
+    assert match(Captured(lambda h: layer.out_proj(h @ torch.ones(HIDDEN, WIDTH)), tokens()).gm.graph) == []
 
     def without_residual(h: Tensor) -> Tensor:
         x = layer.in_proj(h)[..., :WIDTH]
         B = layer.x_proj(x)[..., :STATES]
         return layer.out_proj(OPS.selective_scan(x, x, layer.A, B, B, None, None, None, True, None)[0])
 
-    (mixer,) = match.match(Captured(without_residual, tokens()).gm.graph)
+    (mixer,) = match(Captured(without_residual, tokens()).gm.graph)
     assert mixer.reason == "no residual add follows its output"
 
 
@@ -157,7 +156,7 @@ def test_length_finds_the_token_axis() -> None:
 def one_mixer() -> tuple[Any, Any]:
     """A graph and its mixer."""
     graph = Captured(toys(1), tokens()).gm.graph
-    return graph, match.match(graph)[0]
+    return graph, match(graph)[0]
 
 
 @settings(max_examples=100)
@@ -201,8 +200,9 @@ def test_shares_of_a_list_must_fit() -> None:
 
 
 def test_what_the_graph_reads_from_the_end_is_protected() -> None:
-    captured = Captured(lambda h: toys(2)(h)[:, -5:], tokens())
-    plan = make_plan(captured.gm.graph, match.match(captured.gm.graph), Options(protect_last=2))
+    model = toys(2)
+    captured = Captured(lambda h: model(h)[:, -5:], tokens())
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), Options(protect_last=2))
     assert plan is not None and plan.protect_last == 5
 
 
@@ -213,10 +213,10 @@ def test_what_the_graph_reads_from_the_end_is_protected() -> None:
 def test_prune_scores_selects_and_restores(placement: str) -> None:
     captured = Captured(toys(3), tokens(40))
     options = Options(keep=0.2, placement=placement, min_tokens=1, schedule=[1.0, 0.5, 0.2])
-    plan = make_plan(captured.gm.graph, match.match(captured.gm.graph), options)
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
     assert plan is not None
     before = str(captured.gm.graph)
-    pruned = prune.prune(captured.gm, plan, options)
+    pruned = prune(captured.gm, plan, options)
     assert str(captured.gm.graph) == before  # the dense graph is still there
     called = captured.targets(pruned)
     assert [called.count(op) for op in (OPS.influence, OPS.select, OPS.restore, OPS.selective_scan)] == [2, 2, 1, 3]
@@ -234,10 +234,11 @@ def test_prune_scores_selects_and_restores(placement: str) -> None:
 
 
 def test_nothing_is_restored_where_a_suffix_is_read() -> None:
-    captured = Captured(lambda h: toys(2)(h)[:, -2:] * 2, tokens(40))
+    model = toys(2)
+    captured = Captured(lambda h: model(h)[:, -2:] * 2, tokens(40))
     options = Options(keep=0.2, min_tokens=1)
-    plan = make_plan(captured.gm.graph, match.match(captured.gm.graph), options)
-    pruned = prune.prune(captured.gm, plan, options)
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
+    pruned = prune(captured.gm, plan, options)
     assert OPS.restore not in captured.targets(pruned) and OPS.last_tokens in captured.targets(pruned)
     with torch.no_grad():
         torch.testing.assert_close(pruned(*captured.args, 40)[0], captured.result, rtol=1e-5, atol=1e-6)
@@ -253,18 +254,18 @@ def test_lower_fuses_a_layer() -> None:
     after = captured.lowered()
     assert after.count(OPS.rms_norm) == 1 and after.count(linear_onto) == 1
     assert not {"pow", "mean", torch.rsqrt, "to"} & set(after)
-    assert after.count("transpose") <= 2 < before.count("transpose")  # the two halves of in_proj, cut along channels
+    assert after.count("transpose") <= 3 < before.count("transpose")  # in_proj's, and back for each of its halves
 
 
 def test_lower_hands_the_gathers_to_the_scan() -> None:
     captured = Captured(toys(2), tokens(40))
     options = Options(keep=0.2, min_tokens=1)
-    plan = make_plan(captured.gm.graph, match.match(captured.gm.graph), options)
-    pruned = prune.prune(captured.gm, plan, options)
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
+    pruned = prune(captured.gm, plan, options)
     with torch.no_grad():
         before = pruned(*captured.args, 8)[0]
     assert captured.targets(pruned).count(OPS.gather) >= 6
-    lower.lower(pruned)
+    lower(pruned)
     after = captured.targets(pruned)
     assert after.count(OPS.gather) == 1  # of the residual
     scans = [node for node in pruned.graph.nodes if node.target is OPS.selective_scan]
@@ -299,7 +300,7 @@ def test_lower_fuses_norms_and_only_norms(case: str) -> None:
     captured = Captured(function, tokens())
     if case == "in halves":  # Hugging Face rounds before the weight, the operator after it
         captured.result = captured.result.half().float()
-        lower.lower(captured.gm)
+        lower(captured.gm)
         with torch.no_grad():
             torch.testing.assert_close(captured.gm(*captured.args)[0], captured.result, rtol=2e-3, atol=2e-3)
         assert captured.targets().count(OPS.rms_norm) == count
@@ -319,7 +320,7 @@ RESIDUALS: dict[str, tuple[Callable, int]] = {
     "flat": (lambda h: h[:, 0] + F.linear(h[:, 0], matrix), 0),
     "wider": (lambda h: (h.double() + F.linear(h, matrix)).float(), 0),
     "transposed": (lambda h: F.linear(h, matrix) + h.transpose(0, 1).contiguous().transpose(0, 1), 1),
-    "itself": (lambda h: (lambda y: y + y)(F.linear(h, matrix)), 0),
+    "itself": (lambda h: (lambda y: y + y)(F.linear(h, matrix)), 1),
 }
 
 
@@ -333,14 +334,13 @@ def test_lower_fuses_residual_adds_and_only_those(case: str) -> None:
 
 
 def test_lower_overwrites_only_what_it_gathered_itself() -> None:
-    index = torch.arange(3).expand(2, 3)
     for function in (
-        lambda h: OPS.gather(h, index, 1) + F.linear(h[:, :3], matrix),
-        lambda h: (lambda g: (g + F.linear(h[:, :3], matrix)) * g)(OPS.gather(h, index, 1)),
+        lambda h, index: OPS.gather(h, index, 1) + F.linear(h, matrix),
+        lambda h, index: (lambda g: (g + F.linear(h, matrix)) * g)(OPS.gather(h, index, 1)),
     ):
-        h = tokens()
+        h, index = tokens(), torch.arange(20).expand(2, 20).contiguous()
         kept = h.clone()
-        captured = Captured(function, h)
+        captured = Captured(function, h, index)
         captured.lowered()
         captured.lowered()  # runs it again on the same inputs
         assert torch.equal(h, kept)
@@ -488,16 +488,17 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
             sizes = [*[index.shape[1] for index in prunings], *[prunings[-1].shape[1]] * (3 - len(prunings))]
         if name == "last three":
             monkeypatch.setattr(eager, "select", lambda s, k, first, last, original=eager.select: original(s, k, first, 3))
-        allowed = acceptable(model, h, sizes)
-        dense = model(h)
+        with exact_casts():
+            allowed = acceptable(model, h, sizes)
+            dense = model(h)
     reasons = [mixer.reason for graph in found for mixer in graph.mixers]
-    is_dense = torch.allclose(out, dense, rtol=1e-5, atol=1e-5)
+    is_dense = torch.allclose(out, dense, rtol=1e-7, atol=1e-7)
     if not prunings:
         assert is_dense and all(reasons) and reasons
         return
     assert len(prunings) == 3 or any(reasons)
     assert not is_dense
-    assert any(torch.allclose(out, one, rtol=1e-5, atol=1e-5) for one in allowed), [(out - a).abs().max() for a in allowed]
+    assert any(torch.allclose(out, one, rtol=1e-7, atol=1e-7) for one in allowed), [(out - a).abs().max() for a in allowed]
 
 
 STRUCTURES: dict[str, Callable[[nn.ModuleList, Tensor], Tensor]] = {
@@ -525,7 +526,8 @@ def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         return STRUCTURES[name](layers, h)
 
     with torch.no_grad():
-        dense = function(h)
+        with exact_casts():
+            dense = function(h)
         out = torch.compile(function, backend="simba", options={"schedule": [0.9, 0.6, 0.3][: len(layers)], "min_tokens": 2})(h)
     assert out.shape == dense.shape and out.isfinite().all()
     if all(graph.pruned is None for graph in found):

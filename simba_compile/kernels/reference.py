@@ -168,12 +168,10 @@ def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
     """See `simba_compile.kernels.ops.causal_conv1d`."""
     kind = compute_dtype(x.dtype)
-    y = F.conv1d(
-        F.pad(x.to(kind).transpose(1, 2), (weight.shape[1] - 1, 0)),
-        weight.to(kind)[:, None],
-        None if bias is None else bias.to(kind),
-        groups=weight.shape[0],
-    ).transpose(1, 2)
+    tokens, width = x.shape[1], weight.shape[1]
+    before = F.pad(x.to(kind), (0, 0, width - 1, 0))
+    y = sum(before[:, k : k + tokens] * weight[:, k].to(kind) for k in range(width))
+    y = y if bias is None else y + bias.to(kind)
     return (F.silu(y) if silu else y).to(x.dtype)
 
 

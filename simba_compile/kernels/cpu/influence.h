@@ -11,34 +11,60 @@
 
 typedef struct { wide S, top; } NAME(decay); /* Σ of the later steps; max_n A in natural units */
 #define decay_t NAME(decay)
-typedef struct { wide best; vec sum; } NAME(pool); /* of one token, for each lane */
+
+/* What a slice's channels have brought a token so far: the largest log-magnitude; for L2 also, lane by lane, the largest
+ * and Σ exp(2 (value - largest)). */
+typedef struct { wide most; vec sum; double best; } NAME(pool);
 #define pool_t NAME(pool)
 
-/* Take log-magnitudes into a token's pool: the largest so far, and for L2 also Σ exp(2 (value - largest)). NaN stays. */
-INLINE void NAME(pool_in)(pool_t *pool, wide value, int l2) {
+INLINE void NAME(pool_max)(pool_t *pool, wide value) { /* NaN is the largest */
+  const double *v = (const double *)&value;
+  for (int i = 0; i < LANES; i++)
+    if (!(v[i] <= pool->best) && pool->best == pool->best) pool->best = v[i];
+}
+
+INLINE void NAME(pool_l2)(pool_t *pool, wide value) {
   wide shrink, add;
   for (int p = 0; p < PARTS; p++) {
-    dvec v = value.part[p], before = pool->best.part[p];
+    dvec v = value.part[p], before = pool->most.part[p];
     idvec higher = (v > before) | (v != v);
-    dvec best = (dvec)((higher & (idvec)v) | (~higher & (idvec)before));
-    pool->best.part[p] = best;
-    if (l2) { /* of equals (two infinities among them) the difference is 0 */
-      shrink.part[p] = (dvec)(~(idvec)(before == best) & (idvec)(2 * (before - best)));
-      add.part[p] = (dvec)(~(idvec)(v == best) & (idvec)(2 * (v - best)));
-      add.part[p] -= (dvec)((idvec)(v == -INFINITY) & (idvec)(INFINITY - (dvec){0})); /* nothing to add */
-    }
+    dvec most = (dvec)((higher & (idvec)v) | (~higher & (idvec)before));
+    pool->most.part[p] = most;
+    /* of equals (two infinities among them) the difference is 0 */
+    shrink.part[p] = (dvec)(~(idvec)(before == most) & (idvec)(2 * (before - most)));
+    add.part[p] = (dvec)(~(idvec)(v == most) & (idvec)(2 * (v - most)));
+    add.part[p] -= (dvec)((idvec)(v == -INFINITY) & (idvec)(INFINITY - (dvec){0})); /* nothing to add */
   }
-  if (l2) pool->sum = pool->sum * exp2v(from_wide(shrink) * (REAL)LOG2E) + exp2v(from_wide(add) * (REAL)LOG2E);
+  pool->sum = pool->sum * exp2v(from_wide(shrink) * (REAL)LOG2E) + exp2v(from_wide(add) * (REAL)LOG2E);
+}
+
+INLINE double NAME(pool_out)(const pool_t *pool, int l2) {
+  const double *most = (const double *)&pool->most;
+  double top = -INFINITY, sum = 0;
+  if (!l2) return pool->best;
+  for (int i = 0; i < LANES; i++)
+    if (!(most[i] <= top) && top == top) top = most[i];
+  if (!(top - top == 0)) return top; /* -inf, inf and NaN speak for themselves */
+  for (int i = 0; i < LANES; i++)
+    if (pool->sum[i] > 0) sum += exp(2 * (most[i] - top)) * pool->sum[i];
+  return top + log(sum) / 2;
+}
+
+/* An upper bound of ln|a|, NaN and inf included: the exponent alone. */
+INLINE vec NAME(log_bound)(vec a) {
+  ivec exponent = (((ivec)a >> (sizeof(REAL) == 4 ? 23 : 52)) & (sizeof(REAL) == 4 ? 0xff : 0x7ff)) -
+                  (sizeof(REAL) == 4 ? 126 : 1022);
+  return __builtin_convertvector(exponent, vec) * (REAL)0.6931472;
 }
 
 INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, const REAL *weight, const vec *A,
                                   const REAL *reach, vec range, decay_t *decay, pool_t *pool, vec *near, int64_t b,
                                   int64_t d, int count) {
-  const int N = (int)a->states;
-  vec S[CHUNK], scale[CHUNK], total[CHUNK], nearest = from_wide(decay->S), inside = splat((REAL)-INFINITY);
-  REAL least = nearest[0];
+  const int N = (int)a->states, T = chunk->count;
+  vec later[CHUNK], scale[CHUNK], total[CHUNK], base = from_wide(decay->S), inside = splat((REAL)-INFINITY);
+  REAL least = base[0];
   for (int i = 0; i < count; i++) {
-    least = nearest[i] < least ? nearest[i] : least;
+    least = base[i] < least ? base[i] : least;
     inside[i] = 0;
   }
   int terms[MAX_STATES], alive = 0;
@@ -47,54 +73,54 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
       near[alive] = A[n];
       terms[alive++] = n;
     }
-  for (int t = 0; t < chunk->count; t++) {
+  for (int t = 0; t < T; t++) {
     vec delta = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
     scale[t] = load_at(a->x, b, chunk->row[t], d, count) * delta;
     if (a->dt_bias && !a->bias_in_decay) delta = step_size(a->dt, NULL, (int)a->softplus, b, chunk->row[t], d, count);
-    S[t] = delta;
+    later[t] = delta;
   }
-  wide exact[CHUNK];
-  for (int t = chunk->count - 1; t >= 0; t--) {
-    wide step = to_wide(S[t]);
-    exact[t] = decay->S;
-    S[t] = from_wide(exact[t]);
-    for (int p = 0; p < PARTS; p++) decay->S.part[p] += step.part[p];
+  vec sum = splat(0); /* of the later steps in this chunk */
+  for (int t = T - 1; t >= 0; t--) {
+    vec delta = later[t];
+    later[t] = sum;
+    sum += delta;
   }
-  for (int t = 0; t < chunk->count; t++) {
-    const REAL *w = weight + t;
-    vec excess = select(S[t] < 0, range * S[t], splat(0)); /* only where dt may be negative: then the smallest A leads */
-    vec even = splat(0), odd = splat(0);
-    int j = 0;
-    for (; j + 1 < alive; j += 2) {
-      even += exp2v(near[j] * S[t] - excess) * w[terms[j] * CHUNK];
-      odd += exp2v(near[j + 1] * S[t] - excess) * w[terms[j + 1] * CHUNK];
+  vec S[CHUNK], excess[CHUNK];
+  for (int t = 0; t < T; t++) {
+    S[t] = base + later[t];
+    excess[t] = select(S[t] < 0, range * S[t], splat(0)); /* only where dt may be negative: then the smallest A leads */
+    total[t] = splat(0);
+    if (chunk->row[t] >= CHUNK) {
+      prefetch(a->x, b, chunk->row[t] - CHUNK, d);
+      prefetch(a->dt, b, chunk->row[t] - CHUNK, d);
     }
-    if (j < alive) even += exp2v(near[j] * S[t] - excess) * w[terms[j] * CHUNK];
-    total[t] = even + odd;
   }
-  for (int t = 0; t < chunk->count; t++) {
-    vec excess = select(S[t] < 0, range * S[t], splat(0)), value = scale[t] * total[t];
+  int j = 0;
+  for (; j + 1 < alive; j += 2) { /* two at a time share what they load */
+    const REAL *v = weight + terms[j] * CHUNK, *w = weight + terms[j + 1] * CHUNK;
+    vec near_v = near[j], near_w = near[j + 1];
+    for (int t = 0; t < T; t++)
+      total[t] += exp2v(near_v * S[t] - excess[t]) * v[t] + exp2v(near_w * S[t] - excess[t]) * w[t];
+  }
+  for (int t = 0; t < T && j < alive; t++) total[t] += exp2v(near[j] * S[t] - excess[t]) * weight[terms[j] * CHUNK + t];
+  vec top = from_wide(decay->top);
+  for (int t = 0; t < T; t++) {
+    vec value = scale[t] * total[t];
     if (a->pool == POOL_MAX) value = select(value < 0, splat(0), value);
-    value = logv(absolute(value)) + excess * (REAL)(1 / LOG2E);
+    if (a->pool != POOL_L2) { /* most channels are far below a token's best: that shows without a logarithm */
+      vec lead = top * S[t] + excess[t] * (REAL)(1 / LOG2E);
+      vec bound = NAME(log_bound)(value) + lead + absolute(lead) * (REAL)1e-5;
+      if (!any_lane(~(bound <= (REAL)(pool[t].best - 1e-3)))) continue;
+    }
+    value = logv(absolute(value)) + excess[t] * (REAL)(1 / LOG2E);
     value = select(inside < 0, inside, value); /* lanes past the last channel */
-    wide score = to_wide(value);
-    for (int p = 0; p < PARTS; p++) score.part[p] += decay->top.part[p] * exact[t].part[p];
-    NAME(pool_in)(pool + t, score, a->pool == POOL_L2);
+    wide score = to_wide(value), far = to_wide(later[t]);
+    for (int p = 0; p < PARTS; p++) score.part[p] += decay->top.part[p] * (decay->S.part[p] + far.part[p]);
+    if (a->pool == POOL_L2) NAME(pool_l2)(pool + t, score);
+    else NAME(pool_max)(pool + t, score);
   }
-}
-
-/* What the lanes of one token hold, as one number. */
-INLINE double NAME(pool_out)(const pool_t *pool, int l2) {
-  const double *best = (const double *)&pool->best;
-  double top = -INFINITY, sum = 0;
-  for (int i = 0; i < LANES; i++)
-    if (best[i] > top || best[i] != best[i]) top = best[i];
-  for (int i = 0; i < LANES; i++)
-    if (best[i] != best[i]) top = best[i];
-  if (!l2 || !(top - top == 0)) return top; /* -inf, inf and NaN speak for themselves */
-  for (int i = 0; i < LANES; i++)
-    if (pool->sum[i] > 0) sum += exp(2 * (best[i] - top)) * pool->sum[i];
-  return top + log(sum) / 2;
+  wide steps = to_wide(sum);
+  for (int p = 0; p < PARTS; p++) decay->S.part[p] += steps.part[p];
 }
 
 int NAME(influence)(const InfluenceArgs *a, int threads) {
@@ -143,12 +169,11 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
       }
     }
     for (int64_t c = chunks - 1; c >= 0; c--) {
-      prefetch(a->x, b, NULL, (c - 1) * CHUNK, a->tokens, first, size);
-      prefetch(a->dt, b, NULL, (c - 1) * CHUNK, a->tokens, first, size);
       open_chunk(&chunk, &rows, b, c * CHUNK);
       for (int64_t i = 0; i < N * CHUNK; i++) chunk.B[i] *= C_last[i / CHUNK];
       for (int i = 0; i < CHUNK; i++) {
-        pool[i].best = to_wide(splat((REAL)-INFINITY));
+        pool[i].best = -INFINITY;
+        pool[i].most = to_wide(splat((REAL)-INFINITY));
         pool[i].sum = splat(0);
       }
       for (int64_t k = 0; k * LANES < size; k++)

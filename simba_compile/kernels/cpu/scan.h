@@ -41,14 +41,10 @@ INLINE vec NAME(step_size)(View3 dt, const REAL *bias, int softplus, int64_t b, 
 }
 #define step_size NAME(step_size)
 
-/* Ask for a slice of the rows of the chunk that comes next. Rows are kilobytes apart, which no hardware prefetcher
- * follows; without this the kernels wait for memory most of the time. */
-INLINE void NAME(prefetch)(View3 view, int64_t b, const int64_t *index, int64_t first, int64_t limit, int64_t d, int64_t size) {
-  if (!view.data) return;
-  for (int64_t i = first < 0 ? 0 : first; i < first + CHUNK && i < limit; i++) {
-    const char *row = (char *)((elem *)view.data + b * view.batch + (index ? index[i] : i) * view.token + d);
-    for (int64_t at = 0; at < size * (int64_t)sizeof(elem); at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
+/* Ask for LANES channels of a row that the next chunk will read. Rows are kilobytes apart, which no hardware prefetcher
+ * follows. The kernels ask for a few at a time between their exponentials: all at once, the requests themselves would wait. */
+INLINE void NAME(prefetch)(View3 view, int64_t b, int64_t row, int64_t d) {
+  if (view.data) __builtin_prefetch((elem *)view.data + b * view.batch + row * view.token + d, 0, 3);
 }
 #define prefetch NAME(prefetch)
 
@@ -76,8 +72,18 @@ INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec 
     input[t] = delta[t] * x;
     y[t] = skip * x;
   }
-  int n = 0;
+  const int64_t *index = a->index ? a->index + b * a->kept : NULL;
+  int n = 0, asked = 0;
   for (; n + 1 < N; n += 2) { /* two at a time share what they load */
+    for (; asked < CHUNK * (n + 2) / N; asked++) {
+      int64_t next = first + CHUNK + asked;
+      if (next >= a->kept) break;
+      int64_t row = index ? index[next] : next;
+      prefetch(a->x, b, row, d);
+      prefetch(a->dt, b, row, d);
+      prefetch(a->z, b, row, d);
+      prefetch(a->out, b, next, d);
+    }
     const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
     vec h = state[n], k = state[n + 1], h_decay = A[n], k_decay = A[n + 1];
     for (int t = 0; t < T; t++) {
@@ -123,10 +129,6 @@ int NAME(selective_scan)(const ScanArgs *a, int threads) {
     pack_A(A, a->A, first, size, N);
     memset(state, 0, blocks * N * sizeof(vec));
     for (int64_t c = 0; c < chunks; c++) {
-      const int64_t *index = a->index ? a->index + b * a->kept : NULL;
-      const View3 *reads[] = {&a->x, &a->dt, &a->z};
-      for (int i = 0; i < 3; i++) prefetch(*reads[i], b, index, (c + 1) * CHUNK, a->kept, first, size);
-      prefetch(a->out, b, NULL, (c + 1) * CHUNK, a->kept, first, size);
       open_chunk(&chunk, a, b, c * CHUNK);
       for (int64_t d = 0; d < size; d += LANES) {
         int64_t block = d / LANES;

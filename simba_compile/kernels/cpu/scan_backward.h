@@ -28,6 +28,12 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
   }
   for (int n = 0; n < N; n++) { /* one state through the chunk and back: what it needs stays in the first-level cache */
     vec h[CHUNK + 1], decay[CHUNK], l = lambda[n], sum = dA[n];
+    for (int64_t row = first - CHUNK + CHUNK * n / N; row >= 0 && row < first - CHUNK + CHUNK * (n + 1) / N; row++) {
+      prefetch(f->x, b, row, d);
+      prefetch(f->dt, b, row, d);
+      prefetch(f->z, b, row, d);
+      prefetch(f->out, b, row, d);
+    }
     h[0] = start[n]; /* h[t + 1] is that after token t */
     for (int t = 0; t < T; t++) {
       decay[t] = exp2v(delta[t] * A[n]);
@@ -92,8 +98,6 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
         for (int64_t n = 0; n < N; n++)
           lambda[d / LANES * N + n][d % LANES] = ((REAL *)a->grad_state)[(b * f->channels + first + d) * N + n];
     for (int64_t c = chunks - 1; c >= 0; c--) {
-      const View3 *rows[] = {&f->x, &f->dt, &f->z, &f->out, &a->dx, &a->ddt, &a->dz};
-      for (int i = 0; i < 7; i++) prefetch(*rows[i], b, NULL, (c - 1) * CHUNK, f->tokens, first, size);
       open_chunk(&chunk, f, b, c * CHUNK);
       memset(dB, 0, 2 * CHUNK * N * sizeof(vec));
       for (int64_t d = 0; d < size; d += LANES) {

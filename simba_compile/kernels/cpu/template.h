@@ -28,6 +28,7 @@
 #undef load_real_some
 #undef store_real_some
 #undef sum_lanes
+#undef any_lane
 #undef LOG2E
 #undef EACH_LANE
 #undef exp2v

@@ -73,6 +73,18 @@ INLINE REAL NAME(sum)(vec v) {
 }
 #define sum_lanes NAME(sum)
 
+/* Whether any lane of a mask is set. */
+INLINE int NAME(any)(ivec mask) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  INTEGER set = 0;
+  for (int i = 0; i < LANES; i++) set |= mask[i];
+  return set != 0;
+#endif
+}
+#define any_lane NAME(any)
+
 #ifdef REAL_IS_FLOAT
 
 #define LOG2E 1.44269504088896341f

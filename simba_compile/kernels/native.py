@@ -169,6 +169,7 @@ def selective_scan_backward(
     _expect("grad", grad, tuple(x.shape), x.dtype)
     batch, tokens, channels = x.shape
     states, kind = A.shape[1], compute_dtype(x.dtype)
+    _expect("grad_state", grad_state, (batch, channels, states), None)
     x, dt, B, C, grad = (_rows(value) for value in (x, dt, B, C, grad))
     z = None if z is None else _rows(z)
     A, D, dt_bias, grad_state = (_constant(value, kind) for value in (A, D, dt_bias, grad_state))  # type: ignore[assignment]
@@ -254,7 +255,7 @@ def causal_conv1d_backward(
         words = [*x.shape, weight.shape[1], silu, *_view(x), _pointer(across), _pointer(fixed), *_view(grad)]
         words += [*_view(dx), _pointer(dweight), _pointer(dbias) if bias is not None else 0]
         _call("causal_conv1d_backward", x.dtype, words)
-    return dx, dweight.t(), dbias
+    return dx, dweight.t().contiguous(), dbias
 
 
 def state_update(

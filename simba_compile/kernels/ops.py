@@ -370,18 +370,8 @@ def selective_scan_backward(
     That of a missing input is empty; those of A, D and dt_bias come in the compute type.
     """
     inputs = (x, dt, A, B, C, D, z, dt_bias)
-    if _runs_native(grad, grad_state, *inputs):
-        return native.selective_scan_backward(grad, grad_state, *inputs, softplus)
-    with torch.enable_grad():
-        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        out, state = reference.selective_scan(*leaves, softplus)  # type: ignore[call-arg, arg-type]
-        grads = torch.autograd.grad(
-            (out, state),
-            [v for v in leaves if v is not None],
-            (grad, torch.zeros_like(state) if grad_state is None else grad_state),
-        )
-    rest = iter(grads)
-    return tuple(x.new_empty(0) if value is None else next(rest) for value in inputs)
+    run = native.selective_scan_backward if _runs_native(grad, grad_state, *inputs) else reference.selective_scan_backward
+    return run(grad, grad_state, *inputs, softplus)
 
 
 @fake("selective_scan_backward")
@@ -452,15 +442,8 @@ def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `causal_conv1d` for x, weight and bias (the last one empty where there is no bias)."""
-    if _runs_native(grad, x, weight, bias):
-        dx, dweight, dbias = native.causal_conv1d_backward(grad, x, weight, bias, silu)
-        return dx, dweight.contiguous(), dbias
-    with torch.enable_grad():
-        leaves = [value.detach().requires_grad_() for value in (x, weight, bias) if value is not None]
-        out = reference.causal_conv1d(leaves[0], leaves[1], leaves[2] if bias is not None else None, silu)
-        grads = [g.contiguous() for g in torch.autograd.grad(out, leaves, grad)]
-    kind = compute_dtype(x.dtype)
-    return grads[0], grads[1].to(kind), grads[2].to(kind) if bias is not None else x.new_empty(0, dtype=kind)
+    run = native.causal_conv1d_backward if _runs_native(grad, x, weight, bias) else reference.causal_conv1d_backward
+    return run(grad, x, weight, bias, silu)
 
 
 @fake("causal_conv1d_backward")

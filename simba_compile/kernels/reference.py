@@ -56,6 +56,64 @@ def selective_scan(
     return y.to(x.dtype), state
 
 
+def selective_scan_backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+) -> tuple[Tensor, ...]:
+    """See `simba_compile.kernels.ops.selective_scan_backward`. The adjoint recurrence, token by token."""
+    delta = step_size(dt, dt_bias, softplus)
+    kind = delta.dtype
+    u, g, a, b, c = (value.to(kind) for value in (x, grad, A, B, C))
+    skip = torch.zeros_like(u[0, 0]) if D is None else D.to(kind)
+    tokens = u.shape[1]
+    states = [u.new_zeros(u.shape[0], u.shape[2], a.shape[1])]
+    for t in range(tokens):
+        new = torch.exp(delta[:, t, :, None] * a) * states[-1] + (delta[:, t] * u[:, t])[:, :, None] * b[:, t, None, :]
+        states.append(new)
+    dz = None
+    if z is not None:
+        gate = z.to(kind)
+        y = u * skip
+        y = y + torch.stack([(states[t + 1] * c[:, t, None, :]).sum(-1) for t in range(tokens)], 1)
+        sigmoid = torch.sigmoid(gate)
+        dz = g * y * (sigmoid + gate * sigmoid * (1 - sigmoid))
+        g = g * gate * sigmoid
+    dx, ddelta, dB, dC = torch.zeros_like(u), torch.zeros_like(u), torch.zeros_like(b), torch.zeros_like(c)
+    dA = torch.zeros_like(a)
+    adjoint = torch.zeros_like(states[0]) if grad_state is None else grad_state.to(kind)
+    for t in reversed(range(tokens)):
+        decay, now = torch.exp(delta[:, t, :, None] * a), delta[:, t]
+        adjoint = adjoint + g[:, t, :, None] * c[:, t, None, :]
+        dC[:, t] = (g[:, t, :, None] * states[t + 1]).sum(1)
+        dB[:, t] = (adjoint * (now * u[:, t])[:, :, None]).sum(1)
+        from_B = (adjoint * b[:, t, None, :]).sum(-1)
+        adjoint = adjoint * decay
+        through = adjoint * states[t]
+        dA += (through * now[:, :, None]).sum(0)
+        dx[:, t] = now * from_B + g[:, t] * skip
+        ddelta[:, t] = u[:, t] * from_B + (through * a).sum(-1)
+    if softplus:
+        raw = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
+        ddelta = ddelta * torch.sigmoid(raw)
+    return (
+        *(value.to(x.dtype) for value in (dx, ddelta)),
+        dA,
+        *(value.to(x.dtype) for value in (dB, dC)),
+        x.new_empty(0, dtype=kind) if D is None else (g * u).sum((0, 1)),
+        x.new_empty(0) if dz is None else dz.to(x.dtype),
+        x.new_empty(0, dtype=kind) if dt_bias is None else ddelta.sum((0, 1)),
+    )
+
+
 def contributions(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_last: Tensor, delta_decay: Tensor | None = None
 ) -> Tensor:
@@ -165,14 +223,37 @@ def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     return F.pad(x.narrow(dim, x.shape[dim] - have, have), pad)
 
 
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Σ_k weight_k x_{t − width + 1 + k} + bias, in the compute type."""
+    kind, tokens, width = compute_dtype(x.dtype), x.shape[1], weight.shape[1]
+    before = F.pad(x.to(kind), (0, 0, width - 1, 0))
+    y = torch.stack([before[:, k : k + tokens] * weight[:, k].to(kind) for k in range(width)]).sum(0)
+    return y if bias is None else y + bias.to(kind)
+
+
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
     """See `simba_compile.kernels.ops.causal_conv1d`."""
-    kind = compute_dtype(x.dtype)
-    tokens, width = x.shape[1], weight.shape[1]
-    before = F.pad(x.to(kind), (0, 0, width - 1, 0))
-    y = sum(before[:, k : k + tokens] * weight[:, k].to(kind) for k in range(width))
-    y = y if bias is None else y + bias.to(kind)
+    y = _convolution(x, weight, bias)
     return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `simba_compile.kernels.ops.causal_conv1d_backward`."""
+    kind, tokens, width = compute_dtype(x.dtype), x.shape[1], weight.shape[1]
+    g = grad.to(kind)
+    if silu:
+        y = _convolution(x, weight, bias)
+        sigmoid = torch.sigmoid(y)
+        g = g * (sigmoid + y * sigmoid * (1 - sigmoid))
+    before, after = F.pad(x.to(kind), (0, 0, width - 1, 0)), F.pad(g, (0, 0, 0, width - 1))
+    dx = torch.zeros_like(g)
+    for k in range(width):  # x_t is read with weight k by the output width - 1 - k tokens later
+        dx = dx + after[:, width - 1 - k : width - 1 - k + tokens] * weight[:, k].to(kind)
+    dweight = torch.stack([(g * before[:, k : k + tokens]).sum((0, 1)) for k in range(width)], 1)
+    dbias = x.new_empty(0, dtype=kind) if bias is None else g.sum((0, 1))
+    return dx.to(x.dtype), dweight, dbias
 
 
 def state_update(

@@ -501,15 +501,18 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
     assert any(torch.allclose(out, one, rtol=1e-7, atol=1e-7) for one in allowed), [(out - a).abs().max() for a in allowed]
 
 
-STRUCTURES: dict[str, Callable[[nn.ModuleList, Tensor], Tensor]] = {
-    "no residual": lambda layers, h: layers[1].mixer(layers[0].mixer(h)) + layers[2].mixer(h),
-    "scaled residual": lambda layers, h: [h := 0.5 * h + layer.mixer(layer.norm(h)) for layer in layers][-1],
-    "norm after": lambda layers, h: [h := layer.norm(h + layer.mixer(h)) for layer in layers][-1],
-    "side by side": lambda layers, h: h + layers[0].mixer(h) + layers[1].mixer(h) + layers[2].mixer(h),
-    "dense connections": lambda layers, h: [h := h + layer.mixer(h) + h.mean(1, keepdim=True) for layer in layers][-1],
-    "both directions": lambda layers, h: [h := h + layer.mixer(h) + layer.mixer(h.flip(1)).flip(1) for layer in layers][-1],
-    "inputs added again": lambda layers, h: (lambda x: [h := layer(h) + x for layer in layers][-1])(h * 1.0),
-    "gated": lambda layers, h: [h := h + torch.sigmoid(h) * layer.mixer(layer.norm(h)) for layer in layers][-1],
+Step = Callable[[nn.Module, Tensor, Tensor], Tensor]  # layer, stream, what the model was given
+STRUCTURES: dict[str, Step] = {
+    "no residual": lambda layer, h, _: layer.mixer(h),
+    "scaled residual": lambda layer, h, _: 0.5 * h + layer.mixer(layer.norm(h)),
+    "norm after": lambda layer, h, _: layer.norm(h + layer.mixer(h)),
+    "side by side": lambda layer, h, x: h + layer.mixer(x),
+    "mean added": lambda layer, h, _: h + layer.mixer(h) + h.mean(1, keepdim=True),
+    "both directions": lambda layer, h, _: h + layer.mixer(h) + layer.mixer(h.flip(1)).flip(1),
+    "input added again": lambda layer, h, x: layer(h) + x,
+    "input concatenated": lambda layer, h, x: layer(torch.cat([h, x], -1)[..., ::2]),
+    "gated": lambda layer, h, _: h + torch.sigmoid(h) * layer.mixer(layer.norm(h)),
+    "same layer twice": lambda layer, h, _: layer(layer(h)),
 }
 
 
@@ -522,29 +525,27 @@ def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     original = simba_compile.backend.transform
     monkeypatch.setattr(simba_compile.backend, "transform", lambda *args: found.append(original(*args)) or found[-1])
 
-    def function(h: Tensor) -> Tensor:
-        return STRUCTURES[name](layers, h)
+    def function(x: Tensor) -> Tensor:
+        h = x
+        for layer in layers:
+            h = STRUCTURES[name](layer, h, x)
+        return h
 
     with torch.no_grad():
         with exact_casts():
             dense = function(h)
-        out = torch.compile(function, backend="simba", options={"schedule": [0.9, 0.6, 0.3][: len(layers)], "min_tokens": 2})(h)
+        out = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)
     assert out.shape == dense.shape and out.isfinite().all()
     if all(graph.pruned is None for graph in found):
         torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
         assert all(mixer.reason for graph in found for mixer in graph.mixers)
         return
-    for graph in found:  # the counts as large as the sequence: the rewritten graph is the dense one
-        if graph.pruned is not None:
-            plan = graph.plan
-            monkeypatch.setattr(type(plan), "inputs", lambda self, tokens: [tokens] * len(self.pruning))
-            monkeypatch.setattr(type(plan), "counts", lambda self, tokens: [tokens] * len(self.ratios))
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # with counts as large as the sequence, the rewritten graph is the dense one
     monkeypatch.setattr(
         simba_compile.backend,
         "run_by_length",
         lambda result, mode=None: lambda *args: result.pruned(*args, *[24] * len(result.plan.pruning)),
     )
     with torch.no_grad():
-        everything = torch.compile(function, backend="simba", options={"schedule": [0.9, 0.6, 0.3], "min_tokens": 2})(h)
+        everything = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)
     torch.testing.assert_close(everything, dense, rtol=1e-5, atol=1e-5)

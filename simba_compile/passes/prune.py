@@ -69,7 +69,7 @@ class _Pruning:
         self.made: dict[tuple[Node, int], Node] = {}  # (old node, version) → new node
         self.counts: list[Node] = []  # version 1 is entry 0: how many tokens are left,
         self.kept: list[Node] = []  # … their places among the tokens of the version before,
-        self.positions: list[Node] = []  # … and their places in the sequence
+        self.positions: dict[int, Node] = {}  # version → their places in the sequence, where something asks for them
         self.pending: Node | None = None  # placement "layer": selected at the scan, to be pruned at the residual add
         self.mixer = 0  # the last one that pruned: whom a failure is laid to
         self.tokens: Node | None = None  # the full length as a number
@@ -150,7 +150,7 @@ class _Pruning:
             scores = self._call(OPS.token_scores, given["x"], count, self.options.criterion, seed)
         kept = self._call(OPS.select, scores, count, self.plan.protect_first, self.plan.protect_last)
         if self.options.placement == "scan":
-            self._new_version(kept)
+            self.kept.append(kept)
         else:
             self.pending = kept
 
@@ -161,13 +161,18 @@ class _Pruning:
         kept, self.pending = self.pending, None
         whole = self.made[add, self.latest]
         assert kept is not None
-        self._new_version(kept)
+        self.kept.append(kept)
         self.version[add] = self.latest
         self.made[add, self.latest] = self._call(OPS.gather, whole, kept, self.length.of(add))
 
-    def _new_version(self, kept: Node) -> None:
-        self.positions.append(self._call(OPS.gather, self.positions[-1], kept, 1) if self.positions else kept)
-        self.kept.append(kept)
+    def _positions(self, version: int) -> Node:
+        """Where in the sequence the tokens of a version stand."""
+        if version == 1:
+            return self.kept[0]
+        if version not in self.positions:
+            before = self._positions(version - 1)
+            self.positions[version] = self._call(OPS.gather, before, self.kept[version - 1], 1)
+        return self.positions[version]
 
     # --- reading the end of the sequence -----------------------------------------------------------------------------
 
@@ -227,7 +232,7 @@ class _Pruning:
         if axis < 1 or not (self.length.has_batch(value) or value.shape[0] == 1):
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
         if have == 0:
-            return self._call(OPS.gather, self.made[node, 0], self.positions[version - 1], axis)
+            return self._call(OPS.gather, self.made[node, 0], self._positions(version), axis)
         return self._call(OPS.gather, self.at(node, version - 1), self.kept[version - 1], axis)
 
     def _restore(self, node: Node, version: int) -> Node:
@@ -252,5 +257,5 @@ class _Pruning:
                 raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
             node = uncast(self.stream.before[node])
         order = sorted(layers)
-        positions = [self.positions[version - 1] for version in order]
+        positions = [self._positions(version) for version in order]
         return self._call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

@@ -100,7 +100,7 @@ def tiny_model(
 
 @contextlib.contextmanager
 def exact_casts() -> Iterator[None]:
-    """Leave out the casts of float64 activations to float32 that Hugging Face's scan makes; those of parameters stay."""
+    """Leave out the casts of activations from float64 to float32 that Hugging Face makes; those of parameters stay."""
     cast = Tensor.float
 
     def keep_wide(x: Tensor) -> Tensor:

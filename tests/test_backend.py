@@ -187,7 +187,9 @@ def test_residual_in_float32_and_half_weights_stay_near_the_reference(selected: 
 
 @pytest.mark.parametrize("count", [1, 5])
 @each_family
-def test_logits_to_keep_restores_nothing(family: str, count: int, graphs: list[Transformed], selected: list[Tensor]) -> None:
+def test_logits_to_keep_restores_nothing(
+    family: str, count: int, graphs: list[Transformed], selected: list[Tensor]
+) -> None:
     model = tiny_model(family, torch.float64)
     with torch.no_grad():
         out = simba(model, keep=0.1, min_tokens=1)(random_ids(2, 60), logits_to_keep=count, use_cache=True)
@@ -432,7 +434,7 @@ def test_decoding_goes_on_from_the_pruned_states(family: str, padded: bool, sele
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_after_a_pruned_prefill(padded: bool, selected: list[Tensor]) -> None:
-    """What `generate` writes, greedily, is what eager decoding from the reference's states ranks first, step by step."""
+    """What `generate` writes is what eager decoding from the reference's states ranks first, step by step."""
     model = tiny_model(dtype=torch.float64, layers=3)
     plain = copy.deepcopy(model)
     ids, mask = random_ids(2, 60), left_padding(2, 60) if padded else torch.ones(2, 60, dtype=torch.int64)
@@ -663,7 +665,9 @@ def test_mode_needs_inductor() -> None:
 
 def test_models_without_a_mixer_are_as_in_eager() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
     llama = LlamaForCausalLM(config).eval()
     layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     x = torch.randn(3, 8, requires_grad=True)

@@ -80,7 +80,9 @@ def close(actual: Tensor, expected: Tensor, scale: Tensor, tolerance: float = 1e
 
 @given(scan=scans())
 def test_contributions_sum_to_the_last_output_of_the_operator(scan: dict[str, Any]) -> None:
-    y, _ = OPS.selective_scan(*(scan[name] for name in "x dt A B C".split()), None, None, scan["dt_bias"], scan["softplus"], None)
+    y, _ = OPS.selective_scan(
+        *(scan[name] for name in ("x", "dt", "A", "B", "C")), None, None, scan["dt_bias"], scan["softplus"], None
+    )
     magnitude = parts({**scan, "x": scan["x"].abs(), "B": scan["B"].abs(), "C": scan["C"].abs()}).sum(1)
     close(parts(scan).sum(1), y[:, -1], magnitude)
     close(parts(scan).sum(1), last_output(scan, True), magnitude)
@@ -99,7 +101,9 @@ def test_contributions_are_inputs_times_gradients(include: bool, scan: dict[str,
 @given(scan=scans())
 def test_contributions_are_the_gradient_of_the_operator_where_nothing_else_depends_on_x(scan: dict[str, Any]) -> None:
     x = scan["x"] = scan["x"].clone().requires_grad_()
-    y, _ = OPS.selective_scan(*(scan[name] for name in "x dt A B C".split()), None, None, scan["dt_bias"], scan["softplus"], None)
+    y, _ = OPS.selective_scan(
+        *(scan[name] for name in ("x", "dt", "A", "B", "C")), None, None, scan["dt_bias"], scan["softplus"], None
+    )
     (gradient,) = torch.autograd.grad(y[:, -1].sum(), x)
     bare = {name: value.abs() if name in ("x", "B", "C") else value for name, value in scan.items()}
     close(parts(scan).detach(), (x * gradient).detach(), parts({**bare, "x": bare["x"].detach()}))
@@ -235,7 +239,9 @@ awkward = st.sampled_from([-INF, -1.0, 0.0, 1.0, 2.0, INF, NAN])
 @given(data=st.data())
 def test_select_keeps_the_best(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(1, 60))
-    rows = data.draw(st.lists(st.lists(awkward | st.floats(-3, 3), min_size=tokens, max_size=tokens), min_size=1, max_size=3))
+    rows = data.draw(
+        st.lists(st.lists(awkward | st.floats(-3, 3), min_size=tokens, max_size=tokens), min_size=1, max_size=3)
+    )
     first = data.draw(st.integers(0, tokens - 1))
     last = data.draw(st.integers(1, tokens - first))
     k = data.draw(st.integers(first + last, tokens))

@@ -65,7 +65,7 @@ class Source:
         return self.pair(shape[:-1], shape[-1], shape[-1])[0]
 
     def pair(self, rows: tuple[int, ...], first: int, second: int) -> tuple[Tensor, ...]:
-        """Two tensors (\\*rows, first) and (\\*rows, second): apart, or pieces of one tensor."""
+        """Two tensors (rows, first) and (rows, second): apart, or pieces of one tensor."""
         if self.layout == "pieces":
             return self.normal(*rows, first + second).split([first, second], -1)
         if self.layout == "transposed":
@@ -410,8 +410,13 @@ def test_empty_batch(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert OPS.select(torch.zeros(0, 5), 3, 0, 1).shape == (0, 3)
     assert OPS.gather(x, torch.zeros(0, 3, dtype=torch.int64), 1).shape == (0, 3, 6)
     assert OPS.rms_norm(x, torch.ones(6), 1e-5).shape == (0, 5, 6)
-    assert OPS.state_update(torch.zeros(0, 6, 3), x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], None, None, None, True).shape == (0, 6)
-    assert [g.shape[0] for g in OPS.selective_scan_backward(x, None, x, x, A, B, B, None, None, None, True)[:2]] == [0, 0]
+    assert OPS.state_update(
+        torch.zeros(0, 6, 3), x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], None, None, None, True
+    ).shape == (0, 6)
+    assert [g.shape[0] for g in OPS.selective_scan_backward(x, None, x, x, A, B, B, None, None, None, True)[:2]] == [
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("with_native", [True, False])
@@ -456,7 +461,9 @@ def test_gradients_of_selective_scan(
 def test_gradient_through_the_last_state_alone() -> None:
     x, dt, B = leaf(1, 4, 3), leaf(1, 4, 3, seed=1), leaf(1, 4, 2)
     A, C = -torch.ones(3, 2, dtype=torch.float64), torch.ones(1, 4, 2, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda *v: OPS.selective_scan(*v[:2], A, v[2], C, None, None, None, True, None)[1], (x, dt, B))
+    torch.autograd.gradcheck(
+        lambda *v: OPS.selective_scan(*v[:2], A, v[2], C, None, None, None, True, None)[1], (x, dt, B)
+    )
 
 
 @pytest.mark.parametrize("with_native", [True, False])
@@ -483,7 +490,8 @@ def test_gradients_of_what_moves_tokens() -> None:
     torch.autograd.gradcheck(lambda full, x: OPS.scatter(full, index, x, 1), (leaf(2, 5, 3), leaf(2, 3, 3, seed=1)))
     torch.autograd.gradcheck(lambda full, x: OPS.scatter(full, index, x, 2), (leaf(2, 3, 5), leaf(2, 3, 3, seed=1)))
     torch.autograd.gradcheck(
-        lambda base, a, b: OPS.restore(base, [a, b], [index, later]), (leaf(2, 5, 3), leaf(2, 3, 3, seed=1), leaf(2, 2, 3))
+        lambda base, a, b: OPS.restore(base, [a, b], [index, later]),
+        (leaf(2, 5, 3), leaf(2, 3, 3, seed=1), leaf(2, 2, 3)),
     )
     for k in (2, 7):
         torch.autograd.gradcheck(lambda x, k=k: OPS.last_tokens(x, k, 1), (leaf(2, 5, 3),))
@@ -558,7 +566,9 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
         opcheck(getattr(OPS, name).default, args)
 
 
-@pytest.mark.parametrize("name", ["selective_scan", "influence", "causal_conv1d", "rms_norm", "state_update", "conv_update"])
+@pytest.mark.parametrize(
+    "name", ["selective_scan", "influence", "causal_conv1d", "rms_norm", "state_update", "conv_update"]
+)
 def test_without_native_kernels_the_definitions_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.available():
         expected = getattr(OPS, name)(*samples()[name][0])
@@ -574,13 +584,38 @@ def test_without_native_kernels_the_definitions_run(name: str, monkeypatch: pyte
 X, B3, A2, I3 = torch.zeros(2, 5, 7), torch.zeros(2, 5, 3), -torch.ones(7, 3), torch.zeros(2, 3, dtype=torch.int64)
 REST = (None, None, None, True, None)
 BAD = {
-    "dtype of dt": ("selective_scan", (X, X.double(), A2, B3, B3, *REST), ValueError, r"dt is .*float64.*expected .*float32"),
+    "dtype of dt": (
+        "selective_scan",
+        (X, X.double(), A2, B3, B3, *REST),
+        ValueError,
+        r"dt is .*float64.*expected .*float32",
+    ),
     "dtype of x": ("selective_scan", (X.long(), X.long(), A2, B3, B3, *REST), ValueError, r"x is .*int64.*expected"),
-    "dtype of z": ("selective_scan", (X, X, A2, B3, B3, None, X.half(), None, True, None), ValueError, r"z is .*float16"),
-    "x without batch": ("selective_scan", (X[0], X[0], A2, B3[0], B3[0], *REST), ValueError, r"x is \(5, 7\).*batch, token"),
-    "shape of B": ("selective_scan", (X, X, A2, B3[:, :4], B3, *REST), ValueError, r"B is \(2, 4, 3\).*expected \(2, 5, 3\)"),
+    "dtype of z": (
+        "selective_scan",
+        (X, X, A2, B3, B3, None, X.half(), None, True, None),
+        ValueError,
+        r"z is .*float16",
+    ),
+    "x without batch": (
+        "selective_scan",
+        (X[0], X[0], A2, B3[0], B3[0], *REST),
+        ValueError,
+        r"x is \(5, 7\).*batch, token",
+    ),
+    "shape of B": (
+        "selective_scan",
+        (X, X, A2, B3[:, :4], B3, *REST),
+        ValueError,
+        r"B is \(2, 4, 3\).*expected \(2, 5, 3\)",
+    ),
     "states of C": ("selective_scan", (X, X, A2, B3, torch.zeros(2, 5, 4), *REST), ValueError, r"C is \(2, 5, 4\)"),
-    "shape of D": ("selective_scan", (X, X, A2, B3, B3, torch.ones(6), None, None, True, None), ValueError, r"D is \(6,\)"),
+    "shape of D": (
+        "selective_scan",
+        (X, X, A2, B3, B3, torch.ones(6), None, None, True, None),
+        ValueError,
+        r"D is \(6,\)",
+    ),
     "channels of A": ("selective_scan", (X, X, A2[:6], B3, B3, *REST), ValueError, r"A is \(6, 3\).*expected \(7, 3\)"),
     "too many states": (
         "selective_scan",
@@ -596,11 +631,26 @@ BAD = {
     ),
     "index too large": ("selective_scan", (X, X, A2, B3, B3, *REST[:4], I3 + 5), IndexError, r"index .*outside 0\.\.4"),
     "index negative": ("selective_scan", (X, X, A2, B3, B3, *REST[:4], I3 - 1), IndexError, r"index .*outside 0\.\.4"),
-    "index of integers": ("selective_scan", (X, X, A2, B3, B3, *REST[:4], I3.int()), ValueError, r"index is .*int32.*int64"),
+    "index of integers": (
+        "selective_scan",
+        (X, X, A2, B3, B3, *REST[:4], I3.int()),
+        ValueError,
+        r"index is .*int32.*int64",
+    ),
     "index of one": ("selective_scan", (X, X, A2, B3, B3, *REST[:4], I3[:1]), ValueError, r"index is \(1, 3\)"),
     "flat index": ("selective_scan", (X, X, A2, B3, B3, *REST[:4], I3[0]), ValueError, r"index is \(3,\)"),
-    "influence dtype": ("influence", (X, X.half(), A2, B3, B3, None, True, "max", True), ValueError, r"dt is .*float16"),
-    "influence bias": ("influence", (X, X, A2, B3, B3, torch.ones(1), True, "max", True), ValueError, r"dt_bias is \(1,\)"),
+    "influence dtype": (
+        "influence",
+        (X, X.half(), A2, B3, B3, None, True, "max", True),
+        ValueError,
+        r"dt is .*float16",
+    ),
+    "influence bias": (
+        "influence",
+        (X, X, A2, B3, B3, torch.ones(1), True, "max", True),
+        ValueError,
+        r"dt_bias is \(1,\)",
+    ),
     "influence pool": ("influence", (X, X, A2, B3, B3, None, True, "mean", True), ValueError, r"mean.*absmax"),
     "k too large": ("select", (torch.zeros(2, 5), 6, 0, 1), ValueError, r"k is 6; expected .*5"),
     "k below the ends": ("select", (torch.zeros(2, 5), 2, 2, 1), ValueError, r"k is 2; expected 2 \+ 1"),
@@ -633,7 +683,12 @@ BAD = {
         ValueError,
         r"z is",
     ),
-    "window width": ("conv_update", (torch.zeros(2, 7, 3), X[:, 0], torch.ones(7, 4), None, True), ValueError, r"state is"),
+    "window width": (
+        "conv_update",
+        (torch.zeros(2, 7, 3), X[:, 0], torch.ones(7, 4), None, True),
+        ValueError,
+        r"state is",
+    ),
     "grad dtype": (
         "selective_scan_backward",
         (X.double(), None, X, X, A2, B3, B3, None, None, None, True),
@@ -679,7 +734,9 @@ def test_nan_in_one_channel_spreads_to_its_later_tokens_alone(level: int, dtype:
     scan["z"] = torch.ones_like(scan["x"])
     scan[where][1, 7, 33] = NAN
     with at_level(level):
-        out, state = OPS.selective_scan(*(scan[name] for name in "x dt A B C".split()), None, scan["z"], None, True, None)
+        out, state = OPS.selective_scan(
+            *(scan[name] for name in ("x", "dt", "A", "B", "C")), None, scan["z"], None, True, None
+        )
     bad = torch.zeros_like(out, dtype=torch.bool)
     bad[1, 7 if where == "z" else slice(7, None), 33] = True
     assert torch.equal(out.isnan(), bad)
@@ -746,7 +803,7 @@ def test_influence_of_bad_numbers(level: int, dtype: torch.dtype, pool: str) -> 
 
 @pytest.mark.parametrize("with_native", [True, False])
 def test_influence_of_an_infinite_step(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S_t sums the steps after t, so that the token's own influence is infinite and not NaN; later ones do not notice."""
+    """S_t sums the steps after t: the token's own influence is infinite and not NaN, and later ones do not notice."""
     if not with_native:
         monkeypatch.setattr(native, "available", lambda: False)
     scan = small_scan()

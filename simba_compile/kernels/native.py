@@ -129,6 +129,8 @@ def selective_scan(
     """See `simba_compile.kernels.ops.selective_scan`."""
     _check_scan(x, dt, A, B, C, D, z, dt_bias)
     batch, tokens, channels = x.shape
+    if index is not None and index.dim() != 2:
+        raise ValueError(f"index is {tuple(index.shape)}; expected (batch, kept).")
     kept = tokens if index is None else index.shape[1]
     if index is not None:
         _expect("index", index, (batch, kept), torch.int64)
@@ -312,6 +314,8 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.rms_norm`."""
     _expect("weight", weight, (x.shape[-1],), None)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; expected float32, float64, bfloat16 or float16.")
     kind = compute_dtype(x.dtype)
     rows = _rows(x)
     flat = rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])

@@ -85,6 +85,8 @@ def influence(
     Tensor
         (batch, token) in float64. -inf for an influence of zero, NaN where an input is NaN. No gradient.
     """
+    if pool not in reference.POOLS:
+        raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
     run = native.influence if _runs_native(x, dt, A, B, C, dt_bias) else reference.influence
     return run(x, dt, A, B, C, dt_bias, softplus, pool, bias_in_decay)
 
@@ -112,6 +114,8 @@ def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
     Tensor
         (batch, k) int64, ascending.
     """
+    if scores.dim() != 2 or first < 0 or last < 0:
+        raise ValueError(f"scores is {tuple(scores.shape)}, first {first}, last {last}; expected (batch, token), 0 or more.")
     if not first + last <= k <= scores.shape[1]:
         raise ValueError(f"k is {k}; expected {first} + {last} (the protected ends) to {scores.shape[1]} (the tokens).")
     return reference.select(scores, k, first, last)
@@ -141,6 +145,8 @@ def token_scores(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
     Tensor
         (batch, token) in float64.
     """
+    if criterion not in reference.CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(reference.CRITERIA)}.")
     return reference.token_scores(x, k, criterion, seed)
 
 
@@ -168,6 +174,8 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     Tensor
         `x` with axis `dim` of size k.
     """
+    if index.dim() != 2:
+        raise ValueError(f"index is {tuple(index.shape)}; expected (batch, k).")
     rows = dim == 1 and (x.dim() == 2 or x[0, 0].is_contiguous()) if x.shape[0] and x.shape[1] else False
     if rows and _runs_native(x, index):
         return native.gather(x, index)

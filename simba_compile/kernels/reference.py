@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POOLS = ("max", "absmax", "l2")
+CRITERIA = ("recent", "uniform", "random")  # that do not look at the tokens
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,7 +74,7 @@ def selective_scan_backward(
     delta = step_size(dt, dt_bias, softplus)
     kind = delta.dtype
     u, g, a, b, c = (value.to(kind) for value in (x, grad, A, B, C))
-    skip = torch.zeros_like(u[0, 0]) if D is None else D.to(kind)
+    skip = u.new_zeros(u.shape[2]) if D is None else D.to(kind)
     tokens = u.shape[1]
     states = [u.new_zeros(u.shape[0], u.shape[2], a.shape[1])]
     for t in range(tokens):
@@ -114,6 +115,11 @@ def selective_scan_backward(
     )
 
 
+def _later(steps: Tensor) -> Tensor:
+    """S_t = Σ_{k>t} of the steps."""
+    return F.pad(steps.flip(1).cumsum(1).flip(1)[:, 1:], (0, 0, 0, 1))
+
+
 def contributions(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_last: Tensor, delta_decay: Tensor | None = None
 ) -> Tensor:
@@ -138,7 +144,7 @@ def contributions(
         (batch, token, channel). Its sum over tokens is y_T without skip and gate.
     """
     decay = delta if delta_decay is None else delta_decay
-    S = decay.flip(1).cumsum(1).flip(1) - decay
+    S = _later(decay)
     terms = torch.exp(S[..., None] * A) * (B * C_last[:, None])[:, :, None, :]
     return x * delta * terms.sum(-1)
 
@@ -158,8 +164,7 @@ def influence(
     delta = step_size(dt, dt_bias, softplus)
     decay = (delta if bias_in_decay else step_size(dt, None, softplus)).double()
     x, A, weight = x.to(delta.dtype), A.to(delta.dtype), B.to(delta.dtype) * C[:, -1:].to(delta.dtype)
-    S = decay.flip(1).cumsum(1).flip(1) - decay
-    S = S.clamp(min=0) if softplus else S  # the difference of two sums can round to below zero
+    S = _later(decay)
     high, low = A.amax(1), A.amin(1)
     shift = torch.where(S < 0, S * low, S * high)  # max_n A S
     total = torch.zeros_like(delta)

@@ -3,11 +3,12 @@
 import operator
 from collections.abc import Callable
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.match import ADDS, NAMES, SCAN
-from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, value_of
 
 OPS = torch.ops.simba
 MUL, POW, RSQRT, MEAN = (
@@ -37,6 +38,10 @@ def _rank(node: object) -> int:
 def _dtype(node: object) -> torch.dtype | None:
     value = value_of(node) if isinstance(node, Node) else None
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _sizes(node: Node) -> list[sympy.Expr]:
+    return [expression(size) for size in value_of(node).shape] if _rank(node) >= 0 else []
 
 
 def _replace(node: Node, new: Node) -> None:
@@ -191,6 +196,8 @@ def fuse_residual(node: Node) -> None:
         bias = product.args[2] if len(product.args) > 2 else product.kwargs.get("bias")
         x: Node = product.args[0]  # type: ignore[assignment]
         kinds = {_dtype(value) for value in (residual, product, x)}
+        if _sizes(residual) != _sizes(product):  # one of them is broadcast
+            continue
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
             continue
         fresh = residual.target is OPS.gather and len(residual.users) == 1

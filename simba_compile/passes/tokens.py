@@ -169,7 +169,8 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         known = all(isinstance(dim, int) and dim % rank != axis for dim in dims)
         return len(sources) == 1 and known and _rank(value_of(sources[0])) == rank and length.of(sources[0]) == axis
     if node.target in NORMS:
-        return sources == [node.args[0]] and axis < rank - len(node.args[1])  # type: ignore[arg-type]
+        shape = node.args[1] if len(node.args) > 1 else None
+        return isinstance(shape, list | tuple) and sources == [node.args[0]] and axis < rank - len(shape)
     if node.target in LINEAR:
         return sources == [node.args[0]] and axis != rank - 1
     if node.target in PRODUCTS:

@@ -104,14 +104,14 @@ def _check_scan(
     _expect("dt_bias", dt_bias, (channels,), None)
 
 
-def _slices(batch: int, channels: int) -> tuple[int, int, int]:
-    """Channels of one task, tasks of one sequence, vectors of one task."""
+def _slices(batch: int, channels: int) -> tuple[int, int]:
+    """Channels of one task, tasks of one sequence."""
     lib = library()
     assert lib is not None
     lanes = lib.simba_lanes()
     blocks = -(-channels // lanes)
     vectors = max(1, min(SLICE, batch * blocks // torch.get_num_threads()))
-    return vectors * lanes, -(-blocks // vectors), vectors
+    return vectors * lanes, -(-blocks // vectors)
 
 
 def selective_scan(
@@ -175,7 +175,7 @@ def selective_scan_backward(
     x, dt, B, C, grad = (_rows(value) for value in (x, dt, B, C, grad))
     z = None if z is None else _rows(z)
     A, D, dt_bias, grad_state = (_constant(value, kind) for value in (A, D, dt_bias, grad_state))  # type: ignore[assignment]
-    size, slices, _ = _slices(batch, channels)
+    size, slices = _slices(batch, channels)
     dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     dz = torch.empty(x.shape if z is not None else 0, dtype=x.dtype)
     dA = torch.zeros(batch, channels, states, dtype=kind)
@@ -210,7 +210,7 @@ def influence(
     kind = compute_dtype(x.dtype)
     x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
     A, dt_bias = (_constant(value, kind) for value in (A, dt_bias))  # type: ignore[assignment]
-    size, slices, _ = _slices(batch, channels)
+    size, slices = _slices(batch, channels)
     partial = torch.full((batch, slices, tokens), -torch.inf, dtype=torch.float64)
     if x.numel():
         words = [batch, tokens, channels, A.shape[1], softplus, size, POOLS.index(pool), bias_in_decay]

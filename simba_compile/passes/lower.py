@@ -31,12 +31,12 @@ def lower(gm: GraphModule) -> None:
 
 
 def _rank(node: object) -> int:
-    value = value_of(node) if isinstance(node, Node) else None
+    value = value_of(node)
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
 def _dtype(node: object) -> torch.dtype | None:
-    value = value_of(node) if isinstance(node, Node) else None
+    value = value_of(node)
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 

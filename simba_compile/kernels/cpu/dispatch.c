@@ -1,4 +1,5 @@
 /* The exported functions: each picks the kernel for the element type and the best level that this CPU has. */
+#include <math.h>
 #include <string.h>
 #include "simba.h"
 
@@ -57,9 +58,21 @@ static int best_level(void) {
   return BASE;
 }
 
-/* Pick the level: the best there is, or the one that is asked for (tests) where the CPU has it. Gives the level. */
+float simba_power[TABLE], simba_inverse[TABLE], simba_log[TABLE];
+
+static void fill_tables(void) {
+  for (int i = 0; i < TABLE; i++) {
+    simba_power[i] = (float)exp2(i / 32.0);
+    simba_inverse[i] = (float)(1 / (1 + i / 31.0));
+    simba_log[i] = (float)-log((double)simba_inverse[i]);
+  }
+}
+
+/* Pick the level: the best there is, or the one that is asked for (tests) where the CPU has it. Gives the level. Called
+ * before any kernel. */
 int simba_set_level(int wanted) {
   int best = best_level();
+  fill_tables();
   level = wanted >= 0 && wanted < best ? wanted : best;
   return level;
 }

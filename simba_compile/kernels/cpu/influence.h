@@ -12,23 +12,20 @@
 typedef struct { wide S, top; } NAME(decay); /* Σ of the later steps; max_n A in natural units */
 #define decay_t NAME(decay)
 
-/* What a slice's channels have brought a token so far: the largest log-magnitude; for L2 also, lane by lane, the largest
- * and Σ exp(2 (value - largest)). */
-typedef struct { wide most; vec sum; double best; } NAME(pool);
+/* What a slice's channels have brought a token so far, lane by lane: the largest log-magnitude and, for L2,
+ * Σ exp(2 (value - largest)). */
+typedef struct { wide most; vec sum; } NAME(pool);
 #define pool_t NAME(pool)
 
-INLINE void NAME(pool_max)(pool_t *pool, wide value) { /* NaN is the largest */
-  const double *v = (const double *)&value;
-  for (int i = 0; i < LANES; i++)
-    if (!(v[i] <= pool->best) && pool->best == pool->best) pool->best = v[i];
+INLINE dvec NAME(larger_wide)(dvec a, dvec b) { /* NaN is the largest */
+  idvec first = (a > b) | (a != a);
+  return (dvec)((first & (idvec)a) | (~first & (idvec)b));
 }
 
 INLINE void NAME(pool_l2)(pool_t *pool, wide value) {
   wide shrink, add;
   for (int p = 0; p < PARTS; p++) {
-    dvec v = value.part[p], before = pool->most.part[p];
-    idvec higher = (v > before) | (v != v);
-    dvec most = (dvec)((higher & (idvec)v) | (~higher & (idvec)before));
+    dvec v = value.part[p], before = pool->most.part[p], most = NAME(larger_wide)(v, before);
     pool->most.part[p] = most;
     /* of equals (two infinities among them) the difference is 0 */
     shrink.part[p] = (dvec)(~(idvec)(before == most) & (idvec)(2 * (before - most)));
@@ -41,83 +38,85 @@ INLINE void NAME(pool_l2)(pool_t *pool, wide value) {
 INLINE double NAME(pool_out)(const pool_t *pool, int l2) {
   const double *most = (const double *)&pool->most;
   double top = -INFINITY, sum = 0;
-  if (!l2) return pool->best;
   for (int i = 0; i < LANES; i++)
     if (!(most[i] <= top) && top == top) top = most[i];
-  if (!(top - top == 0)) return top; /* -inf, inf and NaN speak for themselves */
+  if (!l2 || !(top - top == 0)) return top; /* -inf, inf and NaN speak for themselves */
   for (int i = 0; i < LANES; i++)
     if (pool->sum[i] > 0) sum += exp(2 * (most[i] - top)) * pool->sum[i];
   return top + log(sum) / 2;
 }
 
-/* An upper bound of ln|a|, NaN and inf included: the exponent alone. */
-INLINE vec NAME(log_bound)(vec a) {
-  ivec exponent = (((ivec)a >> (sizeof(REAL) == 4 ? 23 : 52)) & (sizeof(REAL) == 4 ? 0xff : 0x7ff)) -
-                  (sizeof(REAL) == 4 ? 126 : 1022);
-  return __builtin_convertvector(exponent, vec) * (REAL)0.6931472;
+/* Σ_n C_T B_t exp((A - max_n A) S_t) for the tokens of a chunk, over the states in `terms`. */
+INLINE void NAME(sum_states)(const vec *near, const int *terms, int alive, const REAL *weight, const vec *S, const vec *excess,
+                             vec *total, int T, const int tame) {
+  int j = 0;
+  for (; j + 1 < alive; j += 2) { /* two at a time share what they load */
+    const REAL *v = weight + terms[j] * CHUNK, *w = weight + terms[j + 1] * CHUNK;
+    vec near_v = near[j], near_w = near[j + 1];
+    for (int t = 0; t < T; t++) {
+      total[t] += (tame ? exp2_tame(S[t], near_v) : exp2v(S[t] * near_v - excess[t])) * v[t];
+      total[t] += (tame ? exp2_tame(S[t], near_w) : exp2v(S[t] * near_w - excess[t])) * w[t];
+    }
+  }
+  for (int t = 0; t < T && j < alive; t++)
+    total[t] += (tame ? exp2_tame(S[t], near[j]) : exp2v(S[t] * near[j] - excess[t])) * weight[terms[j] * CHUNK + t];
 }
 
 INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, const REAL *weight, const vec *A,
                                   const REAL *reach, vec range, decay_t *decay, pool_t *pool, vec *near, int64_t b,
                                   int64_t d, int count) {
   const int N = (int)a->states, T = chunk->count;
-  vec later[CHUNK], scale[CHUNK], total[CHUNK], base = from_wide(decay->S), inside = splat((REAL)-INFINITY);
-  REAL least = base[0];
-  for (int i = 0; i < count; i++) {
-    least = base[i] < least ? base[i] : least;
-    inside[i] = 0;
-  }
-  int terms[MAX_STATES], alive = 0;
-  for (int n = 0; n < N; n++)
-    if (!(reach[n] * least < NOTHING) || !a->softplus) {
-      near[alive] = A[n];
-      terms[alive++] = n;
-    }
+  vec S[CHUNK], later[CHUNK], scale[CHUNK], total[CHUNK], excess[CHUNK], base = from_wide(decay->S);
   for (int t = 0; t < T; t++) {
     vec delta = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
     scale[t] = load_at(a->x, b, chunk->row[t], d, count) * delta;
     if (a->dt_bias && !a->bias_in_decay) delta = step_size(a->dt, NULL, (int)a->softplus, b, chunk->row[t], d, count);
     later[t] = delta;
-  }
-  vec sum = splat(0); /* of the later steps in this chunk */
-  for (int t = T - 1; t >= 0; t--) {
-    vec delta = later[t];
-    later[t] = sum;
-    sum += delta;
-  }
-  vec S[CHUNK], excess[CHUNK];
-  for (int t = 0; t < T; t++) {
-    S[t] = base + later[t];
-    excess[t] = select(S[t] < 0, range * S[t], splat(0)); /* only where dt may be negative: then the smallest A leads */
     total[t] = splat(0);
     if (chunk->row[t] >= CHUNK) {
       prefetch(a->x, b, chunk->row[t] - CHUNK, d);
       prefetch(a->dt, b, chunk->row[t] - CHUNK, d);
     }
   }
-  int j = 0;
-  for (; j + 1 < alive; j += 2) { /* two at a time share what they load */
-    const REAL *v = weight + terms[j] * CHUNK, *w = weight + terms[j + 1] * CHUNK;
-    vec near_v = near[j], near_w = near[j + 1];
-    for (int t = 0; t < T; t++)
-      total[t] += exp2v(near_v * S[t] - excess[t]) * v[t] + exp2v(near_w * S[t] - excess[t]) * w[t];
+  vec sum = splat(0), longest = splat(0); /* sum: of the later steps in this chunk */
+  ivec negative = {0};
+  for (int t = T - 1; t >= 0; t--) {
+    vec delta = later[t];
+    later[t] = sum;
+    S[t] = base + sum;
+    longest = farther(longest, S[t]);
+    negative |= S[t] < 0; /* where dt may be negative; then the smallest A leads */
+    sum += delta;
   }
-  for (int t = 0; t < T && j < alive; t++) total[t] += exp2v(near[j] * S[t] - excess[t]) * weight[terms[j] * CHUNK + t];
-  vec top = from_wide(decay->top);
+  REAL least = base[0]; /* S of any token and channel is no smaller, if no step is negative */
+  for (int i = 1; i < count; i++) least = base[i] < least ? base[i] : least;
+  int terms[MAX_STATES], alive = 0;
+  vec steepest = splat(0);
+  for (int n = 0; n < N; n++)
+    if (!(reach[n] * least < NOTHING) || !a->softplus) {
+      near[alive] = A[n];
+      steepest = farther(steepest, A[n]);
+      terms[alive++] = n;
+    }
+  int signs = any_lane(negative);
+  if (!signs && is_tame(longest, steepest)) NAME(sum_states)(near, terms, alive, weight, S, NULL, total, T, 1);
+  else {
+    for (int t = 0; t < T; t++) excess[t] = select(S[t] < 0, range * S[t], splat(0));
+    NAME(sum_states)(near, terms, alive, weight, S, excess, total, T, 0);
+  }
+  wide top_S, top = decay->top;
+  for (int p = 0; p < PARTS; p++) top_S.part[p] = top.part[p] * decay->S.part[p];
   for (int t = 0; t < T; t++) {
     vec value = scale[t] * total[t];
-    if (a->pool == POOL_MAX) value = select(value < 0, splat(0), value);
-    if (a->pool != POOL_L2) { /* most channels are far below a token's best: that shows without a logarithm */
-      vec lead = top * S[t] + excess[t] * (REAL)(1 / LOG2E);
-      vec bound = NAME(log_bound)(value) + lead + absolute(lead) * (REAL)1e-5;
-      if (!any_lane(~(bound <= (REAL)(pool[t].best - 1e-3)))) continue;
-    }
-    value = logv(absolute(value)) + excess[t] * (REAL)(1 / LOG2E);
-    value = select(inside < 0, inside, value); /* lanes past the last channel */
+    value = a->pool == POOL_MAX ? select(value < 0, splat(0), value) : absolute(value);
+    value = logv(value);
+    if (signs) value += excess[t] * (REAL)(1 / LOG2E);
+    for (int i = count; i < LANES; i++) value[i] = (REAL)-INFINITY; /* past the last channel */
     wide score = to_wide(value), far = to_wide(later[t]);
-    for (int p = 0; p < PARTS; p++) score.part[p] += decay->top.part[p] * (decay->S.part[p] + far.part[p]);
+    for (int p = 0; p < PARTS; p++) score.part[p] += top_S.part[p] + top.part[p] * far.part[p];
     if (a->pool == POOL_L2) NAME(pool_l2)(pool + t, score);
-    else NAME(pool_max)(pool + t, score);
+    else
+      for (int p = 0; p < PARTS; p++) pool[t].most.part[p] = NAME(larger_wide)(score.part[p], pool[t].most.part[p]);
   }
   wide steps = to_wide(sum);
   for (int p = 0; p < PARTS; p++) decay->S.part[p] += steps.part[p];
@@ -172,7 +171,6 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
       open_chunk(&chunk, &rows, b, c * CHUNK);
       for (int64_t i = 0; i < N * CHUNK; i++) chunk.B[i] *= C_last[i / CHUNK];
       for (int i = 0; i < CHUNK; i++) {
-        pool[i].best = -INFINITY;
         pool[i].most = to_wide(splat((REAL)-INFINITY));
         pool[i].sum = splat(0);
       }

@@ -16,11 +16,6 @@
 #define ELEM_BFLOAT16 1
 #define ELEM_FLOAT16 2
 
-/* 2^(i/32) for eight i; constant expressions in GCC and Clang. */
-#define POWER_OF_2(i) (float)__builtin_exp2((i) / 32.0)
-#define POWERS_OF_2(i) POWER_OF_2(i), POWER_OF_2(i + 1), POWER_OF_2(i + 2), POWER_OF_2(i + 3), \
-                       POWER_OF_2(i + 4), POWER_OF_2(i + 5), POWER_OF_2(i + 6), POWER_OF_2(i + 7)
-
 /* Subnormals count as zero while a task runs: one of them costs a hundred cycles, and a state that fades away would stay
  * subnormal to the end of the sequence. The mode is the thread's, which is torch's: it is put back. */
 #if defined(__x86_64__)

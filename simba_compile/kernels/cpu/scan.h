@@ -59,19 +59,19 @@ INLINE void NAME(pack_A)(vec *packed, const REAL *A, int64_t first, int64_t size
 }
 #define pack_A NAME(pack_A)
 
+/* The larger magnitude, lane by lane; a NaN may get lost. */
+INLINE vec NAME(farther)(vec a, vec b) { b = absolute(b); return select(a < b, b, a); }
+#define farther NAME(farther)
+
+/* Whether exp2_tame may multiply factors of at most these magnitudes: not if one is infinite. */
+INLINE int NAME(is_tame)(vec a, vec b) { return !any_lane(~(a * b < (REAL)1e5)); }
+#define is_tame NAME(is_tame)
+
 /* LANES channels through one chunk, state by state, so that h and A stay in registers. What does not depend on the token
- * before stands in loops of its own, where many tokens are in flight at once. */
-INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t b, int64_t first,
-                             int64_t d, int count) {
+ * before stands in loops of its own, where many tokens are in flight at once. `tame`: see exp2_tame. */
+INLINE void NAME(scan_states)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, const vec *delta,
+                              const vec *input, vec *y, int64_t b, int64_t first, int64_t d, const int tame) {
   const int N = (int)a->states, T = chunk->count;
-  vec skip = a->D ? load_real_some((REAL *)a->D + d, count) : splat(0);
-  vec delta[CHUNK], input[CHUNK], y[CHUNK];
-  for (int t = 0; t < T; t++) {
-    vec x = load_at(a->x, b, chunk->row[t], d, count);
-    delta[t] = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
-    input[t] = delta[t] * x;
-    y[t] = skip * x;
-  }
   const int64_t *index = a->index ? a->index + b * a->kept : NULL;
   int n = 0, asked = 0;
   for (; n + 1 < N; n += 2) { /* two at a time share what they load */
@@ -87,9 +87,9 @@ INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec 
     const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
     vec h = state[n], k = state[n + 1], h_decay = A[n], k_decay = A[n + 1];
     for (int t = 0; t < T; t++) {
-      h = exp2v(delta[t] * h_decay) * h + input[t] * B[t];
-      k = exp2v(delta[t] * k_decay) * k + input[t] * B[t + CHUNK];
-      y[t] += h * C[t] + k * C[t + CHUNK];
+      h = (tame ? exp2_tame(delta[t], h_decay) : exp2v(delta[t] * h_decay)) * h + input[t] * B[t];
+      k = (tame ? exp2_tame(delta[t], k_decay) : exp2v(delta[t] * k_decay)) * k + input[t] * B[t + CHUNK];
+      y[t] = y[t] + h * C[t] + k * C[t + CHUNK]; /* in this order: two FMAs */
     }
     state[n] = h;
     state[n + 1] = k;
@@ -97,10 +97,27 @@ INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec 
   if (n < N) {
     const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
     for (int t = 0; t < T; t++) {
-      state[n] = exp2v(delta[t] * A[n]) * state[n] + input[t] * B[t];
+      state[n] = (tame ? exp2_tame(delta[t], A[n]) : exp2v(delta[t] * A[n])) * state[n] + input[t] * B[t];
       y[t] += state[n] * C[t];
     }
   }
+}
+
+INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t b, int64_t first,
+                             int64_t d, int count) {
+  const int T = chunk->count;
+  vec skip = a->D ? load_real_some((REAL *)a->D + d, count) : splat(0), longest = splat(0), steepest = splat(0);
+  vec delta[CHUNK], input[CHUNK], y[CHUNK];
+  for (int t = 0; t < T; t++) {
+    vec x = load_at(a->x, b, chunk->row[t], d, count);
+    delta[t] = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
+    longest = farther(longest, delta[t]);
+    input[t] = delta[t] * x;
+    y[t] = skip * x;
+  }
+  for (int64_t n = 0; n < a->states; n++) steepest = farther(steepest, A[n]);
+  if (is_tame(longest, steepest)) NAME(scan_states)(a, chunk, A, state, delta, input, y, b, first, d, 1);
+  else NAME(scan_states)(a, chunk, A, state, delta, input, y, b, first, d, 0);
   if (!a->out.data) return;
   for (int t = 0; t < T; t++) {
     if (a->z.data) {

@@ -83,6 +83,9 @@ typedef struct {
 } GatherArgs;
 
 enum { POOL_MAX, POOL_ABSMAX, POOL_L2 };
+enum { TABLE = 32 }; /* floats in two AVX-512 registers */
+/* For i of 0..31: 2^(i/32); 1/(1 + i/31), and minus its logarithm. */
+extern float simba_power[TABLE], simba_inverse[TABLE], simba_log[TABLE];
 enum { CHUNK = 16 }; /* tokens between two state checkpoints: a chunk's rows stay in cache while channels are walked */
 
 #endif

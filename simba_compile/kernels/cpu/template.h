@@ -32,6 +32,9 @@
 #undef LOG2E
 #undef EACH_LANE
 #undef exp2v
+#undef exp2_tame
+#undef farther
+#undef is_tame
 #undef logv
 #undef softplusv
 #undef sigmoidv

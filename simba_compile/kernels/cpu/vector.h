@@ -89,18 +89,51 @@ INLINE int NAME(any)(ivec mask) {
 
 #define LOG2E 1.44269504088896341f
 
-/* 2^t, and 0 below 2^-126, to 1.5 ulp; NaN stays. With AVX-512, a table of 2^(i/32) in two registers and a quadratic for
- * the rest; else a polynomial for [-1/2, 1/2] (Cephes' exp2f). */
-INLINE vec NAME(exp2)(vec t) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
-  static const float table[32] = {POWERS_OF_2(0), POWERS_OF_2(8), POWERS_OF_2(16), POWERS_OF_2(24)};
-  t = (vec)_mm512_max_ps(_mm512_set1_ps(-1e4f), (__m512)t); /* for -inf; in this order NaN comes through */
-  vec shifted = t + 0x1.8p18f; /* rounds t to 1/32: its low bits are the place in the table */
-  vec n = shifted - 0x1.8p18f, r = t - n;
-  vec power = (vec)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)shifted, _mm512_loadu_ps(table + 16));
+/* The table's entries at the low five bits of each lane. */
+INLINE vec NAME(look_up)(const float *table, ivec place) {
+  return (vec)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)place, _mm512_loadu_ps(table + 16));
+}
+
+/* 2^(ab) to 1.5 ulp for |ab| < 10^5, 0 below 2^-126: a table of 2^(i/32) and a quadratic for the rest. NaN stays. */
+INLINE vec NAME(exp2_tame)(vec a, vec b) {
+  vec shifted = a * b + 0x1.8p18f; /* rounds the product to 1/32: its low bits are the place in the table */
+  vec n = shifted - 0x1.8p18f, r = a * b - n;
+  vec power = NAME(look_up)(simba_power, (ivec)shifted);
   vec p = power * r * (r * 0.24022651f + 0.69315734f) + power; /* ln 2 raised to spread the error of the cubic term */
   return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);          /* by 2^floor(n) */
+}
+
+/* 2^t for any t but inf. */
+INLINE vec NAME(exp2)(vec t) {
+  t = (vec)_mm512_max_ps(_mm512_set1_ps(-1e4f), (__m512)t); /* for -inf; in this order NaN comes through */
+  return NAME(exp2_tame)(t, splat(1));
+}
+
+/* ln(1 + u) for u in [0, 1], to the last bits also where u is tiny: with c near 1/(1 + u), -ln c + ln(1 + (cu + c - 1)). */
+INLINE vec NAME(log1p_unit)(vec u) {
+  ivec place = (ivec)(u * 31.0f + 0x1.8p23f);
+  vec c = NAME(look_up)(simba_inverse, place), r = u * c + (c - 1.0f);
+  vec p = (r * -0.25f + 0.33333333f) * r - 0.5f;
+  return (r * r * p + r) + NAME(look_up)(simba_log, place);
+}
+
+/* ln a for a >= 0 (0 gives -inf, NaN and inf stay). */
+INLINE vec NAME(log)(vec a) {
+  vec mantissa = (vec)_mm512_getmant_ps((__m512)a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+  return (vec)_mm512_getexp_ps((__m512)a) * 0.69314718f + NAME(log1p_unit)(mantissa - 1.0f);
+}
+
+/* 1/a for a of 1 to 10^38. */
+INLINE vec NAME(inverse)(vec a) {
+  vec guess = (vec)_mm512_rcp14_ps((__m512)a);
+  return guess + guess * (1.0f - a * guess);
+}
+
 #else
+
+/* 2^t, and 0 below 2^-126, to 1.5 ulp; NaN stays. A polynomial for [-1/2, 1/2] (Cephes' exp2f). */
+INLINE vec NAME(exp2)(vec t) {
   ivec gone = t < -126.0f;
   t = (vec)(~gone & (ivec)t);
   t = select(t > 128.0f, splat(128.0f), t);
@@ -114,7 +147,6 @@ INLINE vec NAME(exp2)(vec t) {
   p = p * r + 1.0f;
   vec scale = (vec)(((ivec)shifted << 23) + 0x3f800000);
   return (vec)(~gone & (ivec)(p * scale));
-#endif
 }
 
 /* ln a for a >= 0 (0 gives -inf, NaN and inf stay). Cephes' logf. */
@@ -153,6 +185,10 @@ INLINE vec NAME(log1p_unit)(vec u) {
   return s * (p * s2 + 2.0f);
 }
 
+INLINE vec NAME(exp2_tame)(vec a, vec b) { return NAME(exp2)(a * b); }
+INLINE vec NAME(inverse)(vec a) { return 1.0f / a; }
+#endif
+
 #else /* double: for tests and float64 models; clear rather than fast */
 
 #define LOG2E 1.44269504088896340736
@@ -160,10 +196,13 @@ INLINE vec NAME(log1p_unit)(vec u) {
 INLINE vec NAME(exp2)(vec a) { EACH_LANE(exp2) }
 INLINE vec NAME(log)(vec a) { EACH_LANE(log) }
 INLINE vec NAME(log1p_unit)(vec a) { EACH_LANE(log1p) }
+INLINE vec NAME(exp2_tame)(vec a, vec b) { return NAME(exp2)(a * b); }
+INLINE vec NAME(inverse)(vec a) { return 1 / a; }
 
 #endif
 
 #define exp2v NAME(exp2)
+#define exp2_tame NAME(exp2_tame)
 #define logv NAME(log)
 
 /* max(a, 0) + ln(1 + e^-|a|): torch's softplus, without its switch to the identity above 20 (equal to rounding). */
@@ -173,5 +212,8 @@ INLINE vec NAME(softplus)(vec a) {
 }
 #define softplusv NAME(softplus)
 
-INLINE vec NAME(sigmoid)(vec a) { return 1 / (1 + exp2v(a * (REAL)-LOG2E)); }
+INLINE vec NAME(sigmoid)(vec a) {
+  vec t = a * (REAL)-LOG2E;
+  return select(t >= (sizeof(REAL) == 4 ? 126 : 1022), splat(0), NAME(inverse)(1 + exp2v(t)));
+}
 #define sigmoidv NAME(sigmoid)

@@ -19,7 +19,7 @@ log = logging.getLogger("simba_compile")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 16  # tokens between two state checkpoints; cpu/simba.h
 MAX_STATES = 256  # cpu/level.h
-SLICE = 8  # vectors of channels for one task: their states and their A fit the first-level cache
+SLICE = 24  # vectors of channels for one task: their states and their A stay in the second-level cache
 MISSING = (0, 0, 0)
 
 

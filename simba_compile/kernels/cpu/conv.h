@@ -6,6 +6,8 @@
 
 #define CONV_RUN 32
 
+INLINE int NAME(lanes_left)(int64_t channels) { return channels < LANES ? (int)channels : LANES; }
+
 INLINE vec NAME(conv_at)(const ConvArgs *a, int64_t b, int64_t t, int64_t d, int count) {
   vec y = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
   for (int64_t k = 0; k < a->width; k++) {
@@ -22,11 +24,17 @@ int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
     int64_t b = task / runs, first = task % runs * CONV_RUN;
     int64_t last = first + CONV_RUN < a->tokens ? first + CONV_RUN : a->tokens;
     for (int64_t t = first; t < last; t++)
-      for (int64_t d = 0; d < a->channels; d += LANES) {
-        int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
-        vec y = NAME(conv_at)(a, b, t, d, count);
-        if (a->silu) y *= sigmoidv(y);
-        store((elem *)a->out.data + b * a->out.batch + t * a->out.token + d, y, count);
+      for (int64_t d = 0; d < a->channels; d += RUN * LANES) {
+        vec y[RUN], one[RUN];
+        int blocks = 0;
+        for (int64_t at = d; blocks < RUN && at < a->channels; at += LANES, blocks++) {
+          y[blocks] = NAME(conv_at)(a, b, t, at, NAME(lanes_left)(a->channels - at));
+          one[blocks] = splat(1);
+        }
+        if (a->silu) times_silu(one, y, blocks);
+        for (int k = 0; k < blocks; k++)
+          store((elem *)a->out.data + b * a->out.batch + t * a->out.token + d + k * LANES, a->silu ? one[k] : y[k],
+                NAME(lanes_left)(a->channels - d - k * LANES));
       }
   }
   return 0;

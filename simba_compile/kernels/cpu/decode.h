@@ -12,7 +12,7 @@ int NAME(state_update)(const UpdateArgs *a, int threads) {
     int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
     vec x = load((elem *)a->x + b * a->x_batch + d, count), delta = load((elem *)a->dt + b * a->dt_batch + d, count), y;
     if (a->dt_bias) delta += load_real_some((REAL *)a->dt_bias + d, count);
-    if (a->softplus) delta = softplusv(delta);
+    if (a->softplus) softplus_all(&delta, 1);
     vec input = delta * x;
     for (int i = 0; i < count; i++) {
       REAL *h = (REAL *)a->state + (b * a->channels + d + i) * N;

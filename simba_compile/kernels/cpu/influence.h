@@ -46,73 +46,68 @@ INLINE double NAME(pool_out)(const pool_t *pool, int l2) {
   return top + log(sum) / 2;
 }
 
-/* Σ_n C_T B_t exp((A - max_n A) S_t) for the tokens of a chunk, over the states in `terms`. */
-INLINE void NAME(sum_states)(const vec *near, const int *terms, int alive, const REAL *weight, const vec *S, const vec *excess,
-                             vec *total, int T, const int tame) {
-  int j = 0;
-  for (; j + 1 < alive; j += 2) { /* two at a time share what they load */
-    const REAL *v = weight + terms[j] * CHUNK, *w = weight + terms[j + 1] * CHUNK;
-    vec near_v = near[j], near_w = near[j + 1];
-    for (int t = 0; t < T; t++) {
-      total[t] += (tame ? exp2_tame(S[t], near_v) : exp2v(S[t] * near_v - excess[t])) * v[t];
-      total[t] += (tame ? exp2_tame(S[t], near_w) : exp2v(S[t] * near_w - excess[t])) * w[t];
-    }
+/* Adds Σ C_T B_t exp((A - max_n A) S_t) over `size` states, given by their places in `weight`, to a chunk's totals. */
+INLINE void NAME(add_states)(vec *total, const vec *near, const int *place, const REAL *weight, const vec *S, const vec *excess,
+                             int T, const int size, const int tame) {
+  const REAL *w[GROUP];
+  vec rate[GROUP];
+  for (int n = 0; n < size; n++) {
+    w[n] = weight + place[n] * CHUNK;
+    rate[n] = near[n];
   }
-  for (int t = 0; t < T && j < alive; t++)
-    total[t] += (tame ? exp2_tame(S[t], near[j]) : exp2v(S[t] * near[j] - excess[t])) * weight[terms[j] * CHUNK + t];
+  for (int t = 0; t < T; t++) {
+    vec far = S[t], sum = total[t];
+    for (int n = 0; n < size; n++) sum += (tame ? exp2_tame(far, rate[n]) : exp2v(far * rate[n] - excess[t])) * w[n][t];
+    total[t] = sum;
+  }
 }
 
+/* LANES channels of one chunk: adds their part to the tokens' pools, and the chunk's steps to their decay. */
 INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, const REAL *weight, const vec *A,
-                                  const REAL *reach, vec range, decay_t *decay, pool_t *pool, vec *near, int64_t b,
-                                  int64_t d, int count) {
+                                  const REAL *reach, vec range, decay_t *decay, pool_t *pool, int64_t b, int64_t d, int count) {
   const int N = (int)a->states, T = chunk->count;
-  vec S[CHUNK], later[CHUNK], scale[CHUNK], total[CHUNK], excess[CHUNK], base = from_wide(decay->S);
-  for (int t = 0; t < T; t++) {
-    vec delta = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
-    scale[t] = load_at(a->x, b, chunk->row[t], d, count) * delta;
-    if (a->dt_bias && !a->bias_in_decay) delta = step_size(a->dt, NULL, (int)a->softplus, b, chunk->row[t], d, count);
-    later[t] = delta;
-    total[t] = splat(0);
-    if (chunk->row[t] >= CHUNK) {
-      prefetch(a->x, b, chunk->row[t] - CHUNK, d);
-      prefetch(a->dt, b, chunk->row[t] - CHUNK, d);
-    }
-  }
-  vec sum = splat(0), longest = splat(0); /* sum: of the later steps in this chunk */
-  ivec negative = {0};
+  vec S[CHUNK], later[CHUNK], value[CHUNK], total[CHUNK], excess[CHUNK], base = from_wide(decay->S);
+  step_sizes(later, chunk, a->dt, a->dt_bias, (int)a->softplus, b, d, count);
+  for (int t = 0; t < T; t++) value[t] = load_at(a->x, b, chunk->row[t], d, count) * later[t];
+  if (a->dt_bias && !a->bias_in_decay) step_sizes(later, chunk, a->dt, NULL, (int)a->softplus, b, d, count);
+  vec sum = splat(0), longest = splat(0), shortest = splat(0); /* sum: of the later steps in this chunk */
   for (int t = T - 1; t >= 0; t--) {
     vec delta = later[t];
     later[t] = sum;
     S[t] = base + sum;
     longest = farther(longest, S[t]);
-    negative |= S[t] < 0; /* where dt may be negative; then the smallest A leads */
+    shortest = select(S[t] < shortest, S[t], shortest);
     sum += delta;
+    total[t] = splat(0);
   }
-  REAL least = base[0]; /* S of any token and channel is no smaller, if no step is negative */
+  REAL least = base[0]; /* no S is smaller, unless a step is negative */
   for (int i = 1; i < count; i++) least = base[i] < least ? base[i] : least;
-  int terms[MAX_STATES], alive = 0;
-  vec steepest = splat(0);
+  vec near[MAX_STATES], steepest = splat(0);
+  int place[MAX_STATES], alive = 0;
   for (int n = 0; n < N; n++)
     if (!(reach[n] * least < NOTHING) || !a->softplus) {
       near[alive] = A[n];
       steepest = farther(steepest, A[n]);
-      terms[alive++] = n;
+      place[alive++] = n;
     }
-  int signs = any_lane(negative);
-  if (!signs && is_tame(longest, steepest)) NAME(sum_states)(near, terms, alive, weight, S, NULL, total, T, 1);
-  else {
-    for (int t = 0; t < T; t++) excess[t] = select(S[t] < 0, range * S[t], splat(0));
-    NAME(sum_states)(near, terms, alive, weight, S, excess, total, T, 0);
+  int negative = any_lane(shortest < 0), n = 0; /* S may be, where dt may: then the smallest A leads */
+  for (int t = 0; t < T; t++) excess[t] = negative ? select(S[t] < 0, range * S[t], splat(0)) : splat(0);
+  if (!negative && is_tame(longest, steepest))
+    for (; n + GROUP <= alive; n += GROUP) NAME(add_states)(total, near + n, place + n, weight, S, excess, T, GROUP, 1);
+  for (; n < alive; n++) NAME(add_states)(total, near + n, place + n, weight, S, excess, T, 1, 0);
+  const int64_t ask = chunk->row[0] - CHUNK; /* the next chunk, if it is not negative */
+  for (int t = 0; t < T; t++) {
+    if (ask >= 0) __builtin_prefetch(line_of(a->x, b, ask + t, d));
+    value[t] *= total[t];
+    value[t] = logv(a->pool == POOL_MAX ? select(value[t] < 0, splat(0), value[t]) : absolute(value[t]));
+    value[t] += excess[t] * (REAL)(1 / LOG2E);
+    for (int i = count; i < LANES; i++) value[t][i] = (REAL)-INFINITY; /* past the last channel */
   }
-  wide top_S, top = decay->top;
+  wide top = decay->top, top_S;
   for (int p = 0; p < PARTS; p++) top_S.part[p] = top.part[p] * decay->S.part[p];
   for (int t = 0; t < T; t++) {
-    vec value = scale[t] * total[t];
-    value = a->pool == POOL_MAX ? select(value < 0, splat(0), value) : absolute(value);
-    value = logv(value);
-    if (signs) value += excess[t] * (REAL)(1 / LOG2E);
-    for (int i = count; i < LANES; i++) value[i] = (REAL)-INFINITY; /* past the last channel */
-    wide score = to_wide(value), far = to_wide(later[t]);
+    if (ask >= 0) __builtin_prefetch(line_of(a->dt, b, ask + t, d));
+    wide score = to_wide(value[t]), far = to_wide(later[t]);
     for (int p = 0; p < PARTS; p++) score.part[p] += top_S.part[p] + top.part[p] * far.part[p];
     if (a->pool == POOL_L2) NAME(pool_l2)(pool + t, score);
     else
@@ -131,12 +126,12 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
   for (int64_t task = 0; task < a->batch * slices; task++) {
     int64_t b = task / slices, slice = task % slices, first = slice * a->slice;
     int64_t size = a->channels - first < a->slice ? a->channels - first : a->slice;
-    vec *A = simba_alloc((blocks * N + blocks + N) * sizeof(vec) + CHUNK * sizeof(pool_t) + blocks * sizeof(decay_t) +
+    vec *A = simba_alloc((blocks * N + blocks) * sizeof(vec) + CHUNK * sizeof(pool_t) + blocks * sizeof(decay_t) +
                          ((2 * CHUNK + 1) * N + blocks * N) * sizeof(REAL));
     if (!A) { failed = 1; continue; }
     unsigned mode = simba_flush_subnormals();
-    vec *range = A + blocks * N, *near = range + blocks;
-    pool_t *pool = (pool_t *)(near + N);
+    vec *range = A + blocks * N;
+    pool_t *pool = (pool_t *)(range + blocks);
     decay_t *decay = (decay_t *)(pool + CHUNK);
     chunk_t chunk = {.B = (REAL *)(decay + blocks)};
     chunk.C = chunk.B + CHUNK * N;
@@ -175,7 +170,7 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
         pool[i].sum = splat(0);
       }
       for (int64_t k = 0; k * LANES < size; k++)
-        NAME(influence_lanes)(a, &chunk, chunk.B, A + k * N, reach + k * N, range[k], decay + k, pool, near, b,
+        NAME(influence_lanes)(a, &chunk, chunk.B, A + k * N, reach + k * N, range[k], decay + k, pool, b,
                               first + k * LANES, (int)(size - k * LANES < LANES ? size - k * LANES : LANES));
       for (int i = 0; i < chunk.count; i++)
         a->partial[(b * slices + slice) * a->tokens + c * CHUNK + i] = NAME(pool_out)(pool + i, a->pool == POOL_L2);

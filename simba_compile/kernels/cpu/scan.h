@@ -6,6 +6,8 @@
  * A task is one sequence and a slice of channels. It walks the tokens in chunks, and in a chunk its channels, LANES at
  * a time: rows are read in long runs, and a chunk's rows, the slice's states and A stay in the first-level cache. */
 
+#define GROUP 4 /* states at a time: they share what they load, and their exponentials overlap */
+
 /* What one chunk of tokens shares among the channels of a slice. */
 typedef struct {
   int count;            /* tokens in this chunk */
@@ -34,19 +36,22 @@ INLINE vec NAME(load_at)(View3 view, int64_t b, int64_t row, int64_t d, int coun
 }
 #define load_at NAME(load_at)
 
-INLINE vec NAME(step_size)(View3 dt, const REAL *bias, int softplus, int64_t b, int64_t row, int64_t d, int count) {
-  vec delta = load_at(dt, b, row, d, count);
-  if (bias) delta += load_real_some(bias + d, count);
-  return softplus ? softplusv(delta) : delta;
+/* Δ of a chunk's tokens. */
+INLINE void NAME(step_sizes)(vec *delta, const chunk_t *chunk, View3 dt, const REAL *bias, int softplus, int64_t b, int64_t d,
+                             int count) {
+  vec add = bias ? load_real_some(bias + d, count) : splat((REAL)-0.0);
+  for (int t = 0; t < chunk->count; t++) delta[t] = load_at(dt, b, chunk->row[t], d, count) + add;
+  if (softplus) softplus_all(delta, chunk->count);
 }
-#define step_size NAME(step_size)
+#define step_sizes NAME(step_sizes)
 
-/* Ask for LANES channels of a row that the next chunk will read. Rows are kilobytes apart, which no hardware prefetcher
- * follows. The kernels ask for a few at a time between their exponentials: all at once, the requests themselves would wait. */
-INLINE void NAME(prefetch)(View3 view, int64_t b, int64_t row, int64_t d) {
-  if (view.data) __builtin_prefetch((elem *)view.data + b * view.batch + row * view.token + d, 0, 3);
+/* Where LANES channels of a row start: of a row that the next chunk reads, to ask for it. Rows are kilobytes apart, which
+ * no hardware prefetcher follows. The kernels ask for one line at a time between their exponentials: a core has a dozen
+ * requests under way at most, and one more would wait. */
+INLINE const void *NAME(line_of)(View3 view, int64_t b, int64_t row, int64_t d) {
+  return (elem *)view.data + b * view.batch + row * view.token + d;
 }
-#define prefetch NAME(prefetch)
+#define line_of NAME(line_of)
 
 /* Channels first..first+size of A, times log2(e), as (size / LANES, states) vectors. */
 INLINE void NAME(pack_A)(vec *packed, const REAL *A, int64_t first, int64_t size, int64_t states) {
@@ -67,65 +72,69 @@ INLINE vec NAME(farther)(vec a, vec b) { b = absolute(b); return select(a < b, b
 INLINE int NAME(is_tame)(vec a, vec b) { return !any_lane(~(a * b < (REAL)1e5)); }
 #define is_tame NAME(is_tame)
 
-/* LANES channels through one chunk, state by state, so that h and A stay in registers. What does not depend on the token
- * before stands in loops of its own, where many tokens are in flight at once. `tame`: see exp2_tame. */
-INLINE void NAME(scan_states)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, const vec *delta,
-                              const vec *input, vec *y, int64_t b, int64_t first, int64_t d, const int tame) {
-  const int N = (int)a->states, T = chunk->count;
-  const int64_t *index = a->index ? a->index + b * a->kept : NULL;
-  int n = 0, asked = 0;
-  for (; n + 1 < N; n += 2) { /* two at a time share what they load */
-    for (; asked < CHUNK * (n + 2) / N; asked++) {
-      int64_t next = first + CHUNK + asked;
-      if (next >= a->kept) break;
-      int64_t row = index ? index[next] : next;
-      prefetch(a->x, b, row, d);
-      prefetch(a->dt, b, row, d);
-      prefetch(a->z, b, row, d);
-      prefetch(a->out, b, next, d);
-    }
-    const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
-    vec h = state[n], k = state[n + 1], h_decay = A[n], k_decay = A[n + 1];
-    for (int t = 0; t < T; t++) {
-      h = (tame ? exp2_tame(delta[t], h_decay) : exp2v(delta[t] * h_decay)) * h + input[t] * B[t];
-      k = (tame ? exp2_tame(delta[t], k_decay) : exp2v(delta[t] * k_decay)) * k + input[t] * B[t + CHUNK];
-      y[t] = y[t] + h * C[t] + k * C[t + CHUNK]; /* in this order: two FMAs */
-    }
-    state[n] = h;
-    state[n + 1] = k;
+/* `size` states of LANES channels through one chunk, h and A in registers. `tame`: see exp2_tame. At each token it asks for
+ * one of the lines in `ask`, if that is not null. */
+INLINE void NAME(scan_states)(const vec *A, vec *state, const REAL *B, const REAL *C, const vec *delta, const vec *input,
+                              vec *y, int T, const int size, const int tame, const void *const *ask) {
+  vec h[GROUP], decay[GROUP];
+  for (int n = 0; n < size; n++) {
+    h[n] = state[n];
+    decay[n] = A[n];
   }
-  if (n < N) {
-    const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
-    for (int t = 0; t < T; t++) {
-      state[n] = (tame ? exp2_tame(delta[t], A[n]) : exp2v(delta[t] * A[n])) * state[n] + input[t] * B[t];
-      y[t] += state[n] * C[t];
+  for (int t = 0; t < T; t++) {
+    vec step = delta[t], in = input[t], out = y[t];
+    if (ask) __builtin_prefetch(ask[t]);
+    for (int n = 0; n < size; n++) {
+      vec kept = tame ? exp2_tame(step, decay[n]) : exp2v(step * decay[n]);
+      h[n] = kept * h[n] + in * B[n * CHUNK + t];
+      out += h[n] * C[n * CHUNK + t];
     }
+    y[t] = out;
   }
+  for (int n = 0; n < size; n++) state[n] = h[n];
 }
 
+/* LANES channels through one chunk. What does not depend on the token before stands in loops of its own. */
 INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t b, int64_t first,
                              int64_t d, int count) {
-  const int T = chunk->count;
+  const int N = (int)a->states, T = chunk->count;
   vec skip = a->D ? load_real_some((REAL *)a->D + d, count) : splat(0), longest = splat(0), steepest = splat(0);
   vec delta[CHUNK], input[CHUNK], y[CHUNK];
+  step_sizes(delta, chunk, a->dt, a->dt_bias, (int)a->softplus, b, d, count);
   for (int t = 0; t < T; t++) {
     vec x = load_at(a->x, b, chunk->row[t], d, count);
-    delta[t] = step_size(a->dt, a->dt_bias, (int)a->softplus, b, chunk->row[t], d, count);
     longest = farther(longest, delta[t]);
     input[t] = delta[t] * x;
     y[t] = skip * x;
   }
-  for (int64_t n = 0; n < a->states; n++) steepest = farther(steepest, A[n]);
-  if (is_tame(longest, steepest)) NAME(scan_states)(a, chunk, A, state, delta, input, y, b, first, d, 1);
-  else NAME(scan_states)(a, chunk, A, state, delta, input, y, b, first, d, 0);
-  if (!a->out.data) return;
-  for (int t = 0; t < T; t++) {
-    if (a->z.data) {
-      vec z = load_at(a->z, b, chunk->row[t], d, count);
-      y[t] *= z * sigmoidv(z);
-    }
-    store((elem *)a->out.data + b * a->out.batch + (first + t) * a->out.token + d, y[t], count);
+  for (int n = 0; n < N; n++) steepest = farther(steepest, A[n]);
+
+  const void *ask[4 * CHUNK];
+  int lines = 0, asked = 0, tame = is_tame(longest, steepest);
+  for (int t = 0; t < CHUNK && first + CHUNK + t < a->kept; t++) {
+    int64_t next = first + CHUNK + t, row = a->index ? a->index[b * a->kept + next] : next;
+    ask[lines++] = line_of(a->x, b, row, d);
+    ask[lines++] = line_of(a->dt, b, row, d);
+    if (a->z.data) ask[lines++] = line_of(a->z, b, row, d);
+    if (a->out.data) ask[lines++] = line_of(a->out, b, next, d);
   }
+  for (int n = 0; n < N; n += GROUP) {
+    const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
+    if (n + GROUP > N || !tame) {
+      for (int m = 0; m < GROUP && n + m < N; m++)
+        NAME(scan_states)(A + n + m, state + n + m, B + m * CHUNK, C + m * CHUNK, delta, input, y, T, 1, 0, NULL);
+      continue;
+    }
+    const int more = asked + T <= lines;
+    NAME(scan_states)(A + n, state + n, B, C, delta, input, y, T, GROUP, 1, more ? ask + asked : NULL);
+    asked += more ? T : 0;
+  }
+  if (!a->out.data) return;
+  if (a->z.data) {
+    for (int t = 0; t < T; t++) input[t] = load_at(a->z, b, chunk->row[t], d, count);
+    times_silu(y, input, T);
+  }
+  for (int t = 0; t < T; t++) store((elem *)a->out.data + b * a->out.batch + (first + t) * a->out.token + d, y[t], count);
 }
 #define scan_lanes NAME(scan_lanes)
 

@@ -13,10 +13,11 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
   const int N = (int)f->states, T = chunk->count;
   vec skip = f->D ? load_real_some((REAL *)f->D + d, count) : splat(0);
   vec x[CHUNK], raw[CHUNK], delta[CHUNK], input[CHUNK], grad[CHUNK], y[CHUNK], from_A[CHUNK], from_B[CHUNK];
+  step_sizes(raw, chunk, f->dt, f->dt_bias, 0, b, d, count);
+  memcpy(delta, raw, sizeof raw);
+  if (f->softplus) softplus_all(delta, T);
   for (int t = 0; t < T; t++) {
     x[t] = load_at(f->x, b, first + t, d, count);
-    raw[t] = step_size(f->dt, f->dt_bias, 0, b, first + t, d, count);
-    delta[t] = f->softplus ? softplusv(raw[t]) : raw[t];
     input[t] = delta[t] * x[t];
     y[t] = skip * x[t];
     from_A[t] = from_B[t] = splat(0);
@@ -29,10 +30,10 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
   for (int n = 0; n < N; n++) { /* one state through the chunk and back: what it needs stays in the first-level cache */
     vec h[CHUNK + 1], decay[CHUNK], l = lambda[n], sum = dA[n];
     for (int64_t row = first - CHUNK + CHUNK * n / N; row >= 0 && row < first - CHUNK + CHUNK * (n + 1) / N; row++) {
-      prefetch(f->x, b, row, d);
-      prefetch(f->dt, b, row, d);
-      prefetch(f->z, b, row, d);
-      prefetch(f->out, b, row, d);
+      __builtin_prefetch(line_of(f->x, b, row, d));
+      __builtin_prefetch(line_of(f->dt, b, row, d));
+      __builtin_prefetch(line_of(f->out, b, row, d));
+      if (f->z.data) __builtin_prefetch(line_of(f->z, b, row, d));
     }
     h[0] = start[n]; /* h[t + 1] is that after token t */
     for (int t = 0; t < T; t++) {

@@ -36,7 +36,8 @@
 #undef farther
 #undef is_tame
 #undef logv
-#undef softplusv
+#undef softplus_all
+#undef times_silu
 #undef sigmoidv
 #undef elem
 #undef half_vec
@@ -46,9 +47,10 @@
 #undef chunk_t
 #undef open_chunk
 #undef load_at
-#undef step_size
+#undef step_sizes
+#undef GROUP
 #undef pack_A
-#undef prefetch
+#undef line_of
 #undef scan_lanes
 #undef adjoint_lanes
 #undef decay_t

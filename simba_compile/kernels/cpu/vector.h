@@ -205,15 +205,26 @@ INLINE vec NAME(inverse)(vec a) { return 1 / a; }
 #define exp2_tame NAME(exp2_tame)
 #define logv NAME(log)
 
-/* max(a, 0) + ln(1 + e^-|a|): torch's softplus, without its switch to the identity above 20 (equal to rounding). */
-INLINE vec NAME(softplus)(vec a) {
-  vec positive = select(a < 0, splat(0), a);
-  return positive + NAME(log1p_unit)(exp2v(absolute(a) * (REAL)-LOG2E));
+INLINE vec NAME(sigmoid_of_exp)(vec t, vec e) { /* e = 2^t, t = -a log2(e); e may be inf */
+  return select(t >= (sizeof(REAL) == 4 ? 126 : 1022), splat(0), NAME(inverse)(1 + e));
 }
-#define softplusv NAME(softplus)
-
-INLINE vec NAME(sigmoid)(vec a) {
-  vec t = a * (REAL)-LOG2E;
-  return select(t >= (sizeof(REAL) == 4 ? 126 : 1022), splat(0), NAME(inverse)(1 + exp2v(t)));
-}
+INLINE vec NAME(sigmoid)(vec a) { return NAME(sigmoid_of_exp)(a * (REAL)-LOG2E, exp2v(a * (REAL)-LOG2E)); }
 #define sigmoidv NAME(sigmoid)
+
+/* On arrays, in short loops: one loop over a long chain of operations has only a value or two in flight. */
+
+/* max(a, 0) + ln(1 + e^-|a|): torch's softplus, without its switch to the identity above 20 (equal to rounding). */
+INLINE void NAME(softplus)(vec *a, int count) {
+  vec u[RUN];
+  for (int i = 0; i < count; i++) u[i] = exp2v(absolute(a[i]) * (REAL)-LOG2E);
+  for (int i = 0; i < count; i++) a[i] = select(a[i] < 0, splat(0), a[i]) + NAME(log1p_unit)(u[i]);
+}
+#define softplus_all NAME(softplus)
+
+/* y silu(a) = y a / (1 + e^-a), into y. */
+INLINE void NAME(times_silu)(vec *y, const vec *a, int count) {
+  vec e[RUN];
+  for (int i = 0; i < count; i++) e[i] = exp2v(a[i] * (REAL)-LOG2E);
+  for (int i = 0; i < count; i++) y[i] *= a[i] * NAME(sigmoid_of_exp)(a[i] * (REAL)-LOG2E, e[i]);
+}
+#define times_silu NAME(times_silu)

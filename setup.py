@@ -23,7 +23,7 @@ setup(
     ext_modules=[
         Extension(
             "simba_compile.kernels._native",
-            sources=[str(CPU / f"{name}.c") for name in ("level_base", "level_v3", "level_v4", "dispatch")],
+            sources=[str(CPU / f"{name}.c") for name in ("level_base", "level_v3", "level_v4", "dispatch", "tokens")],
             depends=[str(header) for header in sorted(CPU.glob("*.h"))],
             # Not linked with OpenMP's runtime: its symbols come from the one that torch has loaded, so that both share
             # one pool of threads.

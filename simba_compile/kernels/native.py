@@ -19,8 +19,10 @@ log = logging.getLogger("simba_compile")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 16  # tokens between two state checkpoints; cpu/simba.h
 MAX_STATES = 256  # cpu/level.h
+MAX_WIDTH = 64  # of a convolution; cpu/level.h
 SLICE = 24  # vectors of channels for one task: their states and their A stay in the second-level cache
 MISSING = (0, 0, 0)
+OUT_OF_MEMORY, OUT_OF_RANGE = 1, 2  # cpu/simba.h
 
 
 @cache
@@ -52,8 +54,11 @@ def _call(name: str, dtype: torch.dtype, words: list[int]) -> None:
     lib = library()
     assert lib is not None
     args = (ctypes.c_int64 * len(words))(*words)
-    if getattr(lib, "simba_" + name)(args, DTYPES[dtype], torch.get_num_threads()):
+    failure = getattr(lib, "simba_" + name)(args, DTYPES[dtype], torch.get_num_threads())
+    if failure == OUT_OF_MEMORY:
         raise MemoryError(f"simba::{name} could not allocate its scratch memory.")
+    if failure == OUT_OF_RANGE:
+        raise IndexError(f"index holds positions outside 0..{words[1] - 1}.")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -134,8 +139,6 @@ def selective_scan(
     kept = tokens if index is None else index.shape[1]
     if index is not None:
         _expect("index", index, (batch, kept), torch.int64)
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
-            raise IndexError(f"index holds positions outside 0..{tokens - 1}.")
         index = index.contiguous()
     kind = compute_dtype(x.dtype)
     x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
@@ -226,6 +229,8 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, axes: str) -> No
             f"x is {tuple(x.shape)}, {x.dtype} and weight is {tuple(weight.shape)}; expected x ({axes.replace(' ', ', ')}) "
             "in float32, float64, bfloat16 or float16 and weight (channel, width)."
         )
+    if not 1 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"weight has a width of {weight.shape[1]}; the native kernels take 1 to {MAX_WIDTH}.")
     _expect("x", x, tuple(x.shape), None)
     _expect("weight", weight, (x.shape[-1], weight.shape[1]), None)
     _expect("bias", bias, (x.shape[-1],), None)
@@ -335,15 +340,20 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     _expect("index", index, (index.shape[0], kept), torch.int64)
     if batch not in (1, index.shape[0]):
         raise ValueError(f"x has {batch} sequences and index {index.shape[0]}.")
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
-        raise IndexError(f"index holds positions outside 0..{tokens - 1}.")
     index, size = index.contiguous(), x.element_size()
     out = torch.empty(index.shape[0], kept, *x.shape[2:], dtype=x.dtype)
     if out.numel():
         row = out[0, 0].numel() * size
         strides = [0 if batch == 1 else x.stride(0) * size, x.stride(1) * size]
-        words = [index.shape[0], kept, row, *strides, _pointer(x), _pointer(index), _pointer(out)]
-        lib = library()
-        assert lib is not None
-        lib.simba_gather((ctypes.c_int64 * len(words))(*words), 0, torch.get_num_threads())
+        words = [index.shape[0], tokens, kept, row, *strides, _pointer(x), _pointer(index), _pointer(out)]
+        _call("gather", torch.float32, words)  # bytes: of any type
+    return out
+
+
+def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
+    """See `simba_compile.kernels.ops.select`."""
+    scores = scores.to(torch.float64).contiguous()
+    out = torch.empty(scores.shape[0], k, dtype=torch.int64)
+    if out.numel():
+        _call("select", torch.float64, [*scores.shape, k, first, last, _pointer(scores), _pointer(out)])
     return out

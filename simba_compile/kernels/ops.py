@@ -118,7 +118,7 @@ def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
         raise ValueError(f"scores is {tuple(scores.shape)}, first {first}, last {last}; expected (batch, token), 0 or more.")
     if not first + last <= k <= scores.shape[1]:
         raise ValueError(f"k is {k}; expected {first} + {last} (the protected ends) to {scores.shape[1]} (the tokens).")
-    return reference.select(scores, k, first, last)
+    return (native if _runs_native(scores) else reference).select(scores, k, first, last)
 
 
 @fake("select")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from simba_compile.kernels import ops  # noqa: F401  (registers torch.ops.simba)
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
 
 SCAN = torch.ops.simba.selective_scan

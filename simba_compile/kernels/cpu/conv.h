@@ -8,12 +8,17 @@
 
 INLINE int NAME(lanes_left)(int64_t channels) { return channels < LANES ? (int)channels : LANES; }
 
-INLINE vec NAME(conv_at)(const ConvArgs *a, int64_t b, int64_t t, int64_t d, int count) {
+/* The rows that out_t reads, where they exist: weight k meets rows[k]. Gives the first k that has one. */
+INLINE int NAME(conv_rows)(const elem **rows, const ConvArgs *a, int64_t b, int64_t t) {
+  int64_t from = t < a->width - 1 ? a->width - 1 - t : 0;
+  for (int64_t k = from; k < a->width; k++) rows[k] = line_of(a->x, b, t - a->width + 1 + k, 0);
+  return (int)from;
+}
+
+INLINE vec NAME(conv_at)(const ConvArgs *a, const elem *const *rows, int from, int64_t d, int count) {
   vec y = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
-  for (int64_t k = 0; k < a->width; k++) {
-    int64_t row = t - a->width + 1 + k;
-    if (row >= 0) y += load_real_some((REAL *)a->weight + k * a->channels + d, count) * load_at(a->x, b, row, d, count);
-  }
+  for (int k = from; k < (int)a->width; k++)
+    y += load_real_some((REAL *)a->weight + k * a->channels + d, count) * load(rows[k] + d, count);
   return y;
 }
 
@@ -23,19 +28,25 @@ int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
   for (int64_t task = 0; task < a->batch * runs; task++) {
     int64_t b = task / runs, first = task % runs * CONV_RUN;
     int64_t last = first + CONV_RUN < a->tokens ? first + CONV_RUN : a->tokens;
-    for (int64_t t = first; t < last; t++)
+    for (int64_t t = first; t < last; t++) {
+      const elem *rows[MAX_WIDTH];
+      int from = NAME(conv_rows)(rows, a, b, t);
+      elem *out = (elem *)a->out.data + b * a->out.batch + t * a->out.token;
       for (int64_t d = 0; d < a->channels; d += RUN * LANES) {
         vec y[RUN], one[RUN];
         int blocks = 0;
-        for (int64_t at = d; blocks < RUN && at < a->channels; at += LANES, blocks++) {
-          y[blocks] = NAME(conv_at)(a, b, t, at, NAME(lanes_left)(a->channels - at));
-          one[blocks] = splat(1);
+        for (; blocks < RUN && d + (blocks + 1) * LANES <= a->channels; blocks++)
+          y[blocks] = NAME(conv_at)(a, rows, from, d + blocks * LANES, LANES);
+        if (blocks < RUN && d + blocks * LANES < a->channels) {
+          y[blocks] = NAME(conv_at)(a, rows, from, d + blocks * LANES, (int)(a->channels - d - blocks * LANES));
+          blocks++;
         }
+        for (int k = 0; k < blocks; k++) one[k] = splat(1);
         if (a->silu) times_silu(one, y, blocks);
         for (int k = 0; k < blocks; k++)
-          store((elem *)a->out.data + b * a->out.batch + t * a->out.token + d + k * LANES, a->silu ? one[k] : y[k],
-                NAME(lanes_left)(a->channels - d - k * LANES));
+          store(out + d + k * LANES, a->silu ? one[k] : y[k], NAME(lanes_left)(a->channels - d - k * LANES));
       }
+    }
   }
   return 0;
 }
@@ -52,7 +63,7 @@ int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
     int64_t first = task * slice, last = first + slice < f->channels ? first + slice : f->channels;
     /* For every block of the task: the gradients of the last width outputs before SiLU, dweight, dbias. */
     vec *scratch = simba_alloc(CONV_BLOCKS * (2 * width + 1) * sizeof(vec));
-    if (!scratch) { failed = 1; continue; }
+    if (!scratch) { failed = OUT_OF_MEMORY; continue; }
     memset(scratch, 0, CONV_BLOCKS * (2 * width + 1) * sizeof(vec));
     for (int64_t b = 0, t = f->tokens - 1; b < f->batch; t > 0 ? t-- : (b++, t = f->tokens - 1))
       for (int64_t d = first; d < last; d += LANES) {
@@ -61,7 +72,8 @@ int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
         if (t == f->tokens - 1) memset(grads, 0, width * sizeof(vec));
         vec g = load_at(f->out, b, t, d, count), dx = splat(0);
         if (f->silu) {
-          vec y = NAME(conv_at)(f, b, t, d, count), s = sigmoidv(y);
+          const elem *rows[MAX_WIDTH];
+          vec y = NAME(conv_at)(f, rows, NAME(conv_rows)(rows, f, b, t), d, count), s = sigmoidv(y);
           g *= s + y * s * (1 - s);
         }
         *dbias += g;

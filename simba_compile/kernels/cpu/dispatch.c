@@ -38,15 +38,6 @@ EXPORT(state_update, UpdateArgs)
 EXPORT(conv_update, ConvUpdateArgs)
 EXPORT(rms_norm, NormArgs)
 
-int simba_gather(const GatherArgs *a, int dtype, int threads) {
-  (void)dtype;
-#pragma omp parallel for num_threads(threads) schedule(static) if (a->batch * a->kept * a->row_bytes > 1 << 16)
-  for (int64_t row = 0; row < a->batch * a->kept; row++)
-    memcpy((char *)a->out + row * a->row_bytes,
-           (const char *)a->x + row / a->kept * a->batch_bytes + a->index[row] * a->token_bytes, a->row_bytes);
-  return 0;
-}
-
 static int best_level(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();

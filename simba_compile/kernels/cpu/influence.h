@@ -17,16 +17,12 @@ typedef struct { wide S, top; } NAME(decay); /* Σ of the later steps; max_n A i
 typedef struct { wide most; vec sum; } NAME(pool);
 #define pool_t NAME(pool)
 
-INLINE dvec NAME(larger_wide)(dvec a, dvec b) { /* NaN is the largest */
-  idvec first = (a > b) | (a != a);
-  return (dvec)((first & (idvec)a) | (~first & (idvec)b));
-}
-
 INLINE void NAME(pool_l2)(pool_t *pool, wide value) {
   wide shrink, add;
   for (int p = 0; p < PARTS; p++) {
-    dvec v = value.part[p], before = pool->most.part[p], most = NAME(larger_wide)(v, before);
-    pool->most.part[p] = most;
+    dvec v = value.part[p], before = pool->most.part[p];
+    idvec higher = (v > before) | (v != v);
+    dvec most = pool->most.part[p] = (dvec)((higher & (idvec)v) | (~higher & (idvec)before));
     /* of equals (two infinities among them) the difference is 0 */
     shrink.part[p] = (dvec)(~(idvec)(before == most) & (idvec)(2 * (before - most)));
     add.part[p] = (dvec)(~(idvec)(v == most) & (idvec)(2 * (v - most)));
@@ -96,10 +92,15 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
     for (; n + GROUP <= alive; n += GROUP) NAME(add_states)(total, near + n, place + n, weight, S, excess, T, GROUP, 1);
   for (; n < alive; n++) NAME(add_states)(total, near + n, place + n, weight, S, excess, T, 1, 0);
   const int64_t ask = chunk->row[0] - CHUNK; /* the next chunk, if it is not negative */
+  vec check = splat(0); /* stays 0 unless there is a NaN or an infinity */
   for (int t = 0; t < T; t++) {
     if (ask >= 0) __builtin_prefetch(line_of(a->x, b, ask + t, d));
     value[t] *= total[t];
+    check += value[t] * 0;
     value[t] = logv(a->pool == POOL_MAX ? select(value[t] < 0, splat(0), value[t]) : absolute(value[t]));
+  }
+  const int bad = any_lane(check != 0);
+  for (int t = 0; t < T && (negative || count < LANES); t++) {
     value[t] += excess[t] * (REAL)(1 / LOG2E);
     for (int i = count; i < LANES; i++) value[t][i] = (REAL)-INFINITY; /* past the last channel */
   }
@@ -111,7 +112,11 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
     for (int p = 0; p < PARTS; p++) score.part[p] += top_S.part[p] + top.part[p] * far.part[p];
     if (a->pool == POOL_L2) NAME(pool_l2)(pool + t, score);
     else
-      for (int p = 0; p < PARTS; p++) pool[t].most.part[p] = NAME(larger_wide)(score.part[p], pool[t].most.part[p]);
+      for (int p = 0; p < PARTS; p++) {
+        dvec *most = &pool[t].most.part[p], new = score.part[p];
+        idvec higher = bad ? (new > *most) | (new != new) : new > *most; /* NaN is the largest; one that is there stays */
+        *most = (dvec)((higher & (idvec)new) | (~higher & (idvec)*most));
+      }
   }
   wide steps = to_wide(sum);
   for (int p = 0; p < PARTS; p++) decay->S.part[p] += steps.part[p];
@@ -128,7 +133,7 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
     int64_t size = a->channels - first < a->slice ? a->channels - first : a->slice;
     vec *A = simba_alloc((blocks * N + blocks) * sizeof(vec) + CHUNK * sizeof(pool_t) + blocks * sizeof(decay_t) +
                          ((2 * CHUNK + 1) * N + blocks * N) * sizeof(REAL));
-    if (!A) { failed = 1; continue; }
+    if (!A) { failed = OUT_OF_MEMORY; continue; }
     unsigned mode = simba_flush_subnormals();
     vec *range = A + blocks * N;
     pool_t *pool = (pool_t *)(range + blocks);

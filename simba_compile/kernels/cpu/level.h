@@ -11,6 +11,7 @@
 #define PASTE(f, suffix, level) PASTE_(f, suffix, level)
 #define PASTE_(f, suffix, level) simba_##f##_##suffix##_##level
 #define MAX_STATES 256
+#define MAX_WIDTH 64
 #define RUN CHUNK /* the longest array that vector.h's functions on arrays take */
 
 #define ELEM_REAL 0

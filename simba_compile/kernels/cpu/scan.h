@@ -142,12 +142,13 @@ int NAME(selective_scan)(const ScanArgs *a, int threads) {
   int64_t slices = (a->channels + a->slice - 1) / a->slice, chunks = (a->kept + CHUNK - 1) / CHUNK, N = a->states;
   int64_t blocks = (a->slice + LANES - 1) / LANES;
   int failed = 0;
+  if (a->index && !simba_in_range(a->index, a->batch * a->kept, a->tokens)) return OUT_OF_RANGE;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
   for (int64_t task = 0; task < a->batch * slices; task++) {
     int64_t b = task / slices, first = task % slices * a->slice;
     int64_t size = a->channels - first < a->slice ? a->channels - first : a->slice;
     vec *A = simba_alloc((2 * blocks * N) * sizeof(vec) + 2 * CHUNK * N * sizeof(REAL));
-    if (!A) { failed = 1; continue; }
+    if (!A) { failed = OUT_OF_MEMORY; continue; }
     unsigned mode = simba_flush_subnormals();
     vec *state = A + blocks * N;
     chunk_t chunk = {.B = (REAL *)(state + blocks * N)};

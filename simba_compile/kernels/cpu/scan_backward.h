@@ -76,7 +76,7 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
   ScanArgs first_pass = *f;
   first_pass.out.data = NULL;
   first_pass.z.data = NULL;
-  if (NAME(selective_scan)(&first_pass, threads)) return 1;
+  if (NAME(selective_scan)(&first_pass, threads)) return OUT_OF_MEMORY;
   int64_t slices = (f->channels + f->slice - 1) / f->slice, chunks = (f->tokens + CHUNK - 1) / CHUNK, N = f->states;
   int64_t blocks = (f->slice + LANES - 1) / LANES;
   int failed = 0;
@@ -86,7 +86,7 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
     int64_t size = f->channels - first < f->slice ? f->channels - first : f->slice;
     int64_t vectors = 3 * blocks * N + 2 * CHUNK * N + 2 * blocks;
     vec *A = simba_alloc(vectors * sizeof(vec) + 2 * CHUNK * N * sizeof(REAL));
-    if (!A) { failed = 1; continue; }
+    if (!A) { failed = OUT_OF_MEMORY; continue; }
     unsigned mode = simba_flush_subnormals();
     vec *lambda = A + blocks * N, *dA = lambda + blocks * N, *dB = dA + blocks * N, *dC = dB + CHUNK * N;
     vec *dD = dC + CHUNK * N, *dbias = dD + blocks;

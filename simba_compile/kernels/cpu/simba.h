@@ -76,11 +76,20 @@ typedef struct {
 } NormArgs;
 
 typedef struct {
-  int64_t batch, kept, row_bytes, batch_bytes, token_bytes;
+  int64_t batch, tokens, kept, row_bytes, batch_bytes, token_bytes;
   const void *x;
   const int64_t *index;                                           /* (batch, kept) */
   void *out;                                                      /* (batch, kept, row) */
 } GatherArgs;
+
+typedef struct {
+  int64_t batch, tokens, k, first, last;
+  const double *scores;                                           /* (batch, tokens) */
+  int64_t *out;                                                   /* (batch, k) */
+} SelectArgs;
+
+enum { OUT_OF_MEMORY = 1, OUT_OF_RANGE = 2 }; /* what kernels return instead of 0 */
+int simba_in_range(const int64_t *index, int64_t count, int64_t tokens);
 
 enum { POOL_MAX, POOL_ABSMAX, POOL_L2 };
 enum { TABLE = 32 }; /* floats in two AVX-512 registers */

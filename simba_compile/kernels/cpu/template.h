@@ -17,6 +17,8 @@
 #undef dvec
 #undef idvec
 #undef wide
+#undef WIDEN_PART
+#undef NARROW_PART
 #undef to_wide
 #undef from_wide
 #undef splat

@@ -25,17 +25,24 @@ INLINE vec NAME(select)(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a)
 INLINE vec NAME(absolute)(vec a) { return (vec)((ivec)a & ~(ivec)splat((REAL)-0.0)); }
 #define absolute NAME(absolute)
 
+#if defined(REAL_IS_FLOAT) && defined(__AVX512F__) && VECTOR_BYTES == 64 /* GCC 12 splits the conversions of whole vectors */
+#define WIDEN_PART(part) (dvec)_mm512_cvtps_pd((__m256)(part))
+#define NARROW_PART(d) (NAME(part))_mm512_cvtpd_ps((__m512d)(d))
+#else
+#define WIDEN_PART(part) __builtin_convertvector(part, dvec)
+#define NARROW_PART(d) __builtin_convertvector(d, NAME(part))
+#endif
 INLINE wide NAME(widen_vec)(vec v) {
   NAME(part) parts[PARTS];
   wide w;
   __builtin_memcpy(parts, &v, sizeof v);
-  for (int p = 0; p < PARTS; p++) w.part[p] = __builtin_convertvector(parts[p], dvec);
+  for (int p = 0; p < PARTS; p++) w.part[p] = WIDEN_PART(parts[p]);
   return w;
 }
 INLINE vec NAME(narrow_vec)(wide w) {
   NAME(part) parts[PARTS];
   vec v;
-  for (int p = 0; p < PARTS; p++) parts[p] = __builtin_convertvector(w.part[p], NAME(part));
+  for (int p = 0; p < PARTS; p++) parts[p] = NARROW_PART(w.part[p]);
   __builtin_memcpy(&v, parts, sizeof v);
   return v;
 }

@@ -14,6 +14,8 @@ from eager_reference import Reference, pruned_forward
 from torch import Tensor, nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
+from simba_compile.kernels import native, reference
+
 hypothesis.settings.register_profile(
     "simba", deadline=None, derandomize=True, max_examples=15, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -23,6 +25,7 @@ logging.getLogger("torch.__trace").propagate = False  # else pytest records thou
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64
+SELECTING = native if native.available() else reference  # whose `select` runs on the CPU
 
 
 @pytest.fixture(autouse=True)

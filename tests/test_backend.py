@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, VOCABULARY, left_padding, pruned_exactly, random_ids, tiny_model
+from conftest import FAMILIES, SELECTING, VOCABULARY, left_padding, pruned_exactly, random_ids, tiny_model
 from eager_reference import Reference
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import simba_compile.backend
-from simba_compile.kernels import reference
 from simba_compile.passes import Transformed
 
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -32,13 +31,13 @@ KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
 def selected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What every `simba::select` of the test returned."""
     results: list[Tensor] = []
-    original = reference.select
+    original = SELECTING.select
 
     def spy(*args: Any) -> Tensor:
         results.append(original(*args))
         return results[-1]
 
-    monkeypatch.setattr(reference, "select", spy)
+    monkeypatch.setattr(SELECTING, "select", spy)
     return results
 
 
@@ -170,8 +169,8 @@ def test_equals_the_reference_on_random_models_and_options(data: st.DataObject) 
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         chosen: list[Tensor] = []
-        original = reference.select
-        patch.setattr(reference, "select", lambda *args: chosen.append(original(*args)) or chosen[-1])
+        original = SELECTING.select
+        patch.setattr(SELECTING, "select", lambda *args: chosen.append(original(*args)) or chosen[-1])
         assert_as_contracted(simba(model, **options), model, ids, mask, chosen, **options)
 
 

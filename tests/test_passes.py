@@ -11,7 +11,7 @@ import eager_reference as eager
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import exact_casts, tiny_model
+from conftest import SELECTING, exact_casts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.fx import GraphModule
 
 import simba_compile.backend
 from simba_compile import Options
-from simba_compile.kernels import reference
 from simba_compile.passes import Transformed, lower, match, prune
 from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.plan import make_plan, shares
@@ -463,8 +462,8 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
     original = simba_compile.backend.transform
     monkeypatch.setattr(simba_compile.backend, "transform", lambda *args: found.append(original(*args)) or found[-1])
     prunings: list[Tensor] = []
-    select = reference.select
-    monkeypatch.setattr(reference, "select", lambda *args: prunings.append(select(*args)) or prunings[-1])
+    select = SELECTING.select
+    monkeypatch.setattr(SELECTING, "select", lambda *args: prunings.append(select(*args)) or prunings[-1])
     options = {"schedule": [0.7, 0.3], "min_tokens": 3, "protect_last": 1}
     if name == "last three":
         options["protect_last"] = 3

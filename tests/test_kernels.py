@@ -666,6 +666,7 @@ BAD = {
     "gather too far in axis 2": ("gather", (X, I3 + 7, 2), (IndexError, RuntimeError), r"out of bounds|outside"),
     "scatter too far": ("scatter", (X, I3 + 5, X[:, :3], 1), (IndexError, RuntimeError), r"out of bounds|outside"),
     "conv channels": ("causal_conv1d", (X, torch.ones(6, 4), None, True), ValueError, r"weight is \(6, 4\).*\(7, 4\)"),
+    "conv width": ("causal_conv1d", (X, torch.ones(7, 65), None, True), ValueError, r"width of 65.*1 to 64"),
     "conv bias": ("causal_conv1d", (X, torch.ones(7, 4), torch.ones(6), True), ValueError, r"bias is \(6,\)"),
     "conv dtype": ("causal_conv1d", (X.long(), torch.ones(7, 4), None, True), ValueError, r"x is .*int64"),
     "conv rank": ("causal_conv1d", (X[0], torch.ones(7, 4), None, True), ValueError, r"x is \(5, 7\)"),

@@ -189,6 +189,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--backend", default="simba", help='backend of torch.compile, or "eager"')
     add("--output", type=Path, default=REPOSITORY / "models" / "python-bytes", help="folder of the saved model")
     add("--checkpoint", type=Path, default=REPOSITORY / "build" / "python-bytes.pt", help="what a stopped run resumes")
+    add("--start-from", type=Path, help="folder of a model to train on; its own training is not repeated (default: none)")
     add("--seed", type=int, default=0)
     add("--d-model", type=int, default=192)
     add("--layers", type=int, default=8)
@@ -213,6 +214,8 @@ def train(args: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: stop.set())
     torch.manual_seed(args.seed)
     model = build_model(args).train()
+    if args.start_from is not None:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32).state_dict())
     optimizers = build_optimizers(model, args)
     stream, clock, curve, step, tokens = WindowStream(args.seed), ActiveClock(), [], 0, 0
     if args.checkpoint.exists():
@@ -289,6 +292,9 @@ def finish(model: MambaForCausalLM, args: argparse.Namespace, curve: list[dict[s
         "held_out": corpus.HELD_OUT,
         "curve": curve,
     }
+    if args.start_from is not None:
+        before = json.loads((args.start_from / "training.json").read_text())
+        report["before"] = {name: value for name, value in before.items() if name != "curve"}
     (args.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(scores))
 

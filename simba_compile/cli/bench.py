@@ -78,7 +78,9 @@ def run(settings: Settings, out: Path, command: str) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     models.quiet()
-    with tempfile.TemporaryDirectory() as empty:  # what Inductor kept of an earlier run would hide its compile time
+    # What Inductor kept of an earlier run would hide its compile time. When decoding it compiles each layer by itself, and
+    # Dynamo's limit would leave most of them to eager mode.
+    with tempfile.TemporaryDirectory() as empty, torch._dynamo.config.patch(recompile_limit=4 * settings.layers + 8):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
         results = measure(settings)
     results["command"] = command

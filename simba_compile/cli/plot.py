@@ -99,14 +99,14 @@ def _curve(axes, speeds: dict[float, float], bits: dict[float, float], scored: i
     """A point for each keep, joined in the order of keep."""
     keeps = sorted(speeds, reverse=True)
     axes.plot([speeds[k] for k in keeps], [bits[k] for k in keeps], color=MUTED, linewidth=1.2, zorder=1)
-    for shade, keep in zip(SHADES, keeps, strict=True):
+    for i, (shade, keep) in enumerate(zip(SHADES, keeps, strict=True)):
         axes.scatter(speeds[keep], bits[keep], s=80, color=shade, edgecolor=INK, linewidth=0.8, zorder=2)
         axes.annotate(
             "dense" if keep == 1 else f"keep {keep}",
             (speeds[keep], bits[keep]),
-            xytext=(-7, 6),  # the curve rises to the right: this side is free
+            xytext=(0, -17 if i % 2 else 10),  # neighbours may lie close together
             textcoords="offset points",
-            ha="right",
+            ha="center",
             color=INK,
             fontsize=9,
         )

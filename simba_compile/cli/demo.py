@@ -1,6 +1,7 @@
 """``simba demo``: a file read dense and pruned, side by side."""
 
 import dataclasses
+import functools
 import math
 import sysconfig
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import simba_compile
+from simba_compile.backend import simba
 from simba_compile.cli import machine, models, plot
 from simba_compile.cli.show import Steps, clock, times
 from simba_compile.cli.timing import Timing, side_by_side
+from simba_compile.passes import Transformed
+from simba_compile.passes.plan import Plan
 
 FILES = ("argparse.py", "statistics.py")  # two that training/corpus.py holds out
 KEEPS = (1.0, 0.5, 0.3, 0.1)
@@ -28,7 +31,7 @@ SCORED = 256
 CONTINUED = 120
 SHOWN = 160  # bytes of the context's end
 REPEATS = 3
-LARGE_LAYERS, LARGE_TOKENS = 24, 1024  # at 2048, Hugging Face alone takes a third of the demo's two minutes
+LARGE_LAYERS, LARGE_TOKENS = 24, 768  # at 2048, Hugging Face alone takes a third of the demo's two minutes
 WARM_TOKENS = 64  # the graph takes any length: a short prompt compiles it
 
 
@@ -63,7 +66,7 @@ def run(model_folder: Path, file: Path | None, tokens: int, large: bool, picture
     model = models.load_bytes(model_folder)
     console = Console()
     console.print(machine.one_line(), markup=False, highlight=False, style="dim")
-    steps = len(KEEPS) - 1 + _timing_steps() + len(KEEPS)
+    steps = _timing_steps() + len(KEEPS)
     with torch.no_grad(), Steps(steps + (1 + _timing_steps() if large else 0)) as progress:
         _byte_model(console, progress, model, window, picture)
         if large:
@@ -100,7 +103,7 @@ def _byte_model(console: Console, progress: Steps, model: PreTrainedModel, windo
     ids = torch.tensor([list(window.context)])
     options: dict[str, Any] = {"protect_last": window.scored}
     call: dict[str, Any] = {"use_cache": False, "logits_to_keep": window.scored}
-    depth = model.config.num_hidden_layers
+    depth: int = model.config.num_hidden_layers
     console.print(
         f"\n{len(window.context)} bytes of {window.name}, read by a model of {depth} layers and "
         f"{model.num_parameters() / 1e6:.1f}M parameters. The last {window.scored} bytes always stay (protect_last), so "
@@ -108,14 +111,10 @@ def _byte_model(console: Console, progress: Steps, model: PreTrainedModel, windo
         highlight=False,
         markup=False,
     )
-    layers = {1.0: [len(window.context)] * depth}
-    for keep in KEEPS[1:]:
-        progress.next(f"counting the tokens left at keep {keep}")
-        report = simba_compile.explain(model, ids, options=options | {"keep": keep}, **call)
-        layers[keep] = [mixer["tokens_out"] for mixer in report.to_dict()["mixers"]]
+    timings, logits, plans = _time(progress, model, ids, options, call, warm=len(window.context))
+    tokens = len(window.context)
+    layers = {keep: plan.counts(tokens) if plan is not None else [tokens] * depth for keep, plan in plans.items()}
     console.print(_layer_table(layers))
-
-    timings, logits = _time(progress, model, ids, options, call, warm=len(window.context))
     bits = {name: _bits_per_byte(value, window) for name, value in logits.items()}
     console.print(_time_table(timings, bits, "bits per byte"))
 
@@ -136,7 +135,7 @@ def _large_model(console: Console, progress: Steps) -> None:
     progress.next(f"making a model of mamba-130m's size: {LARGE_LAYERS} layers, random weights")
     model = models.random_mamba(LARGE_LAYERS, models.MAMBA_130M)
     ids = models.random_ids(models.MAMBA_130M["vocab_size"], LARGE_TOKENS)
-    timings, _ = _time(progress, model, ids, {}, {"use_cache": False, "logits_to_keep": 1}, warm=WARM_TOKENS)
+    timings, *_ = _time(progress, model, ids, {}, {"use_cache": False, "logits_to_keep": 1}, warm=WARM_TOKENS)
     console.print(
         f"\nThe same for a model of mamba-130m's size ({LARGE_LAYERS} layers, hidden "
         f"{models.MAMBA_130M['hidden_size']}, random weights) on a prompt of {LARGE_TOKENS} tokens, up to the next "
@@ -156,9 +155,10 @@ def _timing_steps() -> int:
 
 def _time(
     progress: Steps, model: PreTrainedModel, ids: Tensor, options: dict[str, Any], call: dict[str, Any], warm: int
-) -> tuple[dict[str, Timing], dict[str, Tensor]]:
-    """Time the model as Hugging Face runs it, once, and at each keep; with the logits of the last run."""
+) -> tuple[dict[str, Timing], dict[str, Tensor], dict[float, Plan | None]]:
+    """Time the model as Hugging Face runs it, once, and at each keep; with the logits of the last run, and the plans."""
     logits: dict[str, Tensor] = {}
+    plans: dict[float, Plan | None] = {}
 
     def contender(name: str, forward: Callable) -> Callable[[], None]:
         def go() -> None:
@@ -170,12 +170,16 @@ def _time(
     calls = {HF: contender(HF, model)}
     for keep in KEEPS:
         progress.next(f"compiling at {_name(keep)}")
-        forward = torch.compile(model, backend="simba", options=options | {"keep": keep})
+        made: list[Transformed] = []
+        # What backend="simba" stands for, with an ear on what the passes make of the graph.
+        backend = functools.partial(simba, options=options | {"keep": keep}, observe=made.append)
+        forward = torch.compile(model, backend=backend)
         forward(ids[:, :warm], **call)
+        plans[keep] = made[0].plan
         calls[_name(keep)] = contender(_name(keep), forward)
     repeats = {name: 1 if name == HF else REPEATS for name in calls}
     timings = side_by_side(calls, repeats, lambda name: progress.next(f"timing {name}, {ids.shape[1]} tokens"))
-    return timings, logits
+    return timings, logits, plans
 
 
 def _bits_per_byte(logits: Tensor, window: Window) -> float:

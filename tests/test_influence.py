@@ -214,11 +214,11 @@ def test_ranks_stay_right_where_float32_reaches_zero(
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("pool", reference.POOLS)
 def test_a_bad_number_far_from_the_end_is_seen_in_whichever_channel(pool: str, bad: float) -> None:
-    x, B = torch.randn(1, 400, 40), torch.ones(1, 400, 1)
-    A = -torch.ones(40, 1)
-    A[5] = -3.0  # what this channel adds is e^-1600 of what the others do
-    x[0, 3, 5] = bad
-    scores = OPS.influence(x, torch.full((1, 400, 40), 2.0), A, B, B, None, True, pool, True)[0]
+    x, B = torch.randn(1, 400, 400), torch.ones(1, 400, 1)
+    A = -torch.ones(400, 1)
+    A[16:32] = -3.0  # what these channels, one vector of them, add is e^-1600 of what the others do
+    x[0, 3, 20] = bad
+    scores = OPS.influence(x, torch.full(x.shape, 2.0), A, B, B, None, True, pool, True)[0]
     assert math.isnan(scores[3]) if math.isnan(bad) else scores[3] == INF
     assert bool(scores[torch.arange(400) != 3].isfinite().all())
 

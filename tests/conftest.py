@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -25,6 +25,7 @@ logging.getLogger("torch.__trace").propagate = False  # else pytest records thou
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64
+KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
 SELECTING = native if native.available() else reference  # whose `select` runs on the CPU
 
 
@@ -99,6 +100,11 @@ def tiny_model(
                 if "norm" in name:
                     setattr(module, name, ExactNorm(child))
     return model.to(dtype)
+
+
+def simba(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Callable:
+    """The model under our backend."""
+    return torch.compile(model, backend="simba", fullgraph=fullgraph, dynamic=dynamic, options=options)
 
 
 @contextlib.contextmanager

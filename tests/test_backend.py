@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, SELECTING, VOCABULARY, left_padding, pruned_exactly, random_ids, tiny_model
+from conftest import (
+    FAMILIES,
+    KEEP_FEW,
+    SELECTING,
+    VOCABULARY,
+    left_padding,
+    pruned_exactly,
+    random_ids,
+    simba,
+    tiny_model,
+)
 from eager_reference import Reference
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -24,7 +34,6 @@ import simba_compile.backend
 from simba_compile.passes import Transformed
 
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
-KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
 
 
 @pytest.fixture
@@ -53,11 +62,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Transformed]:
 
     monkeypatch.setattr(simba_compile.backend, "transform", spy)
     return results
-
-
-def simba(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Callable:
-    """The model under our backend."""
-    return torch.compile(model, backend="simba", fullgraph=fullgraph, dynamic=dynamic, options=options)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,15 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, pruned_exactly, random_ids, tiny_model
+from conftest import FAMILIES, KEEP_FEW, pruned_exactly, random_ids, simba, tiny_model
 from torch import Tensor, nn
-
-KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
-
-
-def simba(model: Any) -> Callable:
-    """The model under our backend."""
-    return torch.compile(model, backend="simba", fullgraph=True, options=KEEP_FEW)
 
 
 @torch.no_grad()
@@ -30,7 +22,7 @@ def logits(model: Any, length: int = 50, batch: int = 2) -> Tensor:
 
 
 def test_every_mode_of_autograd_computes_the_same() -> None:
-    compiled = simba(tiny_model())
+    compiled = simba(tiny_model(), **KEEP_FEW)
     expected = logits(compiled)
     with torch.inference_mode():
         assert torch.equal(compiled(random_ids(2, 50)).logits, expected)
@@ -43,7 +35,7 @@ def test_every_mode_of_autograd_computes_the_same() -> None:
 @pytest.mark.parametrize("keep", [1.0, 0.2])
 def test_autocast(family: str, keep: float) -> None:
     model = tiny_model(family)
-    compiled = torch.compile(model, backend="simba", fullgraph=True, options={**KEEP_FEW, "keep": keep})
+    compiled = simba(model, **{**KEEP_FEW, "keep": keep})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = logits(compiled), logits(model)
     exact = logits(model) if keep == 1 else pruned_exactly(model, random_ids(2, 50), **{**KEEP_FEW, "keep": keep}).logits
@@ -56,7 +48,7 @@ def test_autocast(family: str, keep: float) -> None:
 
 
 def test_threads_may_share_a_compiled_model() -> None:
-    compiled = simba(tiny_model())
+    compiled = simba(tiny_model(), **KEEP_FEW)
     lengths = [40, 75, 61, 90, 33, 58] * 3
     expected = {length: logits(compiled, length) for length in set(lengths)}
     with ThreadPoolExecutor(3) as pool:
@@ -68,7 +60,7 @@ def test_threads_may_share_a_compiled_model() -> None:
 def test_the_first_calls_may_come_from_threads() -> None:
     model = tiny_model()
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda seed: logits(simba(model), 50), range(3)))
+        found = list(pool.map(lambda seed: logits(simba(model, **KEEP_FEW), 50), range(3)))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     torch.testing.assert_close(found[0], pruned_exactly(model, random_ids(2, 50), **KEEP_FEW).logits, rtol=0, atol=1e-4)
 
@@ -85,7 +77,7 @@ def test_copies_and_state_dicts() -> None:
     assert not torch.equal(logits(other), expected)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), expected)
-    wrapped = simba(model)
+    wrapped = simba(model, **KEEP_FEW)
     assert {name.removeprefix("_orig_mod.") for name in wrapped.state_dict()} == set(model.state_dict())
 
 
@@ -100,7 +92,7 @@ def test_a_compiled_model_is_saved_like_any_other(tmp_path: Path) -> None:
 
 
 def test_reset_forgets_and_compiles_again() -> None:
-    compiled = simba(tiny_model())
+    compiled = simba(tiny_model(), **KEEP_FEW)
     expected = logits(compiled)
     torch._dynamo.reset()
     assert torch.equal(logits(compiled), expected)

@@ -180,21 +180,21 @@ def _time(
             plans[keep] = made[0].plan
         return lambda *args: compiled[chosen](*args)
 
-    def choose(keep: float, forward: Callable) -> Callable[[], None]:
-        def go() -> None:
+    def forward_at(keep: float) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal chosen
             chosen = keep
-            forward()
+            return compiled_model(*args, **kwargs)
 
-        return go
+        return forward
 
     torch._dynamo.reset()
     calls = {HF: contender(HF, model)}
     progress.next("compiling")
-    forward = torch.compile(model, backend=at_each_keep)
+    compiled_model = torch.compile(model, backend=at_each_keep)
     for keep in KEEPS:
-        choose(keep, functools.partial(forward, ids[:, :warm], **call))()
-        calls[_name(keep)] = choose(keep, contender(_name(keep), forward))
+        forward_at(keep)(ids[:, :warm], **call)
+        calls[_name(keep)] = contender(_name(keep), forward_at(keep))
     repeats = {name: 1 if name == HF else REPEATS for name in calls}
     timings = side_by_side(calls, repeats, lambda name: progress.next(f"timing {name}, {ids.shape[1]} tokens"))
     return timings, logits, plans

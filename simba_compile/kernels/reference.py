@@ -4,6 +4,8 @@ Written to be read. Correct for any floating dtype and any strides, and differen
 inside, as the kernels do. Channels are last throughout: ``x`` is (batch, token, channel).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,15 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
     return F.softplus(delta) if softplus else delta
 
 
+def _states(delta: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Iterator[Tensor]:
+    """The scan's state before the first token, and after each one: (batch, channel, state)."""
+    state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    yield state
+    for t in range(u.shape[1]):
+        state = torch.exp(delta[:, t, :, None] * A) * state + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        yield state
+
+
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -43,11 +54,9 @@ def selective_scan(
         z = None if z is None else gather(z, index)
     delta = step_size(dt, dt_bias, softplus)
     u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
-    state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    outputs = []
-    for t in range(u.shape[1]):
-        decay = torch.exp(delta[:, t, :, None] * A)
-        state = decay * state + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+    states = _states(delta, u, A, B)
+    state, outputs = next(states), []
+    for t, state in enumerate(states):
         outputs.append((state * C[:, t, None, :]).sum(-1))
     y = torch.stack(outputs, 1) if outputs else u.clone()
     if D is not None:
@@ -76,10 +85,7 @@ def selective_scan_backward(
     u, g, a, b, c = (value.to(kind) for value in (x, grad, A, B, C))
     skip = u.new_zeros(u.shape[2]) if D is None else D.to(kind)
     tokens = u.shape[1]
-    states = [u.new_zeros(u.shape[0], u.shape[2], a.shape[1])]
-    for t in range(tokens):
-        new = torch.exp(delta[:, t, :, None] * a) * states[-1] + (delta[:, t] * u[:, t])[:, :, None] * b[:, t, None, :]
-        states.append(new)
+    states = list(_states(delta, u, a, b))
     dz = None
     if z is not None:
         gate = z.to(kind)

@@ -31,8 +31,16 @@ INLINE void NAME(open_chunk)(chunk_t *chunk, const ScanArgs *a, int64_t b, int64
 }
 #define open_chunk NAME(open_chunk)
 
+/* Where channel d of a row stands. The kernels also ask for rows of the next chunk by it: rows are kilobytes apart, which no
+ * hardware prefetcher follows. One line is asked for at a time, between the exponentials: a core has a dozen requests under
+ * way at most, and one more would wait. */
+INLINE const elem *NAME(line_of)(View3 view, int64_t b, int64_t row, int64_t d) {
+  return (elem *)view.data + b * view.batch + row * view.token + d;
+}
+#define line_of NAME(line_of)
+
 INLINE vec NAME(load_at)(View3 view, int64_t b, int64_t row, int64_t d, int count) {
-  return load((elem *)view.data + b * view.batch + row * view.token + d, count);
+  return load(line_of(view, b, row, d), count);
 }
 #define load_at NAME(load_at)
 
@@ -44,14 +52,6 @@ INLINE void NAME(step_sizes)(vec *delta, const chunk_t *chunk, View3 dt, const R
   if (softplus) softplus_all(delta, chunk->count);
 }
 #define step_sizes NAME(step_sizes)
-
-/* Where LANES channels of a row start: of a row that the next chunk reads, to ask for it. Rows are kilobytes apart, which
- * no hardware prefetcher follows. The kernels ask for one line at a time between their exponentials: a core has a dozen
- * requests under way at most, and one more would wait. */
-INLINE const void *NAME(line_of)(View3 view, int64_t b, int64_t row, int64_t d) {
-  return (elem *)view.data + b * view.batch + row * view.token + d;
-}
-#define line_of NAME(line_of)
 
 /* Channels first..first+size of A, times log2(e), as (size / LANES, states) vectors. */
 INLINE void NAME(pack_A)(vec *packed, const REAL *A, int64_t first, int64_t size, int64_t states) {

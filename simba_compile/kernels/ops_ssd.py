@@ -33,8 +33,8 @@ def ssd_influence(
 ) -> Tensor:
     """The logarithm of each token's influence on the last output of an SSD scan.
 
-    ``Δy_T(t)[h, p] = x_t[h, p] Δ_t[h] (C_T · B_t) exp(A_h S_t[h])`` with ``S_t = Σ_{k>t} Δ_k`` (arXiv 2505.20698, equation 4,
-    with the A of Mamba-2), pooled over the heads h and their channels p.
+    ``Δy_T(t)[h, p] = x_t[h, p] Δ_t[h] (C_T · B_t) exp(A_h S_t[h])`` with ``S_t = Σ_{k>t} Δ_k`` (arXiv 2505.20698, equation
+    4, with the A of Mamba-2), pooled over the heads h and their channels p.
 
     Parameters
     ----------

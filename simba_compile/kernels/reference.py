@@ -474,8 +474,7 @@ def ssd_state_update(
     softplus: bool = True,
 ) -> Tensor:
     """See `simba_compile.kernels.ops_ssd.ssd_state_update`."""
-    tokens = (value[:, None] for value in (x, dt))
-    groups = (value[:, None] for value in (B, C))
-    y, new = ssd_scan(*tokens, A, *groups, D, dt_bias, softplus, -math.inf, math.inf, state)
+    one, step, b, c = (value[:, None] for value in (x, dt, B, C))  # a sequence of one token
+    y, new = ssd_scan(one, step, A, b, c, D, dt_bias, softplus, -math.inf, math.inf, state)
     state.copy_(new)
     return y[:, 0].to(x.dtype)

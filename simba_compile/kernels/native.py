@@ -1,4 +1,4 @@
-"""The C kernels under ``cpu/``, called through ctypes.
+"""The C kernels under ``cpu/``, called through ctypes: those of Mamba-1, and what moves tokens.
 
 Everything that C takes on trust is checked or arranged here: device, dtype, shape, and a stride of 1 along the last axis
 (a tensor without it is copied). Where the library was not built, `available` is False and plain torch runs instead.
@@ -71,6 +71,11 @@ def _view(x: Tensor | None) -> tuple[int, int, int]:
 
 def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _bits(value: float) -> int:
+    """A double as the 64-bit word that C reads it from."""
+    return int.from_bytes(bytes(ctypes.c_double(value)), "little", signed=True)
 
 
 def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -329,8 +334,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     weight = _constant(weight, kind)
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.numel():
-        eps_bits = int.from_bytes(bytes(ctypes.c_double(eps)), "little", signed=True)
-        words = [flat.shape[0], x.shape[-1], eps_bits, _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
+        words = [flat.shape[0], x.shape[-1], _bits(eps), _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
         _call("rms_norm", x.dtype, words)
     return out
 

@@ -569,6 +569,55 @@ def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
     return dx.to(x.dtype), dweight, None
 
 
+@operator("(Tensor x, Tensor gate, Tensor? weight, float eps, SymInt groups) -> Tensor")
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    """The norm after the scan of Mamba-2: `rms_norm` of ``x silu(gate)``, each of so many groups of channels by itself.
+
+    Parameters
+    ----------
+    x, gate : Tensor
+        (..., channel); they may differ in dtype.
+    weight : Tensor, optional
+        (channel).
+    eps : float
+        Is added to the mean of the squares.
+    groups : int
+        Divides the number of channels.
+
+    Returns
+    -------
+    Tensor
+        As `x`.
+    """
+    run = native.gated_norm if _runs_native(x, gate, weight) else reference.gated_norm
+    return run(x, gate, weight, eps, groups)
+
+
+@fake("gated_norm")
+def _(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gated_norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.groups = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, gate, weight = ctx.saved_tensors
+    kind = compute_dtype(x.dtype)
+    u, z, g = x.to(kind), gate.to(kind), grad.to(kind)
+    sigmoid = torch.sigmoid(z)
+    grouped = (u * z * sigmoid).unflatten(-1, (ctx.groups, -1))
+    inverse = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + ctx.eps)
+    normed = grouped * inverse
+    dweight = None if weight is None else (g * normed.flatten(-2)).flatten(0, -2).sum(0).to(weight.dtype)
+    g = (g if weight is None else g * weight.to(kind)).unflatten(-1, (ctx.groups, -1))
+    dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).flatten(-2)
+    dgate = dy * u * (sigmoid + z * sigmoid * (1 - sigmoid))
+    return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None
+
+
 # --- decoding one token ----------------------------------------------------------------------------------------------
 
 
@@ -655,5 +704,6 @@ for _name, _backward, _setup in (
     ("selective_scan", _scan_backward, _scan_setup),
     ("causal_conv1d", _conv_backward, _conv_setup),
     ("rms_norm", _norm_backward, _norm_setup),
+    ("gated_norm", _gated_norm_backward, _gated_norm_setup),
 ):
     torch.library.register_autograd(f"simba::{_name}", _backward, setup_context=_setup, lib=LIBRARY)

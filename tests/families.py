@@ -252,6 +252,12 @@ def _spread(name: str, value: Tensor) -> None:
         value.normal_()
     elif "conv1d" in name:
         value.normal_(std=0.5)
+    elif "dt_proj" in name:
+        value.normal_(std=0.4)
+    elif "x_proj" in name:
+        value.normal_(std=0.8 / math.sqrt(value.shape[-1]))
+    elif "q_proj" in name or "k_proj" in name or "adapter" in name:
+        value.normal_(std=0.9 / math.sqrt(value.shape[-1]))
     elif "out_proj" in name:
         value.normal_(std=1.2 / math.sqrt(value.shape[-1]))
     elif value.dim() >= 2:

@@ -2,7 +2,7 @@
 
 The table is all there is to a family here. Sizes are small and unequal where they can be, so that a confusion of two
 axes shows; weights are so spread that tokens differ in their influence, attention in its targets and routers in their
-experts. In float64 the models compute in float64 all through, but for what `exact` says.
+experts. In float64 the models compute in float64 all through, but for what `exact` and `Family.routes` say.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Family:
     attends : bool
         It has attention layers.
     routes : bool
-        It has mixtures of experts. Their routers round to float32, in a float64 model too.
+        It has mixtures of experts. Their routers compute in float32, in a float64 model too.
     """
 
     name: str
@@ -224,17 +224,28 @@ class ExactNorm(nn.Module):
 
 
 @contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """Leave out the casts of activations from float64 to float32 that Hugging Face makes; those of parameters stay."""
+def exact(model: nn.Module) -> Iterator[None]:
+    """Let Hugging Face's eager code run in float64.
+
+    Its casts of activations from float64 to float32 are left out (those of parameters stay), and its experts run one by
+    one, as the grouped product that it takes otherwise has no float64.
+    """
     cast = Tensor.float
 
     def keep_wide(x: Tensor) -> Tensor:
         activation = x.dim() >= 3 and x.dtype == torch.float64 and not isinstance(x, nn.Parameter)
         return x if activation else cast(x)
 
+    experts = model.config._experts_implementation
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", keep_wide)
-        yield
+        if experts == "grouped_mm":
+            model.set_experts_implementation("eager")
+        try:
+            yield
+        finally:
+            if experts == "grouped_mm":
+                model.set_experts_implementation(experts)
 
 
 def _spread(name: str, value: Tensor) -> None:
@@ -288,12 +299,18 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0
     with torch.no_grad():
         for name, value in model.named_parameters():
             _spread(name, value)
+        # Hugging Face records hidden states by hooks, and Dynamo cannot trace how it installs them at the first such call.
+        model(torch.tensor([[1]]), output_hidden_states=True)
     if dtype == torch.float64:
         for module in [*model.modules()]:
             for name, child in module.named_children():
                 if "norm" in name and not isinstance(child, nn.Identity):
                     setattr(module, name, ExactNorm(child))
-    return model.to(dtype)
+    model.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = module.inv_freq.float()  # the angles of positions are float32 in every type of weights
+    return model
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:

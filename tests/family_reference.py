@@ -2,7 +2,7 @@
 
 `eager_reference` writes out Mamba and FalconMamba with all options; this module has all families with the default
 placement and criterion. No compiler, no scan kernel and no cache of Hugging Face is used: layers are walked by hand.
-What treats each token alone (projections, norms, MLPs, routers, the angles of rotary positions) is Hugging Face's own
+What treats each token alone (projections, norms, MLPs, experts, the angles of rotary positions) is Hugging Face's own
 module, called on the tokens that are left. What looks along the sequence (convolution, scan, attention) is written out
 here, and goes on from what an earlier call left behind, so that prefill and decoding are the same code.
 
@@ -270,28 +270,6 @@ def _before_ssd(
     return _ScanInputs(x, delta, B, C, A, mixer.D[:, None].expand(-1, x.shape[-1])), gate, window
 
 
-# --- mixtures of experts ---------------------------------------------------------------------------------------------
-
-
-def _mixture(router: nn.Module, experts: nn.Module, hidden: Tensor, of_experts: Tensor | None = None) -> Tensor:
-    """Add up every expert's output for every token, by its routing weight: 0 for those that were not chosen.
-
-    ``of_experts`` is what the experts read, where that is not ``hidden``, which the router reads.
-    """
-    x = hidden if of_experts is None else of_experts
-    _, weights, chosen = router(hidden.flatten(0, 1))
-    output = torch.zeros_like(x)
-    for expert in range(experts.num_experts):
-        weight = (weights * (chosen == expert)).sum(-1).unflatten(0, hidden.shape[:2])
-        if hasattr(experts, "gate_up_proj"):
-            gate, up = F.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            inner = experts.act_fn(gate) * up
-        else:
-            inner = experts.act_fn(F.linear(x, experts.up_proj[expert]))
-        output = output + F.linear(inner, experts.down_proj[expert]) * weight[..., None]
-    return output
-
-
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
@@ -310,10 +288,9 @@ def _hybrid_layer(walk: _Walk, layer: nn.Module, hidden: Tensor) -> Tensor:
         output = walk.attend(layer.self_attn, layer.input_layernorm(hidden), layer.self_attn.layer_idx)
     hidden = hidden + output * scale
     if hasattr(layer, "shared_mlp"):
-        normed, moe = layer.post_attention_layernorm(hidden), layer.block_sparse_moe
-        return hidden + (_mixture(moe.router, moe.experts, normed) + layer.shared_mlp(normed)) * scale
-    normed, mlp = layer.pre_ff_layernorm(hidden), layer.feed_forward
-    return hidden + (_mixture(mlp.router, mlp.experts, normed) if hasattr(mlp, "experts") else mlp(normed))
+        normed = layer.post_attention_layernorm(hidden)
+        return hidden + (layer.block_sparse_moe(normed) + layer.shared_mlp(normed)) * scale
+    return hidden + layer.feed_forward(layer.pre_ff_layernorm(hidden))
 
 
 def _zamba_layer(walk: _Walk, layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -353,10 +330,6 @@ def _nemotron_layer(walk: _Walk, layer: nn.Module, hidden: Tensor) -> Tensor:
         return _take(hidden, index) + output
     if hasattr(layer.mixer, "q_proj"):
         return hidden + walk.attend(layer.mixer, normed, layer.layer_idx)
-    if hasattr(layer.mixer, "experts"):
-        moe = layer.mixer
-        mixed = moe.fc2_latent_proj(_mixture(moe.gate, moe.experts, normed, moe.fc1_latent_proj(normed)))
-        return hidden + (mixed + moe.shared_experts(normed))
     return hidden + layer.mixer(normed)
 
 

@@ -116,7 +116,7 @@ def test_match_finds_the_mixers_and_their_parts() -> None:
     per_state = WIDTH * STATES
     for mixer, name in zip(mixers, "01", strict=True):
         assert name in mixer.path.split(".")[-1]
-        assert mixer.add is not None and mixer.scan.target is OPS.selective_scan
+        assert mixer.add is not None and [scan.target for scan in mixer.scans] == [OPS.selective_scan]
         assert mixer.windows == []
         projections = HIDDEN * 2 * WIDTH + WIDTH * (RANK + 2 * STATES) + RANK * WIDTH + WIDTH * TAPS
         assert mixer.entering_flops == 2 * projections

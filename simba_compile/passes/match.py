@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
 from simba_compile.passes.scans import CONV, SCANS, arithmetic
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
 

@@ -116,7 +116,7 @@ class _Pruning:
         newest = max(versions, default=0)
         if self._among_experts(node, newest):
             return
-        if newest > 0 and is_inplace(node) and not self._overwrites_its_own(node):
+        if newest > 0 and is_inplace(node):
             raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
         if newest == 0:
             self._emit(node, 0)
@@ -140,11 +140,6 @@ class _Pruning:
 
     def _call(self, target: Any, *args: Any) -> Node:
         return self.out.call_function(target, args)
-
-    def _overwrites_its_own(self, node: Node) -> bool:
-        """Whether the value it writes into was made for that, as in ``zeros_like(x).scatter_(...)``."""
-        written = node.args[0]
-        return isinstance(written, Node) and len(written.users) == 1 and written.op != "placeholder" and bool(node.users)
 
     # --- attention and experts ---------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
+
 NO_TOKENS = -1  # the value has no token axis
 UNCLEAR = -2  # it depends on the length in another way: shifted, or along two axes
 FLAT = -3  # axis 0 is batch and tokens in one, as a mixture of experts takes them
@@ -115,14 +117,14 @@ POINTWISE: set[Any] = {
     *(torch.sigmoid, torch.tanh, torch.relu, torch.clamp, torch.where, torch.abs, torch.square, torch.maximum),
     *(torch.minimum, _F.silu, _F.gelu, _F.relu, _F.softplus, _F.sigmoid, _F.tanh, torch._C._nn.gelu),
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "clamp"),
-    *("abs", "square", "masked_fill", "to", "type_as", "float", "half", "bfloat16", "double", "bool", "contiguous"),
-    *("clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin, torch.zeros_like),
-    *(torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
+    *("abs", "square", "masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool"),
+    *("contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin),
+    *(torch.zeros_like, torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "cumsum", torch.gather, torch.scatter), None),
-    **dict.fromkeys(("gather", "scatter", "scatter_"), None),
+    **dict.fromkeys(("gather", "scatter"), None),
     **dict.fromkeys((torch.topk, torch.sort), -1),
     **dict.fromkeys(("topk", "sort"), -1),
 }
@@ -136,7 +138,7 @@ VIEWS: set[Any] = {
 }
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
-CASTS: set[Any] = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
 CONTRACT = {torch.ops.simba.causal_conv1d, torch.ops.simba.selective_scan, torch.ops.simba.ssd_scan}
 IN_PLACE: set[Any] = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ipow),
@@ -182,9 +184,9 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         at = DIM_AT.get(node.target, 1)
         dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
         dims = dims if isinstance(dims, list | tuple) else [dims]
-        taken = {axis, length.batch_axis(value_of(sources[0]))}
-        known = all(isinstance(dim, int) and dim % rank not in taken for dim in dims)
-        return known and all(_rank(value_of(source)) == rank for source in sources) and ends == {rank - axis}
+        (given, *others) = {(_rank(value_of(source)), max(length.of(source), 0)) for source in sources}
+        taken = {given[1], length.batch_axis(value_of(sources[0]))}
+        return not others and all(isinstance(dim, int) and dim % given[0] not in taken for dim in dims)
     if node.target in CONCATENATIONS:
         return _joins_elsewhere(node, rank, axis, length)
     if node.target in NORMS:

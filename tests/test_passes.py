@@ -303,6 +303,8 @@ NORMS: dict[str, tuple[Callable, int]] = {
     "cubes": (lambda h: weight * (h * torch.rsqrt(h.pow(3).abs().mean(-1, keepdim=True) + 1e-5)), 0),
     "of another": (lambda h: weight * (h * torch.rsqrt((h + 1).pow(2).mean(-1, keepdim=True) + 1e-5)), 0),
     "used twice": (lambda h: normed(h) * weight + normed(h), 2),
+    "one weight for all": (lambda h: torch.full((1,), 2.0) * normed(h), 0),
+    "written between": (lambda h: (lambda x: (lambda s, _: s * (x + 1))(normed(x), x.mul_(2)))(h.clone()), 1),
 }
 
 
@@ -333,6 +335,7 @@ RESIDUALS: dict[str, tuple[Callable, int]] = {
     "wider": (lambda h: (h.double() + F.linear(h, matrix)).float(), 0),
     "transposed": (lambda h: F.linear(h, matrix) + h.transpose(0, 1).contiguous().transpose(0, 1), 1),
     "itself": (lambda h: (lambda y: y + y)(F.linear(h, matrix)), 1),
+    "written between": (lambda h: (lambda x: (lambda y, _: x + y)(F.linear(x, matrix), x.mul_(2)))(h.clone()), 0),
 }
 
 
@@ -405,6 +408,8 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda h: F.normalize(h, dim=1) * 5,
     "interpolate": lambda h: h + F.interpolate(h.transpose(1, 2), scale_factor=2)[..., ::2].transpose(1, 2),
     "chunks of tokens": lambda h: h + torch.cat(h.chunk(2, 1)[::-1], 1),
+    "softmax over the batch": lambda h: h + h * h.softmax(0),
+    "over the length": lambda h: h + h / h.shape[1] * 10,
 }
 
 

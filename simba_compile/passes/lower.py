@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.scans import SCANS
-from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, is_inplace, value_of
 
 OPS = torch.ops.simba
 MUL, POW, RSQRT, MEAN = (
@@ -77,6 +77,15 @@ def drop_marks(node: Node) -> None:
             _replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
 
 
+def _written_between(first: Node, last: Node) -> bool:
+    """Whether something is written in place between two nodes: what the first one read may not be what it was."""
+    while first is not last and first.op != "root":
+        first = first.next
+        if is_inplace(first):
+            return True
+    return False
+
+
 def drop_casts(node: Node) -> None:
     """``x.to(dtype)`` where x has the dtype: x."""
     if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
@@ -130,7 +139,11 @@ def fuse_norm(node: Node) -> None:
     if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
         return
     h, eps = found
+    if weight is not None and _sizes(weight) != _sizes(h)[-1:]:  # type: ignore[arg-type]
+        return
     x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
+    if _written_between(x, node):  # type: ignore[arg-type]
+        return
     if _dtype(node) != _dtype(x):
         return  # without a weight, the cast back comes later and is where this is fused
     _replace(node, _insert(node, OPS.rms_norm, x, weight, eps))
@@ -211,6 +224,8 @@ def fuse_residual(node: Node) -> None:
         if _sizes(residual) != _sizes(product):  # one of them is broadcast
             continue
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
+            continue
+        if _written_between(product, node):
             continue
         fresh = residual.target is OPS.gather and len(residual.users) == 1
         _replace(node, _insert(node, linear_onto, residual, x, product.args[1], fresh))

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
+from conftest import VOCABULARY, ExactNorm
 from torch import Tensor, nn
 
-VOCABULARY = 64
 HIDDEN = 32
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
@@ -56,12 +55,12 @@ _MAMBA2 = {  # in the words of Bamba, GraniteMoeHybrid and FalconH1
 }
 
 FAMILIES: dict[str, Family] = {
-    "mamba": Family("Mamba", {"num_hidden_layers": 4, "state_size": 6}),
-    "falcon_mamba": Family("FalconMamba", {"num_hidden_layers": 4, "state_size": 6}),
+    "mamba": Family("Mamba", {"num_hidden_layers": 3, "state_size": 6}),
+    "falcon_mamba": Family("FalconMamba", {"num_hidden_layers": 3, "state_size": 6}),
     "mamba2": Family(
         "Mamba2",
         {
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "num_heads": 8,
             "head_dim": 8,
             "n_groups": 2,
@@ -74,7 +73,7 @@ FAMILIES: dict[str, Family] = {
     "codestral": Family(  # the proportions of Mamba-Codestral-7B: eight groups, as many states as twice a head's size
         "Mamba2",
         {
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "num_heads": 16,
             "head_dim": 4,
             "n_groups": 8,
@@ -88,11 +87,11 @@ FAMILIES: dict[str, Family] = {
         "Jamba",
         {
             **_ATTENTION,
-            "num_hidden_layers": 6,
-            "attn_layer_period": 3,
+            "num_hidden_layers": 5,
+            "attn_layer_period": 2,
             "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
+            "expert_layer_period": 3,
+            "expert_layer_offset": 2,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "mamba_d_state": 6,
@@ -107,8 +106,8 @@ FAMILIES: dict[str, Family] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "intermediate_size": 40,
-            "num_hidden_layers": 5,
-            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
             "n_mamba_heads": 2,
             "mamba_d_state": 6,
             "mamba_dt_rank": 4,
@@ -121,8 +120,8 @@ FAMILIES: dict[str, Family] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "intermediate_size": 40,
-            "num_hidden_layers": 6,
-            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid", "mamba"],
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid"],
             "num_mem_blocks": 2,
             "n_mamba_heads": 8,
             "mamba_ngroups": 2,
@@ -136,15 +135,15 @@ FAMILIES: dict[str, Family] = {
         attends=True,
     ),
     "bamba": Family(
-        "Bamba", {**_ATTENTION, **_MAMBA2, "num_hidden_layers": 6, "attn_layer_indices": [1, 4]}, attends=True
+        "Bamba", {**_ATTENTION, **_MAMBA2, "num_hidden_layers": 5, "attn_layer_indices": [1, 3]}, attends=True
     ),
     "granitemoehybrid": Family(
         "GraniteMoeHybrid",
         {
             **_ATTENTION,
             **_MAMBA2,
-            "num_hidden_layers": 6,
-            "layer_types": ["mamba", "attention", "mamba", "mamba", "attention", "mamba"],
+            "num_hidden_layers": 5,
+            "layer_types": ["mamba", "attention", "mamba", "attention", "mamba"],
             "position_embedding_type": "rope",
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -162,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_ATTENTION,
             **_MAMBA2,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "mamba_d_ssm": 64,
             "embedding_multiplier": 1.2,
             "lm_head_multiplier": 0.8,
@@ -202,25 +201,6 @@ FAMILIES: dict[str, Family] = {
         routes=True,
     ),
 }
-
-
-class ExactNorm(nn.Module):
-    """An RMS norm, gated or not, in its input's own type; those of Hugging Face round to float32."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        weightless = hasattr(norm, "eps")  # those that FalconMamba has inside its mixers
-        self.weight = None if weightless else norm.weight
-        self.variance_epsilon = norm.eps if weightless else norm.variance_epsilon
-        self.group_size = getattr(norm, "group_size", None)
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Gate, then normalise the last axis group by group."""
-        if gate is not None:
-            x = x * F.silu(gate)
-        groups = x.unflatten(-1, (-1, self.group_size or x.shape[-1]))
-        normed = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return normed.flatten(-2) if self.weight is None else self.weight * normed.flatten(-2)
 
 
 @contextlib.contextmanager
@@ -311,13 +291,3 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0
         if hasattr(module, "inv_freq"):
             module.inv_freq = module.inv_freq.float()  # the angles of positions are float32 in every type of weights
     return model
-
-
-def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
-    """Token ids, (batch, length), none of them padding."""
-    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def left_padding(batch: int, length: int) -> Tensor:
-    """An attention mask: sequence i is padded on the left with 5·i tokens."""
-    return (torch.arange(length) >= 5 * torch.arange(batch)[:, None]).long()

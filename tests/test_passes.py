@@ -22,7 +22,7 @@ from simba_compile import Options
 from simba_compile.passes import Transformed, lower, match, prune
 from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.plan import make_plan, shares
-from simba_compile.passes.tokens import NO_TOKENS, UNCLEAR, Length, suffix
+from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
 
 OPS = torch.ops.simba
 HIDDEN, WIDTH, STATES, RANK, TAPS = 6, 10, 3, 2, 4
@@ -116,7 +116,7 @@ def test_match_finds_the_mixers_and_their_parts() -> None:
     per_state = WIDTH * STATES
     for mixer, name in zip(mixers, "01", strict=True):
         assert name in mixer.path.split(".")[-1]
-        assert mixer.add is not None and mixer.scan.target is OPS.selective_scan
+        assert mixer.add is not None and [scan.target for scan in mixer.scans] == [OPS.selective_scan]
         assert mixer.windows == []
         projections = HIDDEN * 2 * WIDTH + WIDTH * (RANK + 2 * STATES) + RANK * WIDTH + WIDTH * TAPS
         assert mixer.entering_flops == 2 * projections
@@ -157,7 +157,7 @@ def test_length_finds_the_token_axis() -> None:
     ]
     length = Length(given_input.meta["example_value"])
     assert length.is_symbolic
-    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, UNCLEAR, UNCLEAR, UNCLEAR, NO_TOKENS, 1]
+    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1]
     assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None]
 
 
@@ -303,6 +303,8 @@ NORMS: dict[str, tuple[Callable, int]] = {
     "cubes": (lambda h: weight * (h * torch.rsqrt(h.pow(3).abs().mean(-1, keepdim=True) + 1e-5)), 0),
     "of another": (lambda h: weight * (h * torch.rsqrt((h + 1).pow(2).mean(-1, keepdim=True) + 1e-5)), 0),
     "used twice": (lambda h: normed(h) * weight + normed(h), 2),
+    "one weight for all": (lambda h: torch.full((1,), 2.0) * normed(h), 0),
+    "written between": (lambda h: (lambda x: (lambda s, _: s * (x + 1))(normed(x), x.mul_(2)))(h.clone()), 1),
 }
 
 
@@ -333,6 +335,7 @@ RESIDUALS: dict[str, tuple[Callable, int]] = {
     "wider": (lambda h: (h.double() + F.linear(h, matrix)).float(), 0),
     "transposed": (lambda h: F.linear(h, matrix) + h.transpose(0, 1).contiguous().transpose(0, 1), 1),
     "itself": (lambda h: (lambda y: y + y)(F.linear(h, matrix)), 1),
+    "written between": (lambda h: (lambda x: (lambda y, _: x + y)(F.linear(x, matrix), x.mul_(2)))(h.clone()), 0),
 }
 
 
@@ -405,6 +408,8 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda h: F.normalize(h, dim=1) * 5,
     "interpolate": lambda h: h + F.interpolate(h.transpose(1, 2), scale_factor=2)[..., ::2].transpose(1, 2),
     "chunks of tokens": lambda h: h + torch.cat(h.chunk(2, 1)[::-1], 1),
+    "softmax over the batch": lambda h: h + h * h.softmax(0),
+    "over the length": lambda h: h + h / h.shape[1] * 10,
 }
 
 

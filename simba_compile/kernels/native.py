@@ -38,10 +38,10 @@ def library() -> ctypes.CDLL | None:
     try:
         # OpenMP's symbols come from the runtime that torch has loaded, so that both share one pool of threads.
         lib = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        lib.simba_set_level(-1)
+    except (OSError, AttributeError) as error:  # no library, or another one
         log.warning("The native CPU kernels do not load (%s): plain torch runs in their place, many times slower.", error)
         return None
-    lib.simba_set_level(-1)
     return lib
 
 
@@ -105,6 +105,7 @@ def _check_scan(
     states = A.shape[1]
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states; the native kernels take 1 to {MAX_STATES}.")
+    _expect("x", x, (batch, tokens, channels), None)  # its device
     _expect("dt", dt, (batch, tokens, channels), x.dtype)
     _expect("A", A, (channels, states), None)
     _expect("B", B, (batch, tokens, states), x.dtype)
@@ -121,7 +122,7 @@ def _slices(batch: int, channels: int) -> tuple[int, int]:
     lanes = lib.simba_lanes()
     blocks = -(-channels // lanes)
     vectors = max(1, min(SLICE, batch * blocks // torch.get_num_threads()))
-    return vectors * lanes, -(-blocks // vectors)
+    return vectors * lanes, max(1, -(-blocks // vectors))
 
 
 def selective_scan(
@@ -323,9 +324,10 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.rms_norm`."""
+    if x.dtype not in DTYPES or x.dim() == 0:
+        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64 or a half type.")
+    _expect("x", x, tuple(x.shape), None)
     _expect("weight", weight, (x.shape[-1],), None)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; expected float32, float64, bfloat16 or float16.")
     kind = compute_dtype(x.dtype)
     rows = _rows(x)
     flat = rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
@@ -339,8 +341,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """See `simba_compile.kernels.ops.gather`: tokens in axis 1, everything behind them contiguous."""
+    if x.dim() < 2 or index.dim() != 2 or (x.numel() and not x[0, 0].is_contiguous()):
+        raise ValueError(
+            f"x is {tuple(x.shape)} with strides {x.stride()} and index {tuple(index.shape)}; expected (batch, token, ...), "
+            "contiguous behind the tokens, and (batch, kept)."
+        )
     batch, tokens = x.shape[:2]
     kept = index.shape[1]
+    _expect("x", x, tuple(x.shape), None)
     _expect("index", index, (index.shape[0], kept), torch.int64)
     if batch not in (1, index.shape[0]):
         raise ValueError(f"x has {batch} sequences and index {index.shape[0]}.")
@@ -356,6 +364,12 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
     """See `simba_compile.kernels.ops.select`."""
+    if scores.dim() != 2 or min(first, last) < 0 or not first + last <= k <= scores.shape[1]:
+        raise ValueError(
+            f"scores is {tuple(scores.shape)}, k {k}, first {first}, last {last}; expected (batch, token) and "
+            "first + last <= k <= tokens."
+        )
+    _expect("scores", scores, tuple(scores.shape), None)
     scores = scores.to(torch.float64).contiguous()
     out = torch.empty(scores.shape[0], k, dtype=torch.int64)
     if out.numel():

@@ -228,6 +228,29 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int = 1) -> Tensor:
     return full.scatter(dim, index.view(shape).expand(x.shape), x)
 
 
+_MARKS = {  # a NaN that no arithmetic makes, as the integer of its bits
+    torch.float64: (torch.int64, 0x7FF8_51B4_0000_0000),
+    torch.float32: (torch.int32, 0x7FC5_1B40),
+    torch.bfloat16: (torch.int16, 0x7FC5),
+    torch.float16: (torch.int16, 0x7E5B),
+}
+
+
+def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
+    """See `simba_compile.kernels.ops.cache_entries`."""
+    integer, mark = _MARKS[x.dtype]
+    full = torch.full([*x.shape[:dim], tokens, *x.shape[dim + 1 :]], mark, dtype=integer, device=x.device)
+    return scatter(full, positions, x.view(integer), dim).view(x.dtype)
+
+
+def is_marked(x: Tensor) -> Tensor:
+    """Which numbers are the mark that `cache_entries` leaves."""
+    if x.dtype not in _MARKS:
+        return torch.zeros_like(x, dtype=torch.bool)
+    integer, mark = _MARKS[x.dtype]
+    return x.contiguous().view(integer) == mark
+
+
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     """See `simba_compile.kernels.ops.last_tokens`."""
     have = min(k, x.shape[dim])

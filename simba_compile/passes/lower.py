@@ -7,8 +7,10 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from simba_compile.passes.match import ADDS, NAMES, SCAN
-from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, value_of
+from simba_compile.passes.attention import read_cache
+from simba_compile.passes.match import ADDS
+from simba_compile.passes.scans import SCANS
+from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, is_inplace, value_of
 
 OPS = torch.ops.simba
 MUL, POW, RSQRT, MEAN = (
@@ -17,12 +19,12 @@ MUL, POW, RSQRT, MEAN = (
     {torch.rsqrt, "rsqrt"},
     {"mean", torch.mean},
 )
-GATHERED = ("x", "dt", "B", "C", "z")  # the scan's inputs that have tokens
 
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
-    for rewrite in (drop_casts, project_rows, cancel_transposes, fuse_norm, fuse_gather, fuse_residual):
+    rewrites = (drop_marks, drop_casts, project_rows, cancel_transposes, fuse_norm, fuse_gather, fuse_residual, read_cache)
+    for rewrite in rewrites:
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -64,6 +66,24 @@ def _insert(before: Node, target: Callable | str, *args: object) -> Node:
         if isinstance(target, str):
             return before.graph.call_method(target, args)  # type: ignore[arg-type]
         return before.graph.call_function(target, args)  # type: ignore[arg-type]
+
+
+def drop_marks(node: Node) -> None:
+    """The marks around a mixture of experts: what they mark."""
+    if node.target is OPS.leave_experts:
+        _replace(node, node.args[0])  # type: ignore[arg-type]
+    elif node.target is OPS.enter_experts:
+        for taken in list(node.users):
+            _replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
+
+
+def _written_between(first: Node, last: Node) -> bool:
+    """Whether something is written in place between two nodes: what the first one read may not be what it was."""
+    while first is not last and first.op != "root":
+        first = first.next
+        if is_inplace(first):
+            return True
+    return False
 
 
 def drop_casts(node: Node) -> None:
@@ -119,7 +139,11 @@ def fuse_norm(node: Node) -> None:
     if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
         return
     h, eps = found
+    if weight is not None and _sizes(weight) != _sizes(h)[-1:]:  # type: ignore[arg-type]
+        return
     x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
+    if _written_between(x, node):  # type: ignore[arg-type]
+        return
     if _dtype(node) != _dtype(x):
         return  # without a weight, the cast back comes later and is where this is fused
     _replace(node, _insert(node, OPS.rms_norm, x, weight, eps))
@@ -159,15 +183,16 @@ def _norm_of(node: Node) -> tuple[Node, float] | None:
 
 def fuse_gather(node: Node) -> None:
     """A scan of gathered tokens: a scan with an index, which gathers as it loads."""
-    if node.target is not SCAN:
+    if node.target not in SCANS:
         return
-    args = dict(zip(NAMES, node.args, strict=True))
-    gathers = [args[name] for name in GATHERED if args[name] is not None]
+    kind = SCANS[node.target]  # type: ignore[index]
+    args = kind.named(node)
+    gathers = [args[name] for name in kind.along_tokens if args[name] is not None]
     if not all(isinstance(g, Node) and g.target is OPS.gather and g.args[2] == 1 for g in gathers):
         return
     if len({g.args[1] for g in gathers}) != 1:  # type: ignore[union-attr]
         return
-    for name in GATHERED:
+    for name in kind.along_tokens:
         if args[name] is not None:
             args[name] = args[name].args[0]  # type: ignore[union-attr]
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
@@ -199,6 +224,8 @@ def fuse_residual(node: Node) -> None:
         if _sizes(residual) != _sizes(product):  # one of them is broadcast
             continue
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
+            continue
+        if _written_between(product, node):
             continue
         fresh = residual.target is OPS.gather and len(residual.users) == 1
         _replace(node, _insert(node, linear_onto, residual, x, product.args[1], fresh))

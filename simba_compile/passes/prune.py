@@ -12,31 +12,38 @@ After:
 
 Every value has a *version*: how many prunings it has gone through; 0 is full length. One rule brings everything else
 along: a node takes the newest version among its inputs, and its older inputs are gathered. It holds for operations that
-treat tokens alike and apart (`tokens.is_tokenwise`). Any other operation, and the graph's output, sees full-length values,
-which are put together as `restore` says.
+treat tokens alike and apart (`tokens.is_tokenwise`), for attention (`attention`), and for what stands between the marks that
+`capture` sets around a mixture of experts. Any other operation, and the graph's output, sees full-length values, which
+are put together as `restore` says.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.match import CONV, NAMES, SCAN
+from simba_compile.passes.attention import Attention, is_attention
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream, uncast
+from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
+    CONTRACT,
+    FLAT,
     NO_TOKENS,
     expression,
     inputs_with_tokens,
     is_inplace,
     is_tokenwise,
+    storage_of,
     suffix,
+    takes_sizes,
     value_of,
+    written,
 )
 
 OPS = torch.ops.simba
-CONTRACT = {SCAN, CONV}  # what they compute on kept tokens is the contract's; there is no full-length value behind it
 
 
 class Unprunable(Exception):
@@ -72,11 +79,22 @@ class _Pruning:
         self.positions: dict[int, Node] = {}  # version → their places in the sequence, where something asks for them
         self.pending: Node | None = None  # placement "layer": selected at the scan, to be pruned at the residual add
         self.mixer = 0  # the last one that pruned: whom a failure is laid to
+        self.experts: int | None = None  # the version inside a mixture of experts
+        self.entries: set[Node] = set()  # keys and values that attention reads: as outputs, a cache's entries
         self.tokens: Node | None = None  # the full length as a number
+        self.derived: set[tuple[Node, int]] = set()  # those of `made` that `at` made
+        self.grad = torch.is_grad_enabled()
+        self.regions: list[tuple] = []  # the autocast regions and the like around the present node
+        self.modes: dict[Node, tuple] = {}  # node → `mode` where it stood
 
     @property
     def latest(self) -> int:
         return len(self.kept)
+
+    @property
+    def mode(self) -> tuple:
+        """What a node that is computed here is computed under."""
+        return self.grad, *self.regions
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
@@ -88,31 +106,39 @@ class _Pruning:
         self.counts = [self.out.placeholder(f"kept_{i}") for i in self.plan.pruning]
         self.tokens = self._full_length(inputs)
         for node in nodes:
-            if node.op != "placeholder":
-                self._visit(node)
+            self._visit(node)
         self.out.lint()
         return GraphModule(self.gm, self.out)
 
     def _visit(self, node: Node) -> None:
+        if node in self.version:  # an input, or one that was needed earlier
+            return
         if node.op == "output":
             self.out.node_copy(node, lambda source: self.at(source, 0))
             return
+        self._note_mode(node)
         if self.length.is_number(node):
             self.version[node] = 0  # written where it is used, for the version that it is used in
             return
-        mixer = next((i for i in self.plan.pruning if self.plan.mixers[i].scan is node), None)
-        if mixer is not None:
-            self._select(mixer, node)
+        mixer = next((i for i in self.plan.pruning if node in self.plan.mixers[i].scans), None)
+        if mixer is not None and node is self.plan.mixers[mixer].scans[0]:
+            self._select(mixer)
         versions = [self.version[source] for source in inputs_with_tokens(node, self.length)]
         if mixer is not None:
             versions.append(self.latest)
         newest = max(versions, default=0)
-        if is_inplace(node) and newest > 0:
-            raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
+        if self._among_experts(node, newest):
+            return
+        if is_inplace(node):
+            if newest > 0:
+                raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
+            self._check_write(node)
         if newest == 0:
             self._emit(node, 0)
         elif self._reads_the_end(node):
             self._emit_last_tokens(node, newest)
+        elif is_attention(node):
+            self._attend(node, newest)
         elif is_tokenwise(node, self.length):
             self._emit(node, newest)
         elif node.target in CONTRACT:
@@ -123,36 +149,101 @@ class _Pruning:
         if self.pending is not None and node is self.plan.mixers[self.mixer].add:
             self._prune_layer(node)
 
-    def _emit(self, node: Node, version: int) -> None:
+    def _note_mode(self, node: Node) -> None:
+        """Follow ``no_grad``, autocast and the like. Copies made under one mode do not serve under another."""
+        before, name = self.mode, getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            self.grad = node.args[0]  # type: ignore[assignment]
+        elif name.startswith("_enter_"):
+            self.regions.append((name, node.args))
+        elif name.startswith("_exit_") and self.regions:
+            self.regions.pop()
+        if self.mode != before:
+            for key in self.derived:
+                del self.made[key]
+            self.derived.clear()
+        self.modes[node] = self.mode
+
+    def _check_write(self, node: Node) -> None:
+        """Pruned tokens read gathered copies and full-length values are computed late: none may be written to since."""
+        places = {storage_of(value) for value in written(node)} - {None}
+        for value, version in self.version.items():
+            if version > 0 and any(storage_of(source) in places for source in value.all_input_nodes):
+                raise Unprunable(self.mixer, f"{node.name} writes into what {value.name} has read for pruned tokens")
+
+    def _emit(self, node: Node, version: int, sized: bool = False) -> None:
         self.version[node] = version
-        self.made[node, version] = self.out.node_copy(node, lambda source: self.at(source, version))
+        self.made[node, version] = self._copy(node, version, sized)
+
+    def _copy(self, node: Node, version: int, sized: bool = False) -> Node:
+        """The node on inputs of this version. The length as an operand, and not as a size, stays the length."""
+        sized = sized or takes_sizes(node)
+        return self.out.node_copy(
+            node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)
+        )
 
     def _call(self, target: Any, *args: Any) -> Node:
         return self.out.call_function(target, args)
 
+    # --- attention and experts ---------------------------------------------------------------------------------------
+
+    def _attend(self, node: Node, newest: int) -> None:
+        """Attention among the kept tokens: queries, keys and values in the newest version, the mask's two axes as well."""
+        attention = Attention(node, self.length)
+        if attention.reason is not None:
+            raise Unprunable(self.mixer, attention.reason)
+        self.entries |= attention.entries()
+        self._emit(node, newest)
+
+    def _among_experts(self, node: Node, newest: int) -> bool:
+        """Between the marks, what treats rows as a set (sorts and counts them) gives each token what it gave it before."""
+        if node.target is OPS.enter_experts and newest > 0:
+            self.experts = newest
+        if self.experts is None:
+            return False
+        self._emit(node, self.experts, sized=True)
+        if node.target is OPS.leave_experts:
+            self.experts = None
+        return True
+
     # --- scoring and selecting ---------------------------------------------------------------------------------------
 
-    def _select(self, mixer: int, scan: Node) -> None:
-        """Score before the scan of a pruning mixer, and select. What follows has a newer version."""
+    def _select(self, mixer: int) -> None:
+        """Score before the scans of a pruning mixer, and select. What follows has a newer version."""
         if self.pending is not None:
             raise Unprunable(mixer, "another mixer stands between this one's scan and its residual add")
         self.mixer = mixer
-        given = {
-            name: self.at(value, self.latest) if isinstance(value, Node) else value
-            for name, value in zip(NAMES, scan.args, strict=True)
-        }
+        scans = self.plan.mixers[mixer].scans
+        for scan in scans[1:]:  # what other heads scan is made after the first head's scan
+            self._visit_before(scan)
         count = self.counts[self.latest]
         if self.options.criterion == "influence":
-            inputs = (given[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus"))
-            scores = self._call(OPS.influence, *inputs, self.options.pool, self.options.dt_bias == "include")
+            scores = self._influence(scans[0])
+            for scan in scans[1:]:
+                scores = self._call(OPS.pool_heads, scores, self._influence(scan), self.options.pool)
         else:
             seed = self.options.seed + mixer
-            scores = self._call(OPS.token_scores, given["x"], count, self.options.criterion, seed)
+            x = self.at(scans[0].args[0], self.latest)  # type: ignore[arg-type]
+            scores = self._call(OPS.token_scores, x, count, self.options.criterion, seed)
         kept = self._call(OPS.select, scores, count, self.plan.protect_first, self.plan.protect_last)
         if self.options.placement == "scan":
             self.kept.append(kept)
         else:
             self.pending = kept
+
+    def _influence(self, scan: Node) -> Node:
+        kind = SCANS[scan.target]  # type: ignore[index]
+        named = kind.named(scan)
+        scored = (named[name] for name in kind.scored)
+        given = [self.at(value, self.latest) if isinstance(value, Node) else value for value in scored]
+        return self._call(kind.influence, *given, self.options.pool, self.options.dt_bias == "include")
+
+    def _visit_before(self, node: Node) -> None:
+        """Visit what a node is made of, ahead of its turn."""
+        for source in node.all_input_nodes:
+            if source not in self.version:
+                self._visit_before(source)
+                self._visit(source)
 
     def _prune_layer(self, add: Node) -> None:
         """Placement "layer": the residual add's result loses the tokens that its mixer did not select."""
@@ -204,6 +295,7 @@ class _Pruning:
             new = self._gather(node, have, version) if later else self._restore(node, version)
             new.meta = dict(node.meta)  # its sizes are those of the full length: only dtypes and ranks are read from here
             self.made[node, version] = new
+            self.derived.add((node, version))
         return self.made[node, version]
 
     def _number(self, node: Node, version: int) -> Node:
@@ -229,7 +321,11 @@ class _Pruning:
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)
-        if axis < 1 or not (self.length.has_batch(value) or value.shape[0] == 1):
+        have_batch = axis != FLAT and isinstance(value, Tensor) and expression(value.shape[0]) in (1, self.length.batch)
+        if have == 0 and have_batch and self.length.is_square(value):  # a mask: queries and keys
+            queries = self._call(OPS.gather, self.made[node, 0], self._positions(version), value.dim() - 2)
+            return self._call(OPS.gather, queries, self._positions(version), value.dim() - 1)
+        if axis < 1 or not have_batch:
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
         if have == 0:
             return self._call(OPS.gather, self.made[node, 0], self._positions(version), axis)
@@ -241,9 +337,15 @@ class _Pruning:
             raise Unprunable(self.mixer, f"{node.name} would be needed with more tokens than it has")
         if node in self.stream.before:
             return self._restore_stream(node)
+        if node in self.entries:
+            have = self.version[node]
+            where = (self._positions(have), self.tokens, self.length.of(node))
+            return self._call(OPS.cache_entries, self.made[node, have], *where)
         if node.target in CONTRACT or not is_tokenwise(node, self.length):
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
-        return self.out.node_copy(node, lambda source: self.at(source, 0))
+        if self.modes[node] != self.mode:
+            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens outside of its no_grad or autocast")
+        return self._copy(node, 0)
 
     def _restore_stream(self, node: Node) -> Node:
         if self.length.of(node) != 1:

@@ -582,6 +582,7 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
 
 def test_every_operator_is_checked() -> None:
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("simba::")}
+    names = {name for name in names if not name.startswith("ssd_")}  # tests/test_ssd_kernels.py
     assert names == set(samples())
     assert all(getattr(OPS, name).default._schema for name in names)
     assert all(getattr(ops, name).__doc__ for name in names)

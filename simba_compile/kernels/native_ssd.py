@@ -22,6 +22,7 @@ def _check(
     groups, states = B.shape[2:]
     if groups < 1 or heads % groups or states < 1:
         raise ValueError(f"x has {heads} heads and B {groups} groups of {states} states; expected a multiple of the groups.")
+    _expect("x", x, tuple(x.shape), None)
     _expect("dt", dt, (batch, tokens, heads), None)
     _expect("A", A, (heads,), None)
     _expect("B", B, (batch, tokens, groups, states), None)

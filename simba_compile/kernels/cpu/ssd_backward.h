@@ -51,8 +51,9 @@ typedef struct {
 
 /* One head's chunk, backwards. */
 static void NAME(adjoint_chunk)(const SsdBackwardArgs *a, const adjoint_t *s, const span_t *span, const REAL *h, REAL *lambda,
-                                REAL *lambda_turned, int64_t b, int64_t head, int64_t first, int c) {
+                                REAL *lambda_turned, const share_t *share, int64_t i, int64_t first, int c) {
   const SsdArgs *f = &a->forward;
+  const int64_t b = share->b, head = share->first + i;
   const int64_t p = f->channels, N = f->states, p_width = padded(p), n_width = padded(N);
   const int T = span->count - c * CHUNK < CHUNK ? span->count - c * CHUNK : CHUNK;
   const REAL *B = span->B + c * CHUNK * n_width, *C = span->C + c * CHUNK * n_width, *products = span->products[c];
@@ -60,15 +61,15 @@ static void NAME(adjoint_chunk)(const SsdBackwardArgs *a, const adjoint_t *s, co
   REAL agree[CHUNK * CHUNK], Z[CHUNK * CHUNK] = {0}, weights[CHUNK * CHUNK] = {0}, terms[CHUNK * CHUNK] = {0};
   REAL out[CHUNK], in[CHUNK], dlog[CHUNK], ddelta[CHUNK], keep[CHUNK];
   steps_t steps;
-  take_steps(&steps, span, f, b, head, c);
+  take_steps(&steps, span, f, share, i, c);
   load_x(s->x, s->w, &steps, span, f, b, head, c);
   for (int t = 0; t < CHUNK; t++)
-    for (int64_t i = 0; i < p_width; i += LANES) {
-      const int count = (int)(p - i < LANES ? p - i : LANES);
+    for (int64_t j = 0; j < p_width; j += LANES) {
+      const int count = (int)(p - j < LANES ? p - j : LANES);
       const REAL *row = (REAL *)f->y + ((b * f->tokens + first + t) * f->heads + head) * p;
-      vec g = t < T ? load_real_some(row + i, count) : splat(0);
-      store_real(s->g + t * p_width + i, g);
-      store_real(s->decayed + t * p_width + i, g * steps.start[t]);
+      vec g = t < T ? load_real_some(row + j, count) : splat(0);
+      store_real(s->g + t * p_width + j, g);
+      store_real(s->decayed + t * p_width + j, g * steps.start[t]);
     }
   product(s->from_h, s->g, p_width, h, p, n_width);
   product(s->from_lambda, s->x, p_width, lambda, p, n_width);
@@ -94,10 +95,10 @@ static void NAME(adjoint_chunk)(const SsdBackwardArgs *a, const adjoint_t *s, co
   update(s->dx, steps.end, 1, weights, CHUNK, s->g, CHUNK, p_width);
   update(lambda, steps.start + CHUNK - 1, 0, s->decayed, p_width, C, p, n_width);
   update(lambda_turned, steps.start + CHUNK - 1, 0, C, n_width, s->decayed, N, p_width);
-  for (int64_t i = 0; i < T * n_width; i += LANES) {
-    REAL *dB = s->dB + c * CHUNK * n_width + i, *dC = s->dC + c * CHUNK * n_width + i;
-    store_real(dB, load_real(dB) + load_real(s->from_lambda + i));
-    store_real(dC, load_real(dC) + load_real(s->from_h + i));
+  for (int64_t j = 0; j < T * n_width; j += LANES) {
+    REAL *dB = s->dB + c * CHUNK * n_width + j, *dC = s->dC + c * CHUNK * n_width + j;
+    store_real(dB, load_real(dB) + load_real(s->from_lambda + j));
+    store_real(dC, load_real(dC) + load_real(s->from_h + j));
   }
   for (int t = 0; t < T; t++) {
     const int64_t row = (b * f->tokens + first + t) * f->heads + head;
@@ -108,9 +109,9 @@ static void NAME(adjoint_chunk)(const SsdBackwardArgs *a, const adjoint_t *s, co
     a->dA[b * f->heads + head] += steps.delta[t] * dlog[t];
     if (a->dD) a->dD[b * f->heads + head] += agree[t * CHUNK + t];
     if (a->dbias) a->dbias[b * f->heads + head] += ddt;
-    for (int64_t i = 0; i < p; i += LANES) {
-      vec dx = load_real(s->dx + t * p_width + i) * steps.delta[t] + load_real(s->g + t * p_width + i) * D;
-      store((elem *)a->dx + row * p + i, dx, (int)(p - i < LANES ? p - i : LANES));
+    for (int64_t j = 0; j < p; j += LANES) {
+      vec dx = load_real(s->dx + t * p_width + j) * steps.delta[t] + load_real(s->g + t * p_width + j) * D;
+      store((elem *)a->dx + row * p + j, dx, (int)(p - j < LANES ? p - j : LANES));
     }
   }
 }
@@ -125,7 +126,7 @@ int NAME(ssd_scan_backward)(const SsdBackwardArgs *a, int threads) {
     const share_t share = share_of(f, task);
     const int64_t H = share.count, b = share.b, at = (b * f->heads + share.first) * state;
     REAL *all = simba_alloc((H * (spans + 1) * size + SPAN * size + H * turned + 4 * rows * n_width + 5 * CHUNK * p_width +
-                             2 * CHUNK * n_width + CHUNK * (N > p ? N : p)) * sizeof(REAL));
+                             2 * CHUNK * n_width + CHUNK * (N > p ? N : p) + H * rows) * sizeof(REAL));
     if (!all) { failed = OUT_OF_MEMORY; continue; }
     unsigned mode = simba_flush_subnormals();
     adjoint_t s = {.checkpoints = all, .states = all + H * spans * size};
@@ -137,6 +138,7 @@ int NAME(ssd_scan_backward)(const SsdBackwardArgs *a, int threads) {
     s.decayed = s.g + CHUNK * p_width, s.dx = s.decayed + CHUNK * p_width;
     s.from_h = s.dx + CHUNK * p_width, s.from_lambda = s.from_h + CHUNK * n_width;
     span.across = s.from_lambda + CHUNK * n_width;
+    span.raw = span.across + CHUNK * (N > p ? N : p);
     memset(s.lambda, 0, (H * size + H * turned) * sizeof(REAL));
     for (int64_t i = 0; i < H; i++) {
       const REAL *initial = f->initial ? (REAL *)f->initial + at + i * state : NULL;
@@ -150,32 +152,32 @@ int NAME(ssd_scan_backward)(const SsdBackwardArgs *a, int threads) {
     }
     steps_t steps;
     for (int64_t k = 0; k < spans - 1; k++) {
-      open_span(&span, f, b, share.group, k * rows, 0);
+      open_span(&span, f, &share, k * rows, 0);
       for (int64_t i = 0; i < H; i++) {
         REAL *h = s.checkpoints + (i * spans + k + 1) * size;
         memcpy(h, h - size, size * sizeof(REAL));
         for (int c = 0; c < SPAN; c++) {
-          take_steps(&steps, &span, f, b, share.first + i, c);
+          take_steps(&steps, &span, f, &share, i, c);
           load_x(s.x, s.w, &steps, &span, f, b, share.first + i, c);
           NAME(carry)(h, &steps, s.w, span.B + c * CHUNK * n_width, p, n_width);
         }
       }
     }
     for (int64_t k = spans - 1; k >= 0; k--) {
-      open_span(&span, f, b, share.group, k * rows, 1);
+      open_span(&span, f, &share, k * rows, 1);
       memset(s.dB, 0, 2 * rows * n_width * sizeof(REAL));
       for (int64_t i = 0; i < H; i++) {
         memcpy(s.states, s.checkpoints + (i * spans + k) * size, size * sizeof(REAL));
         for (int c = 0; c + 1 < span.chunks; c++) {
           REAL *h = s.states + (c + 1) * size;
           memcpy(h, h - size, size * sizeof(REAL));
-          take_steps(&steps, &span, f, b, share.first + i, c);
+          take_steps(&steps, &span, f, &share, i, c);
           load_x(s.x, s.w, &steps, &span, f, b, share.first + i, c);
           NAME(carry)(h, &steps, s.w, span.B + c * CHUNK * n_width, p, n_width);
         }
         for (int c = span.chunks - 1; c >= 0; c--)
-          NAME(adjoint_chunk)(a, &s, &span, s.states + c * size, s.lambda + i * size, s.lambda_turned + i * turned, b,
-                              share.first + i, k * rows + c * CHUNK, c);
+          NAME(adjoint_chunk)(a, &s, &span, s.states + c * size, s.lambda + i * size, s.lambda_turned + i * turned, &share,
+                              i, k * rows + c * CHUNK, c);
       }
       for (int t = 0; t < span.count; t++) {
         int64_t row = (((b * parts_of(f) + share.part) * f->tokens + k * rows + t) * f->groups + share.group) * N;

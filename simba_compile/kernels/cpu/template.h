@@ -67,6 +67,8 @@
 #undef ROWS
 #undef WIDE
 #undef product
+#undef product_rows
+#undef ask
 #undef update
 #undef causal
 #undef inner

@@ -559,6 +559,10 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
         "select": [(n(2, 5), 3, 1, 1)],
         "token_scores": [(n(2, 5, 3), 2, c, 3) for c in ("recent", "uniform", "random")],
         "gather": [(n(2, 5, 3, grad=True), index, 1), (n(1, 4, 5), index, 2)],
+        "pool_heads": [(n(2, 5), n(2, 5), pool) for pool in ("max", "l2")],
+        "enter_experts": [([n(5, 3), n(5, 2)],)],
+        "leave_experts": [(n(5, 3),)],
+        "cache_entries": [(n(2, 2, 4, 3), torch.arange(4).expand(2, 4), 4, 2)],  # marks are NaN: see test_attention
         "scatter": [(n(2, 5, 3, grad=True), index, n(2, 3, 3, grad=True), 1)],
         "restore": [(n(2, 5, 3, grad=True), [n(2, 3, 3, grad=True), n(2, 2, 3)], [index, later])],
         "last_tokens": [(n(2, 5, 3, grad=True), 2, 1), (n(2, 5, 3), 4, 2)],

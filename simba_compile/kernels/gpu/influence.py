@@ -106,8 +106,6 @@ def _chunk_scores(
         t = (chunk * CHUNK + CHUNK - (i + 1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         here = t < tokens
         valid = here[:, None] & inside[None, :]
-        u = tl.load(x + t[:, None] * x_token, mask=valid, other=0.0).to(tl.float32)
-        delta = step_size(tl.load(dt + t[:, None] * dt_token, mask=valid, other=0.0), bias, SOFTPLUS)
         follows = (t + 1 < tokens)[:, None] & inside[None, :]
         decay = tl.load(dt + (t + 1)[:, None] * dt_token, mask=follows, other=0.0)
         decay = tl.where(follows, step_size(decay, bias if BIAS_IN_DECAY else None, SOFTPLUS), 0.0)
@@ -116,7 +114,7 @@ def _chunk_scores(
 
         # m = lead S, the largest of the exponents A S; `base` is the block's largest before the tile's own steps.
         if SOFTPLUS:
-            lead = tl.broadcast_to(high[None, :], [BLOCK_T, BLOCK_C])
+            lead = high[None, :]
             ahead = high.to(tl.float64) * carry
             base = tl.max(tl.where(inside, ahead, -float("inf")), 0)
             shift = (ahead - base).to(tl.float32)[None, :] + high[None, :] * local
@@ -127,11 +125,12 @@ def _chunk_scores(
             shift = (ahead - base).to(tl.float32)
 
         total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        S *= LOG2E
         for n in range(live):
             a = tl.load(A + n * A_state, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(B + t * B_token + n * B_state, mask=here, other=0.0).to(tl.float32)
             w *= tl.load(C + n * C_state).to(tl.float32)
-            total += w[:, None] * tl.exp2((a[None, :] - lead) * LOG2E * S)
+            total += w[:, None] * tl.exp2((a[None, :] - lead) * S)
         if live < states:  # what was left out is 0, unless it was a bad number
             lost = tl.zeros([BLOCK_T], tl.float32)
             for start in range(0, states, BLOCK_N):
@@ -142,7 +141,9 @@ def _chunk_scores(
                 lost += tl.sum(b * 0.0, 1)
             total += lost[:, None]
 
-        value = u * delta * total
+        # Loaded only now: held through the loop over states they would take registers from it.
+        delta = step_size(tl.load(dt + t[:, None] * dt_token, mask=valid, other=0.0), bias, SOFTPLUS)
+        value = tl.load(x + t[:, None] * x_token, mask=valid, other=0.0).to(tl.float32) * delta * total
         if POOL == "max":
             value = tl.where(value < 0, 0.0, value)
         score = tl.where(inside[None, :], shift + tl.log2(tl.abs(value)) * LN2, -float("inf"))
@@ -196,9 +197,9 @@ def influence(
     if x.numel() == 0:
         return x.new_full((batch, tokens), -torch.inf, dtype=torch.float64)
     later = suffix_sums(dt, dt_bias if bias_in_decay else None, softplus)
-    # One warp, with 16 bytes of x for each thread in a row: the sums along the tokens stay within a thread, and 32 pairs of
-    # token and channel for each thread hide the latency of its exponentials.
-    block = 512 // x.element_size()
+    # One warp for 4 tokens of 128 channels: 16 pairs for each thread hide the latency of its exponentials; with 32, registers
+    # spill. Few tokens in a tile keep the sums along them within a thread, or two.
+    block = 128
     blocks = runtime.blocks_of(channels, block)
     partial = x.new_empty((batch, blocks, tokens), dtype=torch.float64)
     last = C[:, -1]
@@ -207,7 +208,7 @@ def influence(
         x, *x.stride(), dt, *dt.stride(), A, *A.stride(), B, *B.stride(), last, *last.stride(), dt_bias, later, partial,
         tokens, channels, A.shape[1], later.shape[1], blocks,
         POOL=pool, SOFTPLUS=softplus, BIAS_IN_DECAY=bias_in_decay,
-        CHUNK=CHUNK, BLOCK_T=1024 // block, BLOCK_C=block, BLOCK_N=16, num_warps=1,
+        CHUNK=CHUNK, BLOCK_T=4, BLOCK_C=block, BLOCK_N=16, num_warps=1,
     )  # fmt: skip
     if blocks == 1:
         return partial[:, 0]

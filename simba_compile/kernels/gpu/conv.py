@@ -139,7 +139,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     if x.numel():
         spans, blocks = _grid(x)
         runtime.launch(
-            _conv, (x.shape[0] * spans * blocks,), x, *x.stride(), weight, *weight.stride(), bias, out,
+            _conv, (x.shape[0] * spans * blocks,), x, *x.stride(), weight, *weight.stride(), runtime.flat(bias), out,
             x.shape[1], x.shape[2], spans, blocks,
             SILU=silu, WIDTH=weight.shape[1], BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
@@ -160,7 +160,7 @@ def causal_conv1d_backward(
         grid, sizes = (batch * spans * blocks,), (tokens, channels, spans, blocks)
         constants = {"WIDTH": width, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 4}
         runtime.launch(
-            _conv_through_silu, grid, grad, *grad.stride(), x, *x.stride(), weight, *weight.stride(), bias,
+            _conv_through_silu, grid, grad, *grad.stride(), x, *x.stride(), weight, *weight.stride(), runtime.flat(bias),
             inner, dweight, None if bias is None else dbias, *sizes, SILU=silu, **constants,
         )  # fmt: skip
         runtime.launch(_conv_to_input, grid, inner, weight, *weight.stride(), dx, *sizes, **constants)
@@ -175,7 +175,7 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
         block = 128  # small: one step is short, and spreads over as many processors as it can
         blocks = runtime.blocks_of(channels, block)
         runtime.launch(
-            _conv_step, (batch * blocks,), state, *state.stride(), x, *x.stride(), weight, *weight.stride(), bias, out,
+            _conv_step, (batch * blocks,), state, *state.stride(), x, *x.stride(), weight, *weight.stride(), runtime.flat(bias), out,
             channels, blocks, SILU=silu, WIDTH=weight.shape[1], BLOCK_C=block, num_warps=4,
         )  # fmt: skip
     return out

@@ -171,7 +171,7 @@ def suffix_sums(dt: Tensor, dt_bias: Tensor | None, softplus: bool, limits: tupl
     blocks = runtime.blocks_of(channels, block)
     low, high = limits or (0.0, 0.0)
     runtime.launch(
-        _chunk_sums, (batch * chunks * blocks,), dt, *dt.stride(), dt_bias, sums,
+        _chunk_sums, (batch * chunks * blocks,), dt, *dt.stride(), runtime.flat(dt_bias), sums,
         tokens, channels, chunks, blocks, low, high,
         SOFTPLUS=softplus, CLAMP=limits is not None, CHUNK=CHUNK, BLOCK_T=8, BLOCK_C=block, num_warps=1,
     )  # fmt: skip
@@ -205,7 +205,7 @@ def influence(
     last = C[:, -1]
     runtime.launch(
         _chunk_scores, (batch * later.shape[1] * blocks,),
-        x, *x.stride(), dt, *dt.stride(), A, *A.stride(), B, *B.stride(), last, *last.stride(), dt_bias, later, partial,
+        x, *x.stride(), dt, *dt.stride(), A, *A.stride(), B, *B.stride(), last, *last.stride(), runtime.flat(dt_bias), later, partial,
         tokens, channels, A.shape[1], later.shape[1], blocks,
         POOL=pool, SOFTPLUS=softplus, BIAS_IN_DECAY=bias_in_decay,
         CHUNK=CHUNK, BLOCK_T=4, BLOCK_C=block, BLOCK_N=16, num_warps=1,

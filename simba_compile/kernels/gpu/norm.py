@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         block = min(runtime.power_of_two(size), 4096)
         group = max(1, 1024 // block)
         runtime.launch(
-            _rms_norm, (runtime.blocks_of(count, group),), rows, *rows.stride(), weight, out,
+            _rms_norm, (runtime.blocks_of(count, group),), rows, *rows.stride(), runtime.flat(weight), out,
             count, rows.shape[1], size, eps, BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
         )  # fmt: skip
     return out

@@ -42,3 +42,8 @@ def blocks_of(size: int, block: int) -> int:
 def power_of_two(size: int) -> int:
     """The smallest power of two that is not below `size`."""
     return triton.next_power_of_2(size)
+
+
+def flat(parameter: Tensor | None) -> Tensor | None:
+    """A parameter of one axis, contiguous."""
+    return None if parameter is None else parameter.contiguous()

@@ -60,7 +60,7 @@ def state_update(
         blocks = runtime.blocks_of(channels, block)
         runtime.launch(
             _state_step, (batch * blocks,), state, *state.stride(), x, *x.stride(), dt, *dt.stride(), A, *A.stride(),
-            B, *B.stride(), C, *C.stride(), D, z, *((0, 0) if z is None else z.stride()), dt_bias, out,
+            B, *B.stride(), C, *C.stride(), runtime.flat(D), z, *((0, 0) if z is None else z.stride()), runtime.flat(dt_bias), out,
             channels, states, blocks, SOFTPLUS=softplus, BLOCK_C=block, BLOCK_N=width, num_warps=4,
         )  # fmt: skip
     return out

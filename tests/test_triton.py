@@ -1,4 +1,8 @@
-"""The Triton kernels under Triton's interpreter: runs ``tests/interpreted`` in a process of its own (see its conftest)."""
+"""The Triton kernels on the CPU, under Triton's interpreter.
+
+The interpreter is chosen when triton is imported and for the whole process, so ``tests/interpreted`` runs in processes of
+its own, which are started here.
+"""
 
 from __future__ import annotations
 

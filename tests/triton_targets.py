@@ -1,8 +1,8 @@
 """Compile our Triton kernels for real GPUs with none present, and read what came out.
 
-`record` runs an operator's launcher on meta tensors and catches its launches, so that what is compiled is what the launcher's
-heuristics pick: kernel, argument types, constants, warps. `compile_for` hands one of them to Triton's compiler and its
-bundled `ptxas` (or LLVM's AMD back end). The result says what it takes (registers, stack, spills, shared memory) and gives
+`record` runs an operator's launcher on meta tensors and catches its launches, so that what is compiled is what the
+launcher's heuristics pick: kernel, argument types, constants, warps. `compile_for` hands one of them to Triton's compiler and
+its bundled `ptxas` (or LLVM's AMD back end). The result says what it takes (registers, stack, spills, shared memory) and gives
 the machine code's innermost loops.
 """
 
@@ -96,7 +96,7 @@ class Compiled:
 
 
 def record(operator: Callable, *args: Any) -> list[Launch]:
-    """The launches of an operator (a function of `simba_compile.kernels.gpu`); nothing runs: its tensors become meta tensors.
+    """The launches of an operator's launcher in `simba_compile.kernels.gpu`; nothing runs, its tensors become meta tensors.
 
     Strides stay. The launcher has to start its kernels by ``runtime.launch``.
     """

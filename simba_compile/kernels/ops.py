@@ -1,16 +1,15 @@
 """The operators ``torch.ops.simba.*``: schema, dispatch, shapes under fake tensors, gradients.
 
 Each function below documents the operator of its name and is what the operator runs: the Triton kernel for tensors on a GPU,
-the native kernel for tensors on the CPU where it was built, else `reference`. Channels are last: ``x`` is (batch, token, channel). Tensors may be float32,
-float64, bfloat16 or float16; halves are computed in float32. Any strides are taken; the last axis is read without a copy
-where its stride is 1.
+the native kernel for tensors on the CPU where it was built, else `reference`. Channels are last: ``x`` is (batch, token,
+channel). Tensors may be float32, float64, bfloat16 or float16; halves are computed in float32. Any strides are taken; the
+last axis is read without a copy where its stride is 1.
 """
 
 import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,14 +46,14 @@ def fake(name: str) -> Callable[[Callable], Callable]:
 
 
 @cache
-def _triton_kernels() -> ModuleType | None:
-    """The Triton kernels, loaded when a tensor on a GPU first asks for them; None where triton is not installed."""
+def _triton_kernels() -> dict[str, Callable]:
+    """The Triton kernels by operator, loaded when a tensor on a GPU first needs one; none without triton."""
     if importlib.util.find_spec("triton") is None:
         log.warning("triton is not installed: on the GPU plain torch runs in place of our kernels, many times slower.")
-        return None
+        return {}
     from simba_compile.kernels import gpu
 
-    return gpu
+    return gpu.KERNELS
 
 
 def _on_gpu(name: str, tensors: list[Tensor]) -> Callable | None:
@@ -63,7 +62,7 @@ def _on_gpu(name: str, tensors: list[Tensor]) -> Callable | None:
         return None
     if name not in COPIES and tensors[0].dtype not in GPU_DTYPES:
         return None
-    return getattr(_triton_kernels(), name, None)
+    return _triton_kernels().get(name)
 
 
 def _open_to_inductor(function: Callable) -> None:
@@ -705,7 +704,8 @@ def state_update(
     Tensor
         (batch, channel).
     """
-    return implementation("state_update", x, state, dt, A, B, C, D, z, dt_bias)(state, x, dt, A, B, C, D, z, dt_bias, softplus)
+    run = implementation("state_update", x, state, dt, A, B, C, D, z, dt_bias)
+    return run(state, x, dt, A, B, C, D, z, dt_bias, softplus)
 
 
 @fake("state_update")

@@ -13,7 +13,17 @@ from test_kernels import Source, assert_influence_near, assert_near, layouts, se
 from torch import Tensor
 
 from simba_compile.kernels import reference
-from simba_compile.kernels.gpu import conv, elementary, gather, influence, norm, runtime, select, state
+from simba_compile.kernels.gpu import (
+    conv,
+    elementary,
+    gather,
+    influence,
+    norm,
+    runtime,
+    select,
+    ssd_influence,
+    state,
+)
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -40,7 +50,7 @@ def _softplus(x, out, BLOCK: tl.constexpr):
 
 
 def test_softplus() -> None:
-    """To float32's last few bits, where log(1 + e) would lose the small ones; exp2 multiplies the rounding of its argument."""
+    """To float32's last few bits, but for exp2's, which multiplies the rounding of its argument."""
     x = torch.cat([torch.linspace(-80, 40, 1000), torch.tensor([0.0, -0.0, 1e-30, 88.0, 1e30, -1e30, INF, -INF])])
     x = torch.nn.functional.pad(x, (0, 1024 - len(x)), value=NAN)
     out = torch.empty_like(x)
@@ -86,7 +96,7 @@ def test_influence_far_from_the_end() -> None:
     """Behind a million tokens' steps each score is the definition's to 1e-6 of a step, where float32 would tie them all."""
     x, dt, A = torch.ones(2, 40, 1), torch.full((2, 40, 1), 1e-3), torch.tensor([[-1.0]])
     dt[:, -1] = torch.tensor([1e3, 1e6])[:, None]
-    score = influence.influence(x, dt, A, x, x, None, False, "max", True)[:, :32]  # the last tile's S is that large a float32
+    score = influence.influence(x, dt, A, x, x, None, False, "max", True)[:, :32]  # the last tile has the million in float32
     exact = reference.influence(*wide([x, dt, A, x, x, None, False]), "max", True)[:, :32]
     torch.testing.assert_close(score, exact, rtol=0, atol=1e-6)
     assert bool((score.diff(dim=1) > 5e-4).all()) and score[1, 0] < -9e5
@@ -104,6 +114,26 @@ def test_influence_shows_bad_numbers(where: str, bad: float) -> None:
     exact = reference.influence(*wide([x, dt, A, B, C, None, True]), "absmax", True)
     assert exact.isnan().any() or exact.isposinf().any()
     torch.testing.assert_close(score, exact, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+@few
+@given(seeds, dtypes, pools, st.integers(1, 20), st.integers(1, 5), st.sampled_from([(1, 1), (2, 1), (4, 2)]), flags, flags)
+def test_ssd_influence(
+    seed: int, dtype: torch.dtype, pool: str, tokens: int, channels: int, shape: tuple[int, int], softplus: bool, include: bool
+) -> None:
+    """Near to the definition, in the log domain; B and x are pieces of one tensor."""
+    (heads, groups), source = shape, Source(seed, dtype, "pieces")
+    x, B = source.pair((1, tokens), heads * channels, groups * 3)
+    x, B = x.unflatten(2, (heads, channels)), B.unflatten(2, (groups, 3))
+    C, dt = source.normal(1, tokens, groups, 3), source.laid_out(1, tokens, heads)
+    A, bias = -source.normal(heads, dtype=torch.float32).exp(), source.normal(heads, dtype=torch.float32)
+    args = [x, dt, A, B, C, bias, softplus, 0.1, 1.5]
+    score = ssd_influence.ssd_influence(*args, pool, include)
+    exact = reference.ssd_influence(*wide(args), pool, include)
+    # B · C may cancel, to the rounding of its largest terms: compared where it does not.
+    product = (B.double() * C.double()[:, -1:]).sum(-1).abs() / (B.double() * C.double()[:, -1:]).abs().sum(-1)
+    clear = (product > 1e-2).all(-1)
+    torch.testing.assert_close(score[clear], exact[clear], rtol=1e-5, atol=1e-4)
 
 
 # --- select and gather -----------------------------------------------------------------------------------------------
@@ -204,8 +234,9 @@ def test_rms_norm_of_rows_longer_than_a_block() -> None:
 @few
 @given(seeds, dtypes, layouts, st.integers(1, 140), st.sampled_from([1, 4, 5, 16, 256]), flags, flags, flags, flags)
 def test_state_update(
-    seed: int, dtype: torch.dtype, layout: str, channels: int, states: int, skip: bool, gate: bool, bias: bool, softplus: bool
-) -> None:
+    seed: int, dtype: torch.dtype, layout: str, channels: int, states: int,
+    skip: bool, gate: bool, bias: bool, softplus: bool,
+) -> None:  # fmt: skip
     """The output, and the state moved on in place."""
     source = Source(seed, dtype, layout)
     x, z = source.pair((2,), channels, channels)

@@ -1,23 +1,24 @@
 """The Triton kernels for CUDA and ROCm, one file for each operator: kernel, launcher, and how its configuration is chosen.
 
-Each function here has the signature of the operator of its name. Importing this package needs triton; `ops` does so when a
-tensor on a GPU first asks for it. float32, bfloat16 and float16 in and out, float32 inside; any strides.
+A launcher has the name and the signature of its operator. Importing this package needs triton; `ops` does so when a tensor
+on a GPU first asks for it. float32, bfloat16 and float16 in and out, float32 inside; any strides.
 """
 
-from simba_compile.kernels.gpu.conv import causal_conv1d, causal_conv1d_backward, conv_update
-from simba_compile.kernels.gpu.gather import gather
-from simba_compile.kernels.gpu.influence import influence
-from simba_compile.kernels.gpu.norm import rms_norm
-from simba_compile.kernels.gpu.select import select
-from simba_compile.kernels.gpu.state import state_update
+from collections.abc import Callable
 
-__all__ = [
-    "causal_conv1d",
-    "causal_conv1d_backward",
-    "conv_update",
-    "gather",
-    "influence",
-    "rms_norm",
-    "select",
-    "state_update",
-]
+from simba_compile.kernels.gpu import conv, gather, influence, norm, select, ssd_influence, state
+
+KERNELS: dict[str, Callable] = {
+    launcher.__name__: launcher
+    for launcher in (
+        influence.influence,
+        ssd_influence.ssd_influence,
+        select.select,
+        gather.gather,
+        conv.causal_conv1d,
+        conv.causal_conv1d_backward,
+        conv.conv_update,
+        state.state_update,
+        norm.rms_norm,
+    )
+}

@@ -135,6 +135,7 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See `simba_compile.kernels.ops.causal_conv1d`."""
+    runtime.expect(weight=(weight, (x.shape[2], weight.shape[1])), bias=(bias, (x.shape[2],)))
     out = x.new_empty(x.shape)
     if x.numel():
         spans, blocks = _grid(x)
@@ -151,6 +152,7 @@ def causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `simba_compile.kernels.ops.causal_conv1d_backward`."""
     (batch, tokens, channels), width = x.shape, weight.shape[1]
+    runtime.expect(grad=(grad, (batch, tokens, channels)), weight=(weight, (channels, width)), bias=(bias, (channels,)))
     dx = x.new_empty(x.shape)
     spans, blocks = _grid(x)
     dweight = x.new_empty((batch * spans, channels, width), dtype=torch.float32)
@@ -169,13 +171,16 @@ def causal_conv1d_backward(
 
 def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See `simba_compile.kernels.ops.conv_update`."""
-    batch, channels = x.shape
+    (batch, channels), width = x.shape, weight.shape[1]
+    runtime.expect(
+        state=(state, (batch, channels, width)), weight=(weight, (channels, width)), bias=(bias, (channels,))
+    )  # fmt: skip
     out = x.new_empty(x.shape)
     if x.numel():
         block = 128  # small: one step is short, and spreads over as many processors as it can
         blocks = runtime.blocks_of(channels, block)
         runtime.launch(
-            _conv_step, (batch * blocks,), state, *state.stride(), x, *x.stride(), weight, *weight.stride(), runtime.flat(bias), out,
-            channels, blocks, SILU=silu, WIDTH=weight.shape[1], BLOCK_C=block, num_warps=4,
+            _conv_step, (batch * blocks,), state, *state.stride(), x, *x.stride(), weight, *weight.stride(),
+            runtime.flat(bias), out, channels, blocks, SILU=silu, WIDTH=width, BLOCK_C=block, num_warps=4,
         )  # fmt: skip
     return out

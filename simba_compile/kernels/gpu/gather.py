@@ -10,7 +10,7 @@ from simba_compile.kernels.gpu import runtime
 
 @triton.jit
 def _gather(
-    x, x_batch, x_token, x_entry, index, index_batch, index_kept, out, kept, size, blocks,
+    x, x_batch, x_token, x_entry, index, index_batch, index_kept, out, tokens, kept, size, blocks,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out[b, i] = x[b, index[b, i]], for BLOCK_K positions and BLOCK_R entries of their rows."""
@@ -22,14 +22,20 @@ def _gather(
     r = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     t = tl.load(index + batch * index_batch + i * index_kept, mask=i < kept, other=0)
     valid = (i < kept)[:, None] & (r < size)[None, :]
-    value = tl.load(x + batch * x_batch + t[:, None] * x_token + r[None, :] * x_entry, mask=valid)
+    known = valid & ((t >= 0) & (t < tokens))[:, None]
+    value = tl.load(x + batch * x_batch + t[:, None] * x_token + r[None, :] * x_entry, mask=known, other=0)
     tl.store(out + (batch * kept + i[:, None]) * size + r[None, :], value, mask=valid)
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """See `simba_compile.kernels.ops.gather`. Tokens in axis 1 only; plain torch takes them along any other."""
+    """See `simba_compile.kernels.ops.gather`. Tokens in axis 1; plain torch takes them along any other.
+
+    A position outside the sequence gives zeros: reading it back to raise an error would wait for the GPU.
+    """
     if dim != 1 or x.dim() > 3 or x.numel() == 0 or index.numel() == 0:
         return reference.gather(x, index, dim)
+    if x.shape[0] not in (1, index.shape[0]):
+        raise ValueError(f"x has {x.shape[0]} sequences and index {index.shape[0]}.")
     rows = x[:, :, None] if x.dim() == 2 else x
     (batch, kept), size = index.shape, rows.shape[2]
     out = x.new_empty((batch, kept, *x.shape[2:]))
@@ -40,7 +46,7 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     blocks = runtime.blocks_of(size, block)
     runtime.launch(
         _gather, (batch * runtime.blocks_of(kept, group) * blocks,),
-        rows, *strides, index, *index.stride(), out, kept, size, blocks,
+        rows, *strides, index, *index.stride(), out, x.shape[1], kept, size, blocks,
         BLOCK_K=group, BLOCK_R=block, num_warps=4,
     )  # fmt: skip
     return out

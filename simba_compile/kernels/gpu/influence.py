@@ -1,7 +1,7 @@
 """The influence of each token on the last output, in the log domain (`simba_compile.kernels.ops.influence`).
 
-``log |Δy_T(t)[d]| = m + log|x_t Δ_t Σ_n C_T B_t exp(A S_t − m)|`` needs S_t, a sum over all later tokens. Three kernels make it
-parallel over tokens:
+``log |Δy_T(t)[d]| = m + log|x_t Δ_t Σ_n C_T B_t exp(A S_t − m)|`` needs S_t, a sum over all later tokens. Three kernels
+make it parallel over tokens:
 
 1. `_chunk_sums` adds up the steps of each chunk of tokens,
 2. `_suffix_sums` turns them into sums over all later chunks,
@@ -42,7 +42,7 @@ def _chunk_sums(
         raw = tl.load(dt + batch * dt_batch + t[:, None] * dt_token + c[None, :] * dt_channel, mask=valid, other=0.0)
         step = step_size(raw, bias, SOFTPLUS)
         if CLAMP:
-            step = tl.clamp(step, low, high)
+            step = tl.clamp(step, low, high, propagate_nan=tl.PropagateNan.ALL)
         total += tl.sum(tl.where(valid, step, 0.0).to(tl.float64), 0)
     tl.store(sums + (batch * chunks + chunk) * channels + c, total, mask=inside)
 
@@ -193,20 +193,24 @@ def influence(
     bias_in_decay: bool,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.influence`."""
-    batch, tokens, channels = x.shape
+    (batch, tokens, channels), states = x.shape, A.shape[1]
+    runtime.expect(
+        dt=(dt, (batch, tokens, channels)), A=(A, (channels, states)), B=(B, (batch, tokens, states)),
+        C=(C, (batch, tokens, states)), dt_bias=(dt_bias, (channels,)),
+    )  # fmt: skip
     if x.numel() == 0:
         return x.new_full((batch, tokens), -torch.inf, dtype=torch.float64)
     later = suffix_sums(dt, dt_bias if bias_in_decay else None, softplus)
-    # One warp for 4 tokens of 128 channels: 16 pairs for each thread hide the latency of its exponentials; with 32, registers
-    # spill. Few tokens in a tile keep the sums along them within a thread, or two.
+    # One warp for 4 tokens of 128 channels: 16 pairs for each thread hide the latency of its exponentials; with 32,
+    # registers spill. Few tokens in a tile keep the sums along them within a thread, or two.
     block = 128
     blocks = runtime.blocks_of(channels, block)
     partial = x.new_empty((batch, blocks, tokens), dtype=torch.float64)
-    last = C[:, -1]
+    chunks, last = later.shape[1], C[:, -1]
     runtime.launch(
-        _chunk_scores, (batch * later.shape[1] * blocks,),
-        x, *x.stride(), dt, *dt.stride(), A, *A.stride(), B, *B.stride(), last, *last.stride(), runtime.flat(dt_bias), later, partial,
-        tokens, channels, A.shape[1], later.shape[1], blocks,
+        _chunk_scores, (batch * chunks * blocks,),
+        x, *x.stride(), dt, *dt.stride(), A, *A.stride(), B, *B.stride(), last, *last.stride(),
+        runtime.flat(dt_bias), later, partial,         tokens, channels, states, chunks, blocks,
         POOL=pool, SOFTPLUS=softplus, BIAS_IN_DECAY=bias_in_decay,
         CHUNK=CHUNK, BLOCK_T=4, BLOCK_C=block, BLOCK_N=16, num_warps=1,
     )  # fmt: skip

@@ -31,6 +31,7 @@ def _rms_norm(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.rms_norm`."""
+    runtime.expect(weight=(weight, (x.shape[-1],)))
     out = x.new_empty(x.shape)
     if x.numel():
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])

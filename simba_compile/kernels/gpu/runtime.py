@@ -34,6 +34,13 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **constants: Any
         kernel[grid](*args, **constants)  # type: ignore[index]
 
 
+def expect(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Check the shapes of tensors, given by name with the shape that each must have: a kernel reads what it is told to."""
+    for name, (value, shape) in given.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}; expected {shape}.")
+
+
 def blocks_of(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return (size + block - 1) // block

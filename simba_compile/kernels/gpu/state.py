@@ -52,6 +52,11 @@ def state_update(
 ) -> Tensor:
     """See `simba_compile.kernels.ops.state_update`."""
     (batch, channels), states = x.shape, A.shape[1]
+    runtime.expect(
+        state=(state, (batch, channels, states)), dt=(dt, (batch, channels)), A=(A, (channels, states)),
+        B=(B, (batch, states)), C=(C, (batch, states)), D=(D, (channels,)), z=(z, (batch, channels)),
+        dt_bias=(dt_bias, (channels,)),
+    )  # fmt: skip
     out = x.new_empty(x.shape)
     if x.numel():
         # 512 numbers of state for each program: little enough that one sequence is spread over many processors.
@@ -60,7 +65,8 @@ def state_update(
         blocks = runtime.blocks_of(channels, block)
         runtime.launch(
             _state_step, (batch * blocks,), state, *state.stride(), x, *x.stride(), dt, *dt.stride(), A, *A.stride(),
-            B, *B.stride(), C, *C.stride(), runtime.flat(D), z, *((0, 0) if z is None else z.stride()), runtime.flat(dt_bias), out,
-            channels, states, blocks, SOFTPLUS=softplus, BLOCK_C=block, BLOCK_N=width, num_warps=4,
+            B, *B.stride(), C, *C.stride(), runtime.flat(D), z, *((0, 0) if z is None else z.stride()),
+            runtime.flat(dt_bias), out, channels, states, blocks,
+            SOFTPLUS=softplus, BLOCK_C=block, BLOCK_N=width, num_warps=4,
         )  # fmt: skip
     return out

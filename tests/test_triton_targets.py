@@ -1,4 +1,4 @@
-"""Every Triton kernel, as its launcher starts it, compiled for real GPUs: it fits, nothing spills, the hot loop stays short."""
+"""Every Triton kernel, as its launcher starts it, compiled for real GPUs: it fits, nothing spills, hot loops are short."""
 
 from __future__ import annotations
 

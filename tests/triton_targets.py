@@ -1,9 +1,9 @@
 """Compile our Triton kernels for real GPUs with none present, and read what came out.
 
 `record` runs an operator's launcher on meta tensors and catches its launches, so that what is compiled is what the
-launcher's heuristics pick: kernel, argument types, constants, warps. `compile_for` hands one of them to Triton's compiler and
-its bundled `ptxas` (or LLVM's AMD back end). The result says what it takes (registers, stack, spills, shared memory) and gives
-the machine code's innermost loops.
+launcher's heuristics pick: kernel, argument types, constants, warps. `compile_for` hands one of them to Triton's compiler
+and its bundled `ptxas` (or LLVM's AMD back end). The result says what it takes (registers, stack, spills, shared memory) and
+gives the machine code's innermost loops.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ gives the machine code's innermost loops.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -80,7 +81,12 @@ class Compiled:
     stack: int
     spilled: int
     shared: int
-    sass: str
+    cubin: bytes  # empty for AMD
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """NVIDIA's machine code."""
+        return _cuobjdump("-sass", self.cubin)
 
     def loops(self) -> list[Counter[str]]:
         """The opcodes of every innermost loop of the SASS, dots and modifiers included (``MUFU.EX2``, ``LDG.E.64``)."""
@@ -132,18 +138,17 @@ def _compile(target: str, source: ASTSource, options: dict[str, Any]) -> Compile
         assembly = built.asm["amdgcn"]
         of = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.M)}
         spilled = of["vgpr_spill_count"] + of["sgpr_spill_count"]
-        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, "")
+        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, b"")
+    cubin = built.asm["cubin"]
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin)))
+    return Compiled(name, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, cubin)
+
+
+def _cuobjdump(what: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return Compiled(name, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, sass)
-
-
-def _cuobjdump(what: str, file: str) -> str:
-    return subprocess.run([CUOBJDUMP, what, file], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def check(target: str, launches: list[Launch]) -> list[Compiled]:

@@ -637,8 +637,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, group
     Tensor
         As `x`.
     """
-    run = native.gated_norm if _runs_native(x, gate, weight) else reference.gated_norm
-    return run(x, gate, weight, eps, groups)
+    return implementation("gated_norm", x, gate, weight)(x, gate, weight, eps, groups)
 
 
 @fake("gated_norm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("simba")
 
 logging.getLogger("torch.__trace").propagate = False  # else pytest records thousands of lines for each compilation
+
+# Triton's interpreter is chosen for a whole process: `test_triton.py` starts these in one of their own.
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64

@@ -4,10 +4,12 @@ Commands only declare their options here and import what they run when they are 
 without loading torch.
 """
 
+import enum
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Task(enum.Enum):
+    """What `simba eval` scores."""
+
+    text = "text"
+    recall = "recall"
 
 
 @app.command()
@@ -77,3 +86,77 @@ def explain(
     from simba_compile.cli.explain import run
 
     run(model, keep, tokens, config_only)
+
+
+def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
+    """The values of an option that takes several, separated by commas."""
+    try:
+        return [convert(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of {convert.__name__} values like 'a,b'.", param_hint=option) from None
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="A folder, or a name on the Hugging Face Hub.")],
+    task: Annotated[Task, typer.Option(help="Bits per byte of a text, or recall of planted pairs.")] = Task.text,
+    text: Annotated[list[Path] | None, typer.Option(help="A file to read; several are joined.")] = None,
+    length: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "512",
+    keep: Annotated[str, typer.Option()] = "0.5,0.3,0.1",
+    criterion: Annotated[str, typer.Option()] = "influence",
+    pool: Annotated[str, typer.Option()] = "max",
+    dt_bias: Annotated[str, typer.Option()] = "include",
+    placement: Annotated[str, typer.Option()] = "scan",
+    schedule: Annotated[str, typer.Option(help="Names; no lists of shares.")] = "linear",
+    every: Annotated[str, typer.Option()] = "1",
+    protect_first: Annotated[str, typer.Option()] = "0",
+    protect_last: Annotated[str, typer.Option()] = "1",
+    min_tokens: Annotated[str, typer.Option()] = "32",
+    seed: Annotated[str, typer.Option()] = "0",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of the text.")] = 48,
+    last: Annotated[int, typer.Option(min=1, help="Tokens scored, and protected, at the end of each window.")] = 32,
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences of recall.")] = 256,
+    pairs: Annotated[str, typer.Option(help="Pairs in a sequence of recall.")] = "2",
+    within: Annotated[int | None, typer.Option(help="Plant pairs only among this many last tokens.")] = None,
+    smaller: Annotated[str | None, typer.Option(help="A smaller model: dense, against MODEL at as many FLOPs.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Choose shares at this share of the FLOPs on half of the text, and score them on the rest."),
+    ] = None,
+    evaluations: Annotated[int, typer.Option(min=2, help="How many lists --budget tries.")] = 60,
+    out: Annotated[Path, typer.Option(help="Results, one JSON object a line; what is in it is not run again.")] = Path(
+        "eval.jsonl"
+    ),
+) -> None:
+    """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
+
+    Options of the backend and --length take several values, separated by commas: every combination runs, and the dense model.
+    """
+    from simba_compile.cli.eval import Request, run
+
+    numbers = {"keep": keep}
+    whole = {"every": every, "protect_first": protect_first, "protect_last": protect_last}
+    whole |= {"min_tokens": min_tokens, "seed": seed}
+    names = {"criterion": criterion, "pool": pool, "dt_bias": dt_bias, "placement": placement, "schedule": schedule}
+    choices = {
+        name: _listed(convert, value, "--" + name.replace("_", "-"))
+        for convert, given in ((float, numbers), (str, names), (int, whole))
+        for name, value in given.items()
+    }
+    request = Request(
+        model=model,
+        task=task.value,
+        text=tuple(text or ()),
+        lengths=tuple(_listed(int, length, "--length")),
+        choices=choices,
+        windows=windows,
+        last=last,
+        sequences=sequences,
+        pairs=tuple(_listed(int, pairs, "--pairs")),
+        within=within,
+        smaller=smaller,
+        budget=budget,
+        evaluations=evaluations,
+        out=out,
+    )
+    run(request)

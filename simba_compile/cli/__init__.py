@@ -160,3 +160,50 @@ def evaluate(
         out=out,
     )
     run(request)
+
+
+analyze = typer.Typer(help="What goes on inside a model when it reads a text.", no_args_is_help=True)
+app.add_typer(analyze, name="analyze")
+
+ModelName = Annotated[str, typer.Option(help="A folder, or a name on the Hugging Face Hub.")]
+Texts = Annotated[list[Path], typer.Option("--text", help="A file to read; several are joined.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+Windows = Annotated[int, typer.Option(min=2, help="Windows of the text.")]
+Picture = Annotated[Path | None, typer.Option(help="Draw it here; needs matplotlib.")]
+
+
+@analyze.command()
+def redundancy(
+    model: ModelName,
+    text: Texts,
+    length: Length = 512,
+    windows: Windows = 8,
+    data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("redundancy.json"),
+    plot: Picture = None,
+) -> None:
+    """Cosine similarity of adjacent tokens' states, layer by layer (the paper's Figure 2)."""
+    from simba_compile.cli.analyze import run_redundancy
+
+    run_redundancy(model, text, length, windows, data, plot)
+
+
+@analyze.command()
+def flow(
+    model: ModelName,
+    text: Texts,
+    length: Length = 512,
+    windows: Windows = 8,
+    keep: Annotated[float, typer.Option()] = 0.1,
+    pool: Annotated[str, typer.Option()] = "max",
+    dt_bias: Annotated[str, typer.Option()] = "include",
+    layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas. [default: all]")] = None,
+    bins: Annotated[int, typer.Option(min=2, help="Points of a curve.")] = 32,
+    data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("flow.json"),
+    plot: Picture = None,
+) -> None:
+    """Each token's influence on a layer's last output, by position, dense and pruned (the paper's Figure 5)."""
+    from simba_compile.cli.analyze import run_flow
+
+    chosen = None if layers is None else _listed(int, layers, "--layers")
+    options = {"keep": keep, "pool": pool, "dt_bias": dt_bias}
+    run_flow(model, text, length, windows, data, plot, options, chosen, bins)

@@ -1,0 +1,77 @@
+"""The pictures of ``simba analyze``; matplotlib is loaded only here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simba_compile.cli.plot import GRID, INK, MUTED
+
+DENSE, PRUNED = "#86aed4", "#12406f"
+SECOND = "#c2662d"
+WIDE = 4  # panels in a row
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def redundancy(path: Path, layers: Sequence[dict[str, Any]], subject: str) -> None:
+    """Draw what `simba_compile.analysis.redundancy.measure` returns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    _plain(axes)
+    at = [layer["layer"] for layer in layers]
+    for name, label, colour in (("ssm_state", "SSM state", PRUNED), ("hidden_state", "residual stream", SECOND)):
+        adjacent = [layer[name]["adjacent"] for layer in layers]
+        unrelated = [layer[name]["unrelated"] for layer in layers]
+        axes.plot(at, adjacent, color=colour, marker="o", markersize=5, label=f"{label}, adjacent tokens")
+        axes.plot(at, unrelated, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, unrelated tokens")
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer", color=INK)
+    axes.set_ylabel("cosine similarity", color=INK)
+    axes.set_title(f"States of adjacent tokens: {subject}", loc="left", color=INK, fontsize=11)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=2)
+    _save(figure, path)
+
+
+def flow(path: Path, layers: Sequence[dict[str, Any]], subject: str) -> None:
+    """Draw what `simba_compile.analysis.flow.measure` returns: a panel for each layer, all with one scale."""
+    from matplotlib.figure import Figure
+
+    wide = min(WIDE, len(layers))
+    high = -(-len(layers) // wide)
+    figure = Figure(figsize=(2.9 * wide + 0.6, 2.5 * high + 1.0), layout="constrained", dpi=150)
+    panels = figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flat
+    for axes, layer in zip(panels, layers, strict=False):
+        _plain(axes)
+        bins = len(layer["dense"])
+        at = [(i + 0.5) / bins for i in range(bins)]
+        for name, label, style in (
+            ("dense", "dense", {"color": DENSE}),
+            ("dense_same_tokens", "dense, at the tokens kept", {"color": DENSE, "linestyle": "--", "linewidth": 1.2}),
+            ("pruned", "pruned", {"color": PRUNED}),
+        ):
+            axes.plot(at, [point or float("nan") for point in layer[name]], label=label, **style)
+        axes.set_yscale("log")
+        axes.set_xlim(0, 1)
+        axes.set_title(f"layer {layer['layer']}, {layer['tokens']} tokens kept", loc="left", color=INK, fontsize=9.5)
+    for axes in list(panels)[len(layers) :]:
+        axes.set_visible(False)
+    figure.supxlabel("position in the sequence", color=INK, fontsize=10)
+    figure.supylabel("s(t) / ‖y_T‖, mean of the tokens", color=INK, fontsize=10)
+    figure.suptitle(f"What reaches the last output: {subject}", color=INK, fontsize=11, x=0.01, ha="left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", frameon=False, fontsize=9, ncols=3)
+    _save(figure, path)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,16 @@ from simba_compile.report import mixer_rows
 BATCH_TOKENS = 16384
 
 
+def _compiled(model: PreTrainedModel, backend: Callable) -> Callable:
+    """The model under this backend, with a code object of its own: Dynamo keeps a limited number of graphs for each."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    return torch.compile(fresh, backend=backend)
+
+
 class Variants:
     """A model under ``backend="simba"`` whose options may change from call to call.
 
@@ -33,8 +44,7 @@ class Variants:
         self.model = model
         self.options = Options(keep=1.0)
         self.transformed: Transformed | None = None  # what ran last
-        torch._dynamo.reset()  # or a graph of another instance for this model would run
-        self._forward: Callable = torch.compile(model, backend=self._backend())
+        self._forward = _compiled(model, self._backend())
 
     def _backend(self) -> Callable:
         @functools.wraps(simba)  # by which `capture` knows the backend
@@ -204,8 +214,7 @@ def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: 
 
         return run
 
-    torch._dynamo.reset()
-    output = torch.compile(model, backend=backend)(ids, use_cache=False, **call)
+    output = _compiled(model, backend)(ids, use_cache=False, **call)
     if not scans:
         raise ValueError(f"{type(model).__name__} has no scan that the backend lifts: there is nothing to look at.")
     return scans, output

@@ -119,20 +119,19 @@ def _compare(
     assert request.smaller is not None
     smaller = Variants(models.load(request.smaller, config_only=False, dtype=torch.float32))
     others = evaluate(smaller, request.smaller, task, request.lengths, [DENSE], records)
-    largest = Variants(variants.model)  # the smaller one's took the graphs
     probe, _ = task.inputs(request.lengths[0])
-    for _ in largest.logits(Options(keep=0.5, min_tokens=_least(request)), probe[:2], task.last):
+    for _ in variants.logits(Options(keep=0.5, min_tokens=_least(request)), probe[:2], task.last):
         pass
     table = Table(title=f"At the FLOPs of {request.smaller}, dense", title_justify="left", box=SIMPLE_HEAD)
     for name in ("tokens", "MFLOP", f"smaller: {task.unit}", "pruned: setting", f"pruned: {task.unit}", "pruned minus smaller"):
         table.add_column(name, justify="right")
     for other in others:
         tokens = other["of"]["tokens"]
-        options = equal_flops(largest, Options(min_tokens=_least(request)), tokens, other["flops"])
+        options = equal_flops(variants, Options(min_tokens=_least(request)), tokens, other["flops"])
         if options is None:
             table.add_row(str(tokens), f"{other['flops'] / 1e6:.0f}", f"{other['mean']:.3f}", "none has so few", "", "")
             continue
-        [result] = evaluate(largest, request.model, task, [tokens], [options], records)
+        [result] = evaluate(variants, request.model, task, [tokens], [options], records)
         mean, low, high = paired(result["values"], other["values"])
         table.add_row(
             str(tokens),

@@ -20,6 +20,7 @@ from simba_compile.analysis.variants import Variants
 from simba_compile.cli import models
 from simba_compile.cli.show import Steps
 from simba_compile.options import Options
+from simba_compile.passes.plan import shares as shares_of
 
 Result = dict[str, Any]
 
@@ -152,7 +153,7 @@ def _least(request: Request) -> int:
 
 
 def _budget(console: Console, request: Request, variants: Variants, records: Records, text: Text) -> None:
-    """Choose shares on the first half of the text, and compare them with linear on the second."""
+    """Choose shares on the first half of the text, and compare them with the named schedules on the second."""
     assert request.budget is not None
     tokens, share = request.lengths[0], request.budget
     base = Options(keep=0.5, **{name: values[0] for name, values in request.choices.items() if name not in ("keep", "schedule")})
@@ -164,20 +165,24 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
     for _ in variants.logits(base, probe[:2], request.last):
         pass
     dense, _ = variants.flops(tokens)
-    linear = equal_flops(variants, base, tokens, int(share * dense))
-    if linear is None:
-        least = variants.share(dataclasses.replace(base, keep=0.001), tokens)
+    at_budget = [
+        equal_flops(variants, dataclasses.replace(base, schedule=name), tokens, int(share * dense))
+        for name in ("linear", "uniform")
+    ]
+    named = [options for options in at_budget if options is not None]
+    if not named:
+        least = variants.share(dataclasses.replace(base, schedule="uniform", keep=0.001), tokens)
         raise typer.BadParameter(
-            f"a linear schedule takes between {least:.2f} and 1 of the FLOPs at {tokens} tokens; {share} is not among them.",
+            f"schedules take between {least:.2f} and 1 of the FLOPs at {tokens} tokens; {share} is not among them.",
             param_hint="--budget",
         )
     mixers = len(variants.transformed.plan.ratios)  # type: ignore[union-attr]
-    start = tuple(round(1 - (1 - linear.keep) * i / max(mixers - 1, 1), budget.DIGITS) for i in range(mixers))
+    start = tuple(round(each, budget.DIGITS) for each in shares_of(named[0], mixers))
 
     def with_shares(shares: budget.Shares) -> Options:
         return dataclasses.replace(base, keep=1.0, schedule=shares)
 
-    with Steps(request.evaluations + 3) as steps:
+    with Steps(request.evaluations + len(named) + 2) as steps:
 
         def objective(shares: budget.Shares) -> float:
             [result] = evaluate(variants, request.model, calibration, [tokens], [with_shares(shares)], records, steps.next)
@@ -186,7 +191,7 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
         limit = max(share, variants.share(with_shares(start), tokens))
         cost: Callable[[budget.Shares], float] = lambda shares: variants.share(with_shares(shares), tokens)  # noqa: E731
         best, _ = budget.search(objective, cost, start, limit, request.evaluations)
-        settings = [linear, with_shares(best), DENSE]
+        settings = [*named, with_shares(best), DENSE]
         results = evaluate(variants, request.model, held_out, [tokens], settings, records, steps.next)
     console.print(f"Chosen on the {_title(calibration)}.", markup=False, highlight=False)
     _show(console, f"Held out: {_title(held_out)}", results)

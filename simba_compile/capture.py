@@ -18,7 +18,7 @@ import importlib
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,27 @@ from torch._dynamo import config, exc, pgo
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx.experimental import _config as shapes
 
-from simba_compile.kernels import ops  # noqa: F401  (registers torch.ops.simba)
+import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
 
 log = logging.getLogger("simba_compile")
 
-FAMILIES = ("mamba", "falcon_mamba")  # transformers.models.<family>.modeling_<family>
+# Functions that are lifted, by family: transformers.models.<family>.modeling_<family>
+_CONV = ("causal_conv1d_fn", "causal_conv1d_update")
+_MAMBA1 = (*_CONV, "mamba_selective_scan", "mamba_selective_state_update")
+_MAMBA2 = (*_CONV, "mamba2_chunk_scan", "mamba2_selective_state_update", "mamba2_split_conv1d_scan_combined")
+FAMILIES = {
+    "mamba": (*_MAMBA1, "mamba_inner_fn"),
+    "falcon_mamba": (*_MAMBA1, "mamba_inner_fn"),
+    "jamba": (*_MAMBA1, "mamba_inner_fn"),
+    "zamba": _MAMBA1,
+    "mamba2": _MAMBA2,
+    "bamba": _MAMBA2,
+    "falcon_h1": _MAMBA2,
+    "granitemoehybrid": _MAMBA2,
+    "nemotron_h": _MAMBA2,
+    "zamba2": _MAMBA2,
+}
+EXPERTS = ("grouped_mm_experts_forward", "batched_mm_experts_forward")  # of transformers.integrations.moe
 
 
 class InvalidOptions(exc.ShortenTraceback, ValueError):
@@ -151,13 +167,13 @@ def _lift_causal_conv1d_update(original: Callable) -> Callable:
     return causal_conv1d_update
 
 
-def _lift_mamba_inner_fn(original: Callable) -> Callable:
-    def mamba_inner_fn(*args, **kwargs):  # type: ignore[no-untyped-def]
-        if not _lifting():
-            return original(*args, **kwargs)
-        return None  # Hugging Face then takes the path through the convolution and the scan
+def _lift_to_nothing(original: Callable) -> Callable:
+    """For a kernel that does a whole mixer: where it gives None, Hugging Face goes on to the convolution and the scan."""
 
-    return mamba_inner_fn
+    def nothing(*args, **kwargs):  # type: ignore[no-untyped-def]
+        return None if _lifting() else original(*args, **kwargs)
+
+    return nothing
 
 
 def _lift_mamba_selective_scan(original: Callable) -> Callable:
@@ -197,12 +213,73 @@ def _lift_mamba_selective_state_update(original: Callable) -> Callable:
     return mamba_selective_state_update
 
 
+def _lift_mamba2_chunk_scan(original: Callable) -> Callable:
+    def mamba2_chunk_scan(  # type: ignore[no-untyped-def]
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        dt_bias=None,
+        initial_states=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+        **kwargs,
+    ):
+        if not _lifting():
+            return original(
+                hidden_states, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit,
+                return_final_states, **kwargs,
+            )  # fmt: skip
+        _make_length_dynamic()
+        low, high = dt_limit
+        y, state = torch.ops.simba.ssd_scan(
+            hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, low, high, initial_states, None
+        )
+        return (y, state) if return_final_states else y
+
+    return mamba2_chunk_scan
+
+
+def _lift_mamba2_selective_state_update(original: Callable) -> Callable:
+    def mamba2_selective_state_update(  # type: ignore[no-untyped-def]
+        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
+    ):
+        # A head's numbers come repeated for each of its channels.
+        if not _lifting() or z is not None or A.stride()[1:] != (0, 0) or dt.stride(2) != 0:
+            return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **kwargs)
+        skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
+        return torch.ops.simba.ssd_state_update(
+            state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus
+        )
+
+    return mamba2_selective_state_update
+
+
+def _mark_experts(original: Callable) -> Callable:
+    """Set marks around a mixture of experts, whose sorting and counting of rows the passes could not read otherwise."""
+
+    def experts_forward(self, hidden_states, top_k_index, top_k_weights):  # type: ignore[no-untyped-def]
+        if not _lifting():
+            return original(self, hidden_states, top_k_index, top_k_weights)
+        rows, index, weights = torch.ops.simba.enter_experts([hidden_states, top_k_index, top_k_weights])
+        return torch.ops.simba.leave_experts(original(self, rows, index, weights))
+
+    return experts_forward
+
+
 LIFTS = {
     "causal_conv1d_fn": _lift_causal_conv1d_fn,
     "causal_conv1d_update": _lift_causal_conv1d_update,
-    "mamba_inner_fn": _lift_mamba_inner_fn,
+    "mamba_inner_fn": _lift_to_nothing,
     "mamba_selective_scan": _lift_mamba_selective_scan,
     "mamba_selective_state_update": _lift_mamba_selective_state_update,
+    "mamba2_chunk_scan": _lift_mamba2_chunk_scan,
+    "mamba2_selective_state_update": _lift_mamba2_selective_state_update,
+    "mamba2_split_conv1d_scan_combined": _lift_to_nothing,
 }
 
 
@@ -219,17 +296,22 @@ def install(backend: Callable) -> None:
     """Register the substitutes for every known family of the installed transformers; `backend` is who they act for."""
     global _backend
     _backend = backend
-    for family in FAMILIES:
-        name = f"transformers.models.{family}.modeling_{family}"
-        try:
-            module = sys.modules.get(name) or importlib.import_module(name)
-        except ImportError as error:
-            log.info("%s is not lifted: %s", name, error)
+    for family, functions in FAMILIES.items():
+        lifts = {function: LIFTS[function] for function in functions}
+        _substitute(f"transformers.models.{family}.modeling_{family}", lifts)
+    _substitute("transformers.integrations.moe", dict.fromkeys(EXPERTS, _mark_experts))
+
+
+def _substitute(name: str, lifts: Mapping[str, Callable[[Callable], Callable]]) -> None:
+    try:
+        module = sys.modules.get(name) or importlib.import_module(name)
+    except ImportError as error:
+        log.info("%s is not lifted: %s", name, error)
+        return
+    for function, lift in lifts.items():
+        original = getattr(module, function, None)
+        if not isinstance(original, types.FunctionType):
+            log.warning("%s has no function %s: models that use it stay dense.", name, function)
             continue
-        for function, lift in LIFTS.items():
-            original = getattr(module, function, None)
-            if not isinstance(original, types.FunctionType):
-                log.warning("%s has no function %s: models of this family stay dense.", name, function)
-                continue
-            substitute = torch.compiler.substitute_in_graph(original, skip_signature_check=True)
-            substitute(lift(_copy(original)))  # type: ignore[arg-type]
+        substitute = torch.compiler.substitute_in_graph(original, skip_signature_check=True)
+        substitute(lift(_copy(original)))  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ class MixerReport:
     path : str
         Where the module sits in the model.
     kind : str
-        "mamba1".
+        "mamba1" or "mamba2".
     tokens_in, tokens_out : int
         Tokens of a sequence that enter the mixer, and that are left after it.
     flops_dense, flops_pruned : int
@@ -174,6 +174,6 @@ def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
         scanned = counts[i] if result.options.placement == "scan" else before
         flops = before * (mixer.entering_flops + scored * mixer.scoring_flops) + scanned * mixer.scanned_flops
         dense = tokens * (mixer.entering_flops + mixer.scanned_flops)
-        rows.append(MixerReport(mixer.path, "mamba1", before, counts[i], dense, flops, reason))
+        rows.append(MixerReport(mixer.path, mixer.kind, before, counts[i], dense, flops, reason))
         before = counts[i]
     return rows

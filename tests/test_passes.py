@@ -22,7 +22,7 @@ from simba_compile import Options
 from simba_compile.passes import Transformed, lower, match, prune
 from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.plan import make_plan, shares
-from simba_compile.passes.tokens import NO_TOKENS, UNCLEAR, Length, suffix
+from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
 
 OPS = torch.ops.simba
 HIDDEN, WIDTH, STATES, RANK, TAPS = 6, 10, 3, 2, 4
@@ -116,7 +116,7 @@ def test_match_finds_the_mixers_and_their_parts() -> None:
     per_state = WIDTH * STATES
     for mixer, name in zip(mixers, "01", strict=True):
         assert name in mixer.path.split(".")[-1]
-        assert mixer.add is not None and mixer.scan.target is OPS.selective_scan
+        assert mixer.add is not None and [scan.target for scan in mixer.scans] == [OPS.selective_scan]
         assert mixer.windows == []
         projections = HIDDEN * 2 * WIDTH + WIDTH * (RANK + 2 * STATES) + RANK * WIDTH + WIDTH * TAPS
         assert mixer.entering_flops == 2 * projections
@@ -157,7 +157,7 @@ def test_length_finds_the_token_axis() -> None:
     ]
     length = Length(given_input.meta["example_value"])
     assert length.is_symbolic
-    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, UNCLEAR, UNCLEAR, UNCLEAR, NO_TOKENS, 1]
+    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1]
     assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None]
 
 

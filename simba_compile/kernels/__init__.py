@@ -1,9 +1,9 @@
 """The operators ``torch.ops.simba.*`` and what runs them on each device.
 
-``ops`` states every operator once (schema, shapes, gradient); ``reference`` defines it in plain torch; ``native`` binds the
-C kernels under ``cpu/``.
+``ops`` and ``ops_ssd`` (Mamba-2) state every operator once (schema, shapes, gradient); ``reference`` defines it in plain
+torch; ``native`` binds the C kernels under ``cpu/``.
 """
 
-from simba_compile.kernels import ops
+from simba_compile.kernels import ops, ops_ssd
 
-__all__ = ["ops"]
+__all__ = ["ops", "ops_ssd"]

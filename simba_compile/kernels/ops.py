@@ -155,6 +155,17 @@ def _(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float64)
 
 
+@operator("(Tensor a, Tensor b, str pool) -> Tensor")
+def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
+    """The scores of tokens over the channels of two Mamba heads, from those over each head's: see `influence`."""
+    return torch.logaddexp(2 * a, 2 * b) / 2 if pool == "l2" else torch.maximum(a, b)
+
+
+@fake("pool_heads")
+def _(a: Tensor, b: Tensor, pool: str) -> Tensor:
+    return torch.empty_like(a)
+
+
 # --- moving tokens ---------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +291,35 @@ def _restore_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad.to(dtype), grads[::-1], [None] * len(positions)
 
 
+@operator("(Tensor x, Tensor positions, SymInt tokens, int dim) -> Tensor")
+def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
+    """Keys or values of the kept tokens at their places among all; the places of pruned tokens carry a mark.
+
+    The mark is a NaN with bits of its own: copies, concatenations and selections carry it along, and arithmetic that does
+    not know it gives NaN. `simba_compile.kernels.reference.is_marked` tells it.
+
+    Parameters
+    ----------
+    x : Tensor
+        Axis 0 is the batch and axis `dim` the kept tokens.
+    positions : Tensor
+        (batch, k) int64: where in the sequence they stand.
+    tokens : int
+        How long the sequence is.
+
+    Returns
+    -------
+    Tensor
+        As `x`, with `tokens` entries in axis `dim`. No gradient.
+    """
+    return reference.cache_entries(x.contiguous(), positions, tokens, dim)
+
+
+@fake("cache_entries")
+def _(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
+    return x.new_empty([*x.shape[:dim], tokens, *x.shape[dim + 1 :]])
+
+
 @operator("(Tensor x, SymInt k, int dim) -> Tensor")
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     """The last k entries along axis `dim`, zeros in front where there are fewer: a convolution's window for decoding."""
@@ -301,6 +341,31 @@ def _last_backward(ctx: Any, grad: Tensor) -> tuple:
     full = grad.new_zeros(ctx.shape)
     full.narrow(ctx.dim, ctx.shape[ctx.dim] - have, have).copy_(grad.narrow(ctx.dim, ctx.k - have, have))
     return full, None, None
+
+
+# --- marks that capture sets, and that lowering takes away ------------------------------------------------------------
+
+
+@operator("(Tensor[] values) -> Tensor[]")
+def enter_experts(values: list[Tensor]) -> list[Tensor]:
+    """What a mixture of experts reads: rows of tokens, (batch · token, ...), which it treats each by itself."""
+    return [value.clone() for value in values]
+
+
+@fake("enter_experts")
+def _(values: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(value) for value in values]
+
+
+@operator("(Tensor x) -> Tensor")
+def leave_experts(x: Tensor) -> Tensor:
+    """What a mixture of experts gives, row for row."""
+    return x.clone()
+
+
+@fake("leave_experts")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 # --- the mixer -------------------------------------------------------------------------------------------------------

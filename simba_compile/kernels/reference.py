@@ -4,6 +4,7 @@ Written to be read. Correct for any floating dtype and any strides, and differen
 inside, as the kernels do. Channels are last throughout: ``x`` is (batch, token, channel).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -227,6 +228,29 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int = 1) -> Tensor:
     return full.scatter(dim, index.view(shape).expand(x.shape), x)
 
 
+_MARKS = {  # a NaN that no arithmetic makes, as the integer of its bits
+    torch.float64: (torch.int64, 0x7FF8_51B4_0000_0000),
+    torch.float32: (torch.int32, 0x7FC5_1B40),
+    torch.bfloat16: (torch.int16, 0x7FC5),
+    torch.float16: (torch.int16, 0x7E5B),
+}
+
+
+def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
+    """See `simba_compile.kernels.ops.cache_entries`."""
+    integer, mark = _MARKS[x.dtype]
+    full = torch.full([*x.shape[:dim], tokens, *x.shape[dim + 1 :]], mark, dtype=integer, device=x.device)
+    return scatter(full, positions, x.view(integer), dim).view(x.dtype)
+
+
+def is_marked(x: Tensor) -> Tensor:
+    """Which numbers are the mark that `cache_entries` leaves."""
+    if x.dtype not in _MARKS:
+        return torch.zeros_like(x, dtype=torch.bool)
+    integer, mark = _MARKS[x.dtype]
+    return x.contiguous().view(integer) == mark
+
+
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     """See `simba_compile.kernels.ops.last_tokens`."""
     have = min(k, x.shape[dim])
@@ -308,3 +332,172 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     u = x.to(kind)
     y = u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight.to(kind)).to(x.dtype)
+
+
+def ssd_step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool, limits: tuple[float, float]) -> Tensor:
+    """`step_size`, held within `limits` as Mamba-2 does."""
+    return step_size(dt, dt_bias, softplus).clamp(*limits)
+
+
+def _of_heads(groups: Tensor, heads: int) -> Tensor:
+    """B or C for each head, (…, head, state), from those of its group, (…, group, state)."""
+    return groups.repeat_interleave(heads // groups.shape[-2], -2)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    initial: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `simba_compile.kernels.ops_ssd.ssd_scan`."""
+    if index is not None:
+        x, dt, B, C = (gather(value, index) for value in (x, dt, B, C))
+    delta = ssd_step_size(dt, dt_bias, softplus, (dt_min, dt_max))
+    u, A = x.to(delta.dtype), A.to(delta.dtype)
+    b, c = (_of_heads(value.to(delta.dtype), u.shape[2]) for value in (B, C))
+    state = u.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1]) if initial is None else initial.to(delta.dtype)
+    decay, step = torch.exp(delta * A)[..., None, None], (delta[..., None] * u)[..., None]
+    outputs = []
+    for t in range(u.shape[1]):
+        state = decay[:, t] * state + step[:, t] * b[:, t, :, None]
+        outputs.append((state * c[:, t, :, None]).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else u.clone()
+    return (y if D is None else y + u * D.to(u.dtype)[:, None]), state
+
+
+def ssd_scan_backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See `simba_compile.kernels.ops_ssd.ssd_scan_backward`. The adjoint recurrence, token by token."""
+    raw = step_size(dt, dt_bias, False)
+    free = F.softplus(raw) if softplus else raw
+    delta = free.clamp(dt_min, dt_max)
+    kind, heads, tokens = delta.dtype, x.shape[2], x.shape[1]
+    u, g, a = x.to(kind), grad.to(kind), A.to(kind)
+    b, c = (_of_heads(value.to(kind), heads) for value in (B, C))
+    decay, step = torch.exp(delta * a)[..., None, None], delta[..., None] * u
+    state = u.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1]) if initial is None else initial.to(kind)
+    states = [state]
+    for t in range(tokens):
+        states.append(decay[:, t] * states[t] + step[:, t, :, :, None] * b[:, t, :, None])
+    adjoint = torch.zeros_like(state) if grad_state is None else grad_state.to(kind)
+    dstep, db, dc, dlog = torch.zeros_like(u), torch.zeros_like(b), torch.zeros_like(c), torch.zeros_like(delta)
+    for t in reversed(range(tokens)):
+        adjoint = adjoint + g[:, t, :, :, None] * c[:, t, :, None]
+        dc[:, t] = (g[:, t, :, :, None] * states[t + 1]).sum(2)
+        dstep[:, t] = (adjoint * b[:, t, :, None]).sum(-1)
+        db[:, t] = (adjoint * step[:, t, :, :, None]).sum(2)
+        adjoint = adjoint * decay[:, t]
+        dlog[:, t] = (adjoint * states[t]).sum((-2, -1))  # for Δ A, the logarithm of the decay
+    skip = 0 if D is None else g * D.to(kind)[:, None]
+    ddelta = dlog * a + (dstep * u).sum(-1)
+    ddt = ddelta * ((free >= dt_min) & (free <= dt_max)) * (torch.sigmoid(raw) if softplus else 1)
+    per_group = (*B.shape[:3], heads // B.shape[2], B.shape[3])
+    return (
+        (dstep * delta[..., None] + skip).to(x.dtype),
+        ddt.to(dt.dtype),
+        (dlog * delta).sum((0, 1)),
+        db.view(per_group).sum(3).to(B.dtype),
+        dc.view(per_group).sum(3).to(C.dtype),
+        x.new_empty(0, dtype=kind) if D is None else (g * u).sum((0, 1, 3)),
+        x.new_empty(0, dtype=kind) if dt_bias is None else ddt.sum((0, 1)),
+        x.new_empty(0, dtype=kind) if initial is None else adjoint,
+    )
+
+
+def ssd_contributions(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_last: Tensor, delta_decay: Tensor | None = None
+) -> Tensor:
+    """`contributions` for Mamba-2, where A is one number for each head.
+
+    Parameters
+    ----------
+    x : Tensor
+        (batch, token, head, p).
+    delta : Tensor
+        (batch, token, head).
+    A : Tensor
+        (head).
+    B : Tensor
+        (batch, token, group, state).
+    C_last : Tensor
+        (batch, group, state): C at the last token.
+    delta_decay : Tensor, optional
+        The step sizes that decay sums up; `delta` unless given.
+
+    Returns
+    -------
+    Tensor
+        (batch, token, head, p). Its sum over tokens is y_T without the skip.
+    """
+    decay = torch.exp(_later(delta if delta_decay is None else delta_decay) * A)
+    product = _of_heads((B * C_last[:, None]).sum(-1, keepdim=True), x.shape[2])[..., 0]
+    return x * (delta * product * decay)[..., None]
+
+
+def ssd_influence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    pool: str = "max",
+    bias_in_decay: bool = True,
+) -> Tensor:
+    """See `simba_compile.kernels.ops_ssd.ssd_influence`."""
+    limits = (dt_min, dt_max)
+    delta = ssd_step_size(dt, dt_bias, softplus, limits)
+    decay = delta if bias_in_decay else ssd_step_size(dt, None, softplus, limits)
+    product = (B.to(delta.dtype) * C[:, -1:].to(delta.dtype)).sum(-1, keepdim=True)
+    weight = delta * _of_heads(product, x.shape[2])[..., 0]
+    value = x.to(delta.dtype) * weight[..., None]
+    if pool == "max":
+        value = torch.where(value < 0, 0, value)
+    shift = A.double() * _later(decay.double())
+    score = (shift[..., None] + value.abs().double().log()).flatten(2)
+    if pool == "l2":
+        return torch.logsumexp(2 * score, -1) / 2
+    return score.amax(-1)
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+) -> Tensor:
+    """See `simba_compile.kernels.ops_ssd.ssd_state_update`."""
+    one, step, b, c = (value[:, None] for value in (x, dt, B, C))  # a sequence of one token
+    y, new = ssd_scan(one, step, A, b, c, D, dt_bias, softplus, -math.inf, math.inf, state)
+    state.copy_(new)
+    return y[:, 0].to(x.dtype)

@@ -1,11 +1,13 @@
 """The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
 
-match    finds the mixers                                          → a record for each
-plan     decides how many tokens each of them keeps                → counts from a length
-prune    scores, selects, and lets what follows run on what is left (with `restore` where full length is needed)
-lower    fuses what belongs together
+functional  writes in-place operations as ordinary ones
+match       finds the mixers                                       → a record for each
+plan        decides how many tokens each of them keeps             → counts from a length
+prune       scores, selects, and lets what follows run on what is left (with `attention`; with `restore` where full length is
+            needed)
+lower       fuses what belongs together
 
-The first two only read the graph. Logger ``simba_compile.passes`` shows the graph after each of the others at DEBUG.
+The second and the third only read the graph. Logger ``simba_compile.passes`` shows the graph before and after the last.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import logging
 from torch.fx import GraphModule
 
 from simba_compile.options import Options
+from simba_compile.passes.functional import make_functional
 from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer, match
 from simba_compile.passes.plan import Plan, make_plan
@@ -49,6 +52,7 @@ class Transformed:
 
 def transform(gm: GraphModule, options: Options) -> Transformed:
     """Run the passes on a graph; `gm` itself becomes the dense one."""
+    make_functional(gm.graph)
     mixers = match(gm.graph)
     plan = make_plan(gm.graph, mixers, options)
     pruned = None

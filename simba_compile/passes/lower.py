@@ -7,7 +7,9 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from simba_compile.passes.match import ADDS, NAMES, SCAN
+from simba_compile.passes.attention import read_cache
+from simba_compile.passes.match import ADDS
+from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, value_of
 
 OPS = torch.ops.simba
@@ -17,12 +19,12 @@ MUL, POW, RSQRT, MEAN = (
     {torch.rsqrt, "rsqrt"},
     {"mean", torch.mean},
 )
-GATHERED = ("x", "dt", "B", "C", "z")  # the scan's inputs that have tokens
 
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
-    for rewrite in (drop_casts, project_rows, cancel_transposes, fuse_norm, fuse_gather, fuse_residual):
+    rewrites = (drop_marks, drop_casts, project_rows, cancel_transposes, fuse_norm, fuse_gather, fuse_residual, read_cache)
+    for rewrite in rewrites:
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -64,6 +66,15 @@ def _insert(before: Node, target: Callable | str, *args: object) -> Node:
         if isinstance(target, str):
             return before.graph.call_method(target, args)  # type: ignore[arg-type]
         return before.graph.call_function(target, args)  # type: ignore[arg-type]
+
+
+def drop_marks(node: Node) -> None:
+    """The marks around a mixture of experts: what they mark."""
+    if node.target is OPS.leave_experts:
+        _replace(node, node.args[0])  # type: ignore[arg-type]
+    elif node.target is OPS.enter_experts:
+        for taken in list(node.users):
+            _replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
 
 
 def drop_casts(node: Node) -> None:
@@ -159,15 +170,16 @@ def _norm_of(node: Node) -> tuple[Node, float] | None:
 
 def fuse_gather(node: Node) -> None:
     """A scan of gathered tokens: a scan with an index, which gathers as it loads."""
-    if node.target is not SCAN:
+    if node.target not in SCANS:
         return
-    args = dict(zip(NAMES, node.args, strict=True))
-    gathers = [args[name] for name in GATHERED if args[name] is not None]
+    kind = SCANS[node.target]  # type: ignore[index]
+    args = kind.named(node)
+    gathers = [args[name] for name in kind.along_tokens if args[name] is not None]
     if not all(isinstance(g, Node) and g.target is OPS.gather and g.args[2] == 1 for g in gathers):
         return
     if len({g.args[1] for g in gathers}) != 1:  # type: ignore[union-attr]
         return
-    for name in GATHERED:
+    for name in kind.along_tokens:
         if args[name] is not None:
             args[name] = args[name].args[0]  # type: ignore[union-attr]
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]

@@ -5,6 +5,9 @@ hidden ─ in_proj ─┬─ conv ─┬─────────── x ─�
                   │        └ … ─ dt_proj ─ dt ─ selective_scan ─ out_proj ─ + ─ hidden'
                   └──────────────────── z ─┘                                │
 residual ───────────────────────────────────────────────────────────────────┘
+
+In Mamba-2, B, C come out of the convolution and dt out of in_proj, and a norm takes the gate after the scan. A mixer of
+several Mamba heads (zamba) has a scan for each head, behind one convolution.
 """
 
 import dataclasses
@@ -15,13 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.kernels import ops  # noqa: F401  (registers torch.ops.simba)
+from simba_compile.passes.scans import CONV, SCANS, arithmetic
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
 
-SCAN = torch.ops.simba.selective_scan
-CONV = torch.ops.simba.causal_conv1d
 ADDS = {operator.add, torch.add, "add"}
-NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "index")
 
 
 @dataclasses.dataclass
@@ -32,10 +32,10 @@ class Mixer:
     ----------
     path : str
         Where the module sits in the model, like ``backbone.layers.3.mixer``.
-    scan : Node
-        Its ``simba::selective_scan``.
+    scans : list of Node
+        Its scan, or one for each of its heads.
     x : Tensor
-        What Dynamo saw as the scan's input: (batch, token, channel).
+        What Dynamo saw as the (first) scan's input: (batch, token, ...).
     add, residual : Node or None
         The residual add after it, and the operand of it that does not come from the scan.
     windows : list of Node
@@ -47,7 +47,7 @@ class Mixer:
     """
 
     path: str
-    scan: Node
+    scans: list[Node]
     x: Tensor
     add: Node | None
     residual: Node | None
@@ -57,56 +57,79 @@ class Mixer:
     scoring_flops: int
     reason: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """"mamba1" or "mamba2"."""
+        return SCANS[self.scans[0].target].kind  # type: ignore[index]
+
 
 def match(graph: Graph) -> list[Mixer]:
     """The mixers of a graph, in its order."""
-    return [_mixer(node) for node in graph.nodes if node.target is SCAN]
+    scans = [node for node in graph.nodes if node.target in SCANS]
+    heads: dict[Node, list[Node]] = {}  # by the convolution that they share, where they have one
+    for scan in scans:
+        heads.setdefault(_convolution(scan) or scan, []).append(scan)
+    return [_mixer(group) for group in heads.values()]
 
 
-def _mixer(scan: Node) -> Mixer:
-    x, dt, A, B = (scan.args[i] for i in range(4))
-    conv = _before(x, lambda node: node.target is CONV)  # type: ignore[arg-type]
+def _convolution(scan: Node) -> Node | None:
+    return _before(scan.args[0], lambda node: node.target is CONV or node.target in SCANS, CONV)  # type: ignore[arg-type]
+
+
+def _mixer(scans: list[Node]) -> Mixer:
+    scan = scans[0]
+    x, dt, _, B = scan.args[:4]
+    conv = _convolution(scan)
+    length = Length(value_of(x))
     out_proj = _after(scan, lambda node: node.target in LINEAR)
-    projections = {
-        _before(B, lambda node: node.target in LINEAR),  # type: ignore[arg-type]
-        _before(dt, lambda node: node.target in LINEAR | PRODUCTS),  # type: ignore[arg-type]
-        None if conv is None else _before(conv.args[0], lambda node: node.target in LINEAR),  # type: ignore[arg-type]
-    }
-    add = _after(out_proj or scan, lambda node: node.target in ADDS and len(node.all_input_nodes) == 2)
-    residual, reason = None, "no residual add follows its output"
-    if add is not None:
-        outside = [source for source in add.all_input_nodes if not _reaches(scan, source)]
-        residual = outside[0] if len(outside) == 1 else None
-        reason = "the add after its output has no operand that passes it by"
+    weighted = LINEAR | PRODUCTS
+    projections = {_before(source, lambda node: node.target in weighted) for source in (B, dt)}  # type: ignore[arg-type]
+    if conv is not None:
+        projections.add(_before(conv.args[0], lambda node: node.target in weighted))  # type: ignore[arg-type]
+    add, residual = _residual(scan, out_proj or scan)
     windows: list[Node] = []
+    reason = None if residual is not None else "no residual add follows its output"
     if conv is not None:
         uses = [user for source in _views_of(conv.args[0]) for user in source.users]  # type: ignore[arg-type]
-        windows = [user for user in uses if suffix(user, Length(value_of(x)))]  # type: ignore[arg-type]
+        windows = [user for user in uses if suffix(user, length)]
         if any(user.target is torch.nn.functional.pad for user in uses):
-            residual, reason = None, "the prompt is shorter than the convolution"
-    per_state = value_of(A).numel()  # type: ignore[arg-type]
+            reason = "the prompt is shorter than the convolution"
+        elif length.of(conv) < 0:
+            reason = "it goes on from a cache"
+    work = [arithmetic(head) for head in scans]
     return Mixer(
         path=_path(scan),
-        scan=scan,
-        x=value_of(x),  # type: ignore[arg-type]
+        scans=scans,
+        x=value_of(x),
         add=add,
         residual=residual,
         windows=windows,
-        # Two operations for each weight; in the scan seven for each state (Δ·A, exp, decay, two for B, two for C), in the
-        # score four (A·S, exp, two for the sum).
+        # Two operations for each weight.
         entering_flops=2 * sum(_weights(node) for node in projections) + 2 * _weights(conv),
-        scanned_flops=2 * _weights(out_proj) + 7 * per_state,
-        scoring_flops=4 * per_state,
-        reason=None if residual is not None else reason,
+        scanned_flops=2 * _weights(out_proj) + sum(scanned for scanned, _ in work),
+        scoring_flops=sum(scored for _, scored in work),
+        reason=reason,
     )
+
+
+def _residual(scan: Node, start: Node) -> tuple[Node | None, Node | None]:
+    """The first add after the scan with an operand that passes the mixer by: one that the scan is made of."""
+    behind = start
+    while (add := _after(behind, lambda node: node.target in ADDS and len(node.all_input_nodes) == 2)) is not None:
+        outside = [source for source in add.all_input_nodes if not _reaches(scan, source)]
+        if len(outside) == 1 and _reaches(_views_of(outside[0])[-1], scan):
+            return add, outside[0]
+        behind = add  # what runs beside the mixer joins it here: attention, say
+    return None, None
 
 
 def _weights(node: Node | None) -> int:
     """How many weights a projection or a convolution has."""
     if node is None:
         return 0
-    weight = node.args[0] if node.target in PRODUCTS else node.args[1]
-    return int(value_of(weight).numel())  # type: ignore[arg-type]
+    weights = [value for value in map(value_of, node.args[:2]) if isinstance(value, torch.nn.Parameter)]
+    first = node.args[0] if node.target in PRODUCTS else node.args[1]
+    return int((weights[0] if weights else value_of(first)).numel())
 
 
 def _path(node: Node) -> str:
@@ -119,9 +142,10 @@ def _path(node: Node) -> str:
     return name.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
 
 
-def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
-    """The nearest wanted node among what `node` is made of, nearest inputs first."""
-    return _search([node], lambda found: found.all_input_nodes, wanted)
+def _before(node: Node, wanted: Callable[[Node], bool], target: object = None) -> Node | None:
+    """The nearest wanted node among what `node` is made of, nearest inputs first; None where it is not of `target`."""
+    found = _search([node], lambda found: found.all_input_nodes, wanted)
+    return found if found is None or target is None or found.target is target else None
 
 
 def _after(node: Node, wanted: Callable[[Node], bool]) -> Node | None:

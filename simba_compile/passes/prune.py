@@ -12,20 +12,25 @@ After:
 
 Every value has a *version*: how many prunings it has gone through; 0 is full length. One rule brings everything else
 along: a node takes the newest version among its inputs, and its older inputs are gathered. It holds for operations that
-treat tokens alike and apart (`tokens.is_tokenwise`). Any other operation, and the graph's output, sees full-length values,
-which are put together as `restore` says.
+treat tokens alike and apart (`tokens.is_tokenwise`), for attention (`attention`), and for what stands between the marks that
+`capture` sets around a mixture of experts. Any other operation, and the graph's output, sees full-length values, which
+are put together as `restore` says.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.match import CONV, NAMES, SCAN
+from simba_compile.passes.attention import Attention, is_attention
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream, uncast
+from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
+    CONTRACT,
+    FLAT,
     NO_TOKENS,
     expression,
     inputs_with_tokens,
@@ -36,7 +41,6 @@ from simba_compile.passes.tokens import (
 )
 
 OPS = torch.ops.simba
-CONTRACT = {SCAN, CONV}  # what they compute on kept tokens is the contract's; there is no full-length value behind it
 
 
 class Unprunable(Exception):
@@ -72,6 +76,8 @@ class _Pruning:
         self.positions: dict[int, Node] = {}  # version → their places in the sequence, where something asks for them
         self.pending: Node | None = None  # placement "layer": selected at the scan, to be pruned at the residual add
         self.mixer = 0  # the last one that pruned: whom a failure is laid to
+        self.experts: int | None = None  # the version inside a mixture of experts
+        self.entries: set[Node] = set()  # keys and values that attention reads: as outputs, a cache's entries
         self.tokens: Node | None = None  # the full length as a number
 
     @property
@@ -88,31 +94,36 @@ class _Pruning:
         self.counts = [self.out.placeholder(f"kept_{i}") for i in self.plan.pruning]
         self.tokens = self._full_length(inputs)
         for node in nodes:
-            if node.op != "placeholder":
-                self._visit(node)
+            self._visit(node)
         self.out.lint()
         return GraphModule(self.gm, self.out)
 
     def _visit(self, node: Node) -> None:
+        if node in self.version:  # an input, or one that was needed earlier
+            return
         if node.op == "output":
             self.out.node_copy(node, lambda source: self.at(source, 0))
             return
         if self.length.is_number(node):
             self.version[node] = 0  # written where it is used, for the version that it is used in
             return
-        mixer = next((i for i in self.plan.pruning if self.plan.mixers[i].scan is node), None)
-        if mixer is not None:
-            self._select(mixer, node)
+        mixer = next((i for i in self.plan.pruning if node in self.plan.mixers[i].scans), None)
+        if mixer is not None and node is self.plan.mixers[mixer].scans[0]:
+            self._select(mixer)
         versions = [self.version[source] for source in inputs_with_tokens(node, self.length)]
         if mixer is not None:
             versions.append(self.latest)
         newest = max(versions, default=0)
-        if is_inplace(node) and newest > 0:
+        if self._among_experts(node, newest):
+            return
+        if newest > 0 and is_inplace(node):
             raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
         if newest == 0:
             self._emit(node, 0)
         elif self._reads_the_end(node):
             self._emit_last_tokens(node, newest)
+        elif is_attention(node):
+            self._attend(node, newest)
         elif is_tokenwise(node, self.length):
             self._emit(node, newest)
         elif node.target in CONTRACT:
@@ -130,29 +141,65 @@ class _Pruning:
     def _call(self, target: Any, *args: Any) -> Node:
         return self.out.call_function(target, args)
 
+    # --- attention and experts ---------------------------------------------------------------------------------------
+
+    def _attend(self, node: Node, newest: int) -> None:
+        """Attention among the kept tokens: queries, keys and values in the newest version, the mask's two axes as well."""
+        attention = Attention(node, self.length)
+        if attention.reason is not None:
+            raise Unprunable(self.mixer, attention.reason)
+        self.entries |= attention.entries()
+        self._emit(node, newest)
+
+    def _among_experts(self, node: Node, newest: int) -> bool:
+        """Between the marks, what treats rows as a set (sorts and counts them) gives each token what it gave it before."""
+        if node.target is OPS.enter_experts and newest > 0:
+            self.experts = newest
+        if self.experts is None:
+            return False
+        self._emit(node, self.experts)
+        if node.target is OPS.leave_experts:
+            self.experts = None
+        return True
+
     # --- scoring and selecting ---------------------------------------------------------------------------------------
 
-    def _select(self, mixer: int, scan: Node) -> None:
-        """Score before the scan of a pruning mixer, and select. What follows has a newer version."""
+    def _select(self, mixer: int) -> None:
+        """Score before the scans of a pruning mixer, and select. What follows has a newer version."""
         if self.pending is not None:
             raise Unprunable(mixer, "another mixer stands between this one's scan and its residual add")
         self.mixer = mixer
-        given = {
-            name: self.at(value, self.latest) if isinstance(value, Node) else value
-            for name, value in zip(NAMES, scan.args, strict=True)
-        }
+        scans = self.plan.mixers[mixer].scans
+        for scan in scans[1:]:  # what other heads scan is made after the first head's scan
+            self._visit_before(scan)
         count = self.counts[self.latest]
         if self.options.criterion == "influence":
-            inputs = (given[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus"))
-            scores = self._call(OPS.influence, *inputs, self.options.pool, self.options.dt_bias == "include")
+            scores = self._influence(scans[0])
+            for scan in scans[1:]:
+                scores = self._call(OPS.pool_heads, scores, self._influence(scan), self.options.pool)
         else:
             seed = self.options.seed + mixer
-            scores = self._call(OPS.token_scores, given["x"], count, self.options.criterion, seed)
+            x = self.at(scans[0].args[0], self.latest)  # type: ignore[arg-type]
+            scores = self._call(OPS.token_scores, x, count, self.options.criterion, seed)
         kept = self._call(OPS.select, scores, count, self.plan.protect_first, self.plan.protect_last)
         if self.options.placement == "scan":
             self.kept.append(kept)
         else:
             self.pending = kept
+
+    def _influence(self, scan: Node) -> Node:
+        kind = SCANS[scan.target]  # type: ignore[index]
+        named = kind.named(scan)
+        scored = (named[name] for name in kind.scored)
+        given = [self.at(value, self.latest) if isinstance(value, Node) else value for value in scored]
+        return self._call(kind.influence, *given, self.options.pool, self.options.dt_bias == "include")
+
+    def _visit_before(self, node: Node) -> None:
+        """Visit what a node is made of, ahead of its turn."""
+        for source in node.all_input_nodes:
+            if source not in self.version:
+                self._visit_before(source)
+                self._visit(source)
 
     def _prune_layer(self, add: Node) -> None:
         """Placement "layer": the residual add's result loses the tokens that its mixer did not select."""
@@ -229,7 +276,11 @@ class _Pruning:
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)
-        if axis < 1 or not (self.length.has_batch(value) or value.shape[0] == 1):
+        have_batch = axis != FLAT and isinstance(value, Tensor) and expression(value.shape[0]) in (1, self.length.batch)
+        if have == 0 and have_batch and self.length.is_square(value):  # a mask: queries and keys
+            queries = self._call(OPS.gather, self.made[node, 0], self._positions(version), value.dim() - 2)
+            return self._call(OPS.gather, queries, self._positions(version), value.dim() - 1)
+        if axis < 1 or not have_batch:
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
         if have == 0:
             return self._call(OPS.gather, self.made[node, 0], self._positions(version), axis)
@@ -241,6 +292,10 @@ class _Pruning:
             raise Unprunable(self.mixer, f"{node.name} would be needed with more tokens than it has")
         if node in self.stream.before:
             return self._restore_stream(node)
+        if node in self.entries:
+            have = self.version[node]
+            where = (self._positions(have), self.tokens, self.length.of(node))
+            return self._call(OPS.cache_entries, self.made[node, have], *where)
         if node.target in CONTRACT or not is_tokenwise(node, self.length):
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
         return self.out.node_copy(node, lambda source: self.at(source, 0))

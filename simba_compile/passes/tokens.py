@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
+
 NO_TOKENS = -1  # the value has no token axis
-UNCLEAR = -2  # it depends on the length in another way: flattened, shifted, or along two axes
+UNCLEAR = -2  # it depends on the length in another way: shifted, or along two axes
+FLAT = -3  # axis 0 is batch and tokens in one, as a mixture of experts takes them
 
 
 def value_of(node: Any) -> Any:
@@ -47,7 +50,7 @@ class Length:
         return isinstance(self.symbol, sympy.Symbol) and self.symbol not in self.batch.free_symbols
 
     def axis(self, value: Any) -> int:
-        """The token axis of a tensor, or of the tensors of a tuple that have one; NO_TOKENS or UNCLEAR."""
+        """The token axis of a tensor, or of the tensors of a tuple that have one; NO_TOKENS, UNCLEAR or FLAT."""
         if isinstance(value, list | tuple):
             axes = {self.axis(item) for item in value} - {NO_TOKENS}
             return axes.pop() if len(axes) == 1 else UNCLEAR if axes else NO_TOKENS
@@ -59,7 +62,17 @@ class Length:
         depends = [i for i, size in enumerate(sizes) if self.symbol in size.free_symbols]
         if not depends:
             return NO_TOKENS
+        if depends == [0] and sizes[0] == self.batch * self.symbol:
+            return FLAT
         return depends[0] if len(depends) == 1 and sizes[depends[0]] == self.symbol else UNCLEAR
+
+    def is_square(self, value: Any) -> bool:
+        """Whether it is a mask of attention: its last two axes have the length, and no other."""
+        if not isinstance(value, Tensor) or value.dim() < 3:
+            return False
+        sizes = [expression(size) for size in value.shape]
+        others = [size for size in sizes[:-2] if self.symbol in size.free_symbols]
+        return sizes[-2:] == [self.symbol, self.symbol] and not others
 
     def of(self, node: Any) -> int:
         """The token axis of a node's value."""
@@ -82,10 +95,15 @@ class Length:
                 return place, self.axis(value)
         raise ValueError(f"no input of the graph has the length {self.symbol}")
 
-    def has_batch(self, value: Any) -> bool:
-        """Whether axis 0 is the batch: else tokens of different sequences were mixed, or there is one set for all."""
+    def batch_axis(self, value: Any) -> int | None:
+        """The axis that counts sequences, or None where none does: tokens of different sequences are then not told apart."""
+        if self.axis(value) == FLAT:
+            return 0
         first = value[0] if isinstance(value, list | tuple) else value
-        return isinstance(first, Tensor) and first.dim() > 0 and expression(first.shape[0]) == self.batch
+        if not isinstance(first, Tensor):
+            return None
+        found = [axis for axis, size in enumerate(first.shape) if expression(size) == self.batch]
+        return found[0] if found else None
 
 
 # --- operations that may run on fewer tokens -------------------------------------------------------------------------
@@ -99,24 +117,19 @@ POINTWISE: set[Any] = {
     *(torch.sigmoid, torch.tanh, torch.relu, torch.clamp, torch.where, torch.abs, torch.square, torch.maximum),
     *(torch.minimum, _F.silu, _F.gelu, _F.relu, _F.softplus, _F.sigmoid, _F.tanh, torch._C._nn.gelu),
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "clamp"),
-    *("abs", "square", "masked_fill", "to", "type_as", "float", "half", "bfloat16", "double", "bool", "contiguous"),
-    *("clone", "detach", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("abs", "square", "masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool"),
+    *("contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin),
+    *(torch.zeros_like, torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
 }
-ALONG_AXES: set[Any] = {  # take ``dim``, which must be given and must not be the tokens'
-    *(
-        torch.mean,
-        torch.sum,
-        torch.softmax,
-        _F.softmax,
-        torch.amax,
-        torch.amin,
-        "mean",
-        "sum",
-        "softmax",
-        "amax",
-        "amin",
-    ),
+ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
+    **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "cumsum", torch.gather, torch.scatter), None),
+    **dict.fromkeys(("gather", "scatter"), None),
+    **dict.fromkeys((torch.topk, torch.sort), -1),
+    **dict.fromkeys(("topk", "sort"), -1),
 }
+DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
+CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 NORMS: set[Any] = {_F.layer_norm, _F.rms_norm}  # over the last axes, as many as ``normalized_shape`` has
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
 VIEWS: set[Any] = {
@@ -125,7 +138,8 @@ VIEWS: set[Any] = {
 }
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
-CASTS: set[Any] = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+CONTRACT = {torch.ops.simba.causal_conv1d, torch.ops.simba.selective_scan, torch.ops.simba.ssd_scan}
 IN_PLACE: set[Any] = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ipow),
 }
@@ -147,27 +161,34 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     """Whether the node computes for the kept tokens just what it computes for them among all tokens."""
     if is_one_result(node):
         return True
-    value, axis = value_of(node), length.of(node)
+    value, kind = value_of(node), length.of(node)
     sources = list(inputs_with_tokens(node, length))
-    if axis < 0 or not sources or any(length.of(source) < 0 for source in sources):
+    kinds = {length.of(source) for source in sources}
+    if not sources or UNCLEAR in kinds | {kind} or kind == NO_TOKENS:
         return False
-    if not all(length.has_batch(v) for v in (value, *map(value_of, sources))):
+    if any(length.batch_axis(v) is None for v in (value, *map(value_of, sources)) if not _is_broadcast(v, length)):
         return False
-    rank = _rank(value)
+    if node.target in RESHAPES:
+        return _keeps_rows(value_of(sources[0]), value, length)
+    if FLAT in kinds and kinds != {FLAT}:
+        return False
+    rank, axis = _rank(value), max(kind, 0)
+    ends = {_rank(value_of(source)) - max(length.of(source), 0) for source in sources}  # the token axis from the right
     if node.target in POINTWISE:  # aligned from the right, as broadcasting does
-        return all(_rank(value_of(source)) - length.of(source) == rank - axis for source in sources)
+        return ends == {rank - axis}
     if node.target is operator.getitem:
         return _is_plain_index(node)
-    if node.target in RESHAPES:  # the same number of rows before the axis: the tokens' data did not move
-        source = sources[0]
-        return _rows_before(value_of(source), length.of(source)) == _rows_before(value, axis)
     if node.target in VIEWS:
-        return True
+        return len(node.args) + len(node.kwargs) > 1  # a bare squeeze() would take a token axis of one away
     if node.target in ALONG_AXES:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        at = DIM_AT.get(node.target, 1)
+        dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
         dims = dims if isinstance(dims, list | tuple) else [dims]
-        known = all(isinstance(dim, int) and dim % rank != axis for dim in dims)
-        return len(sources) == 1 and known and _rank(value_of(sources[0])) == rank and length.of(sources[0]) == axis
+        (given, *others) = {(_rank(value_of(source)), max(length.of(source), 0)) for source in sources}
+        taken = {given[1], length.batch_axis(value_of(sources[0]))}
+        return not others and all(isinstance(dim, int) and dim % given[0] not in taken for dim in dims)
+    if node.target in CONCATENATIONS:
+        return _joins_elsewhere(node, rank, axis, length)
     if node.target in NORMS:
         shape = node.args[1] if len(node.args) > 1 else None
         return isinstance(shape, list | tuple) and sources == [node.args[0]] and axis < rank - len(shape)
@@ -177,7 +198,35 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         return len(sources) == 1
     if node.target is _F.embedding:
         return True
-    return node.target in (torch.ops.simba.causal_conv1d, torch.ops.simba.selective_scan)
+    return node.target in CONTRACT
+
+
+def _is_broadcast(value: Any, length: Length) -> bool:
+    """Whether it is one set of tokens for every sequence, as positions are: (1, ..., token, ...)."""
+    return isinstance(value, Tensor) and length.axis(value) >= 1 and expression(value.shape[0]) == 1
+
+
+def _keeps_rows(source: Tensor, value: Tensor, length: Length) -> bool:
+    """Whether a reshape leaves each token's numbers together and in place."""
+    if FLAT in (length.axis(source), length.axis(value)):  # batch and token axes become one, or one becomes two
+        whole = [v for v in (source, value) if length.axis(v) != FLAT]
+        return all(length.axis(v) == 1 and expression(v.shape[0]) == length.batch for v in whole)
+    return _rows_before(source, length.axis(source)) == _rows_before(value, length.axis(value))
+
+
+def _joins_elsewhere(node: Node, rank: int, axis: int, length: Length) -> bool:
+    """Whether a concatenation is along another axis than the tokens', or of one value with empty ones."""
+    parts = node.args[0]
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if not isinstance(parts, list | tuple) or not isinstance(dim, int) or not all(isinstance(p, Node) for p in parts):
+        return False
+    dim %= rank
+    full: list[Node] = [part for part in parts if 0 not in value_of(part).shape]  # type: ignore[union-attr, misc]
+    if len(full) == 1 and node.target is not torch.stack:
+        return True
+    was = axis - 1 if node.target is torch.stack and dim < axis else axis
+    apart = dim not in (axis, length.batch_axis(value_of(node)))
+    return apart and all(max(length.of(part), 0) == was and length.of(part) != NO_TOKENS for part in full)
 
 
 def _rank(value: Any) -> int:

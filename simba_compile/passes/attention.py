@@ -1,0 +1,133 @@
+"""Attention on kept tokens, and a cache that fewer tokens have entered.
+
+Attention between mixers runs on the tokens that are left: their queries, keys and values, with the rows and columns of the
+mask that belong to them.
+
+A cache of attention keeps an entry for each token, pruned ones included, because Hugging Face takes positions and the sizes
+of masks from its length. The entries of pruned tokens carry a mark (`simba::cache_entries`), and `read_cache` has attention
+that reads a cache pass over them. Eager attention, which does not know the mark, gives NaN, not a wrong result.
+"""
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from simba_compile.kernels.reference import is_marked
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, RESHAPES, VIEWS, Length, is_one_result, value_of
+
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_SAME_DATA: set[Any] = {*VIEWS, *RESHAPES, *CASTS, *CONCATENATIONS, operator.getitem}
+
+
+def is_attention(node: Node) -> bool:
+    """Whether it is PyTorch's attention."""
+    return node.target is F.scaled_dot_product_attention
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    return {**dict(zip(NAMES, node.args, strict=False)), **node.kwargs}
+
+
+class Attention:
+    """One attention of a graph.
+
+    Parameters
+    ----------
+    node : Node
+        See `is_attention`.
+    length : Length
+        The graph's.
+    """
+
+    def __init__(self, node: Node, length: Length) -> None:
+        self.arguments = _arguments(node)
+        self.length = length
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot run on kept tokens, where it cannot."""
+        for name in ("query", "key", "value"):
+            node = self.arguments[name]
+            if self.length.of(node) != value_of(node).dim() - 2 or self.length.batch_axis(value_of(node)) != 0:
+                return f"the {name} of attention does not have one row for each token: it is {list(value_of(node).shape)}"
+        mask = self.arguments.get("attn_mask")
+        if mask is None or self.length.is_square(value_of(mask)) or self.length.of(mask) == value_of(mask).dim() - 1:
+            return None
+        return f"the mask of attention is {list(value_of(mask).shape)}"
+
+    def entries(self) -> set[Node]:
+        """The keys and values, and what they are views of: those of them that the graph returns go into a cache."""
+        found: set[Node] = set()
+        queue: list[Node] = [self.arguments["key"], self.arguments["value"]]
+        for node in queue:  # grows while it is walked
+            if node not in found and not is_one_result(node) and self.length.of(node) >= 0:
+                found.add(node)
+                if node.target in _SAME_DATA:
+                    queue += node.all_input_nodes
+        return found
+
+
+# --- reading a cache -------------------------------------------------------------------------------------------------
+
+
+def read_cache(node: Node) -> None:
+    """Attention whose keys come from an input of the graph: `attention_over_cache`."""
+    if not is_attention(node):
+        return
+    queue: list[Node] = [_arguments(node)["key"]]
+    seen = set(queue)
+    for source in queue:  # grows while it is walked
+        if source.op == "placeholder" and isinstance(value_of(source), Tensor):
+            node.target = attention_over_cache
+            return
+        if source.target in _SAME_DATA:
+            queue += [further for further in source.all_input_nodes if further not in seen]
+            seen.update(queue)
+
+
+def attention_over_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, to the entries that are not marked as pruned.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        (batch, head, token, channel). Marks are the same for all heads.
+    attn_mask, dropout_p, is_causal, **kwargs
+        See PyTorch's function.
+    """
+    pruned = is_marked(key[:, 0, :, 0])
+    if not torch.compiler.is_compiling():
+        if not pruned.any():
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        counts = (~pruned).sum(1)
+        if bool((counts == counts[0]).all()) and not is_causal:  # each sequence keeps as many: read those alone
+            left = pruned.logical_not().nonzero()[:, 1].view(len(pruned), -1)
+            rows = left[:, None, :, None]
+            key, value = (x.gather(2, rows.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
+            if attn_mask is not None:
+                mask = attn_mask.expand(len(left), *attn_mask.shape[1:])
+                columns = left[:, None, None, :].expand(-1, *mask.shape[1:3], -1)
+                attn_mask = mask.gather(3, columns)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+    gone = pruned[:, None, :, None]
+    key, value = (x.masked_fill(gone, 0) for x in (key, value))
+    seen = ~pruned[:, None, None, :]
+    if is_causal:
+        seen = seen & torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        attn_mask = seen if attn_mask is None else attn_mask & seen
+    else:
+        attn_mask = attn_mask.masked_fill(~seen, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)

@@ -1,0 +1,52 @@
+"""Write in-place operations on values of their own as ordinary ones, so that the other passes may copy and reorder them.
+
+``m = zeros_like(x); m.scatter_(1, i, 1); y = ~m`` becomes ``m = zeros_like(x); n = m.scatter(1, i, 1); y = ~n``. Only where
+nobody can see the difference: the value that is written to was made by an operation (it is not a view of another value, and
+no input), and nothing made before the write is a view of it.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from simba_compile.passes.tokens import CASTS, RESHAPES, VIEWS, value_of
+
+_OPERATORS: dict[Any, Any] = {
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
+}
+_ALIASES: set[Any] = {*VIEWS, *RESHAPES, *CASTS, operator.getitem, "detach"}
+
+
+def make_functional(graph: Graph) -> None:
+    """Run over a graph, in place."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        plain = _plain(node)
+        if plain is None or not node.args or not isinstance(node.args[0], Node):
+            continue
+        written = node.args[0]
+        own = written.op in ("call_function", "call_method") and written.target not in _ALIASES
+        before = [user for user in written.users if place[user] < place[node]]
+        if own and _keeps_dtype(node) and not any(user.target in _ALIASES for user in before):
+            node.target = plain
+            for user in [user for user in written.users if place[user] > place[node]]:
+                user.replace_input_with(written, node)
+
+
+def _keeps_dtype(node: Node) -> bool:
+    """Whether the ordinary operation gives the type of the value that was written to."""
+    values = [value for value in map(value_of, node.all_input_nodes) if isinstance(value, Tensor)]
+    return all(torch.promote_types(values[0].dtype, value.dtype) == values[0].dtype for value in values)
+
+
+def _plain(node: Node) -> Any:
+    """What computes the same without writing, where the node writes in place."""
+    if node.op == "call_function":
+        return _OPERATORS.get(node.target)
+    name = node.target if node.op == "call_method" else None
+    if isinstance(name, str) and name.endswith("_") and not name.endswith("__") and name != "copy_":
+        return name[:-1] if hasattr(torch.Tensor, name[:-1]) else None
+    return None

@@ -14,21 +14,22 @@ from typer.testing import CliRunner
 
 from simba_compile.analysis import flow, redundancy
 from simba_compile.analysis.intervals import interval, paired
-from simba_compile.analysis.variants import Scan, Variants, record_scans
+from simba_compile.analysis.variants import ScanRead, Variants, record_scans
 from simba_compile.cli import app
 from simba_compile.kernels import reference
 from simba_compile.options import Options
+from simba_compile.passes.scans import SCANS
 
 CHANNELS, STATES = 6, 4
 
 
-def scan(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None = None) -> Scan:
+def scan(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None = None) -> ScanRead:
     """A scan with Δ = 1 and C = 1 over x, (batch, token, channel)."""
     batch, tokens, channels = x.shape
     ones = torch.ones(batch, tokens, A.shape[1])
     arguments = {"x": x, "dt": torch.ones_like(x), "A": A, "B": ones if B is None else B, "C": ones}
-    arguments |= {"D": None, "z": None, "dt_bias": None, "softplus": False}
-    return Scan(arguments, torch.arange(tokens).expand(batch, tokens))
+    arguments |= {"D": None, "z": None, "dt_bias": None, "softplus": False, "index": None}
+    return ScanRead(SCANS[torch.ops.simba.selective_scan], arguments, torch.arange(tokens).expand(batch, tokens))
 
 
 # --- flow ------------------------------------------------------------------------------------------------------------
@@ -146,12 +147,32 @@ def test_similarity_of_vectors() -> None:
 def test_redundancy_of_a_model_is_that_of_its_own_hidden_states() -> None:
     model, ids = tiny_model("mamba", layers=2), random_ids(2, 40)
     found = redundancy.measure(model, ids)
-    assert [layer["layer"] for layer in found] == [1, 2]
     with torch.no_grad():
-        streams = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    for layer, stream in zip(found, streams, strict=False):
-        assert layer["hidden_state"] == pytest.approx(dataclasses.asdict(redundancy.similarity(stream)), abs=1e-4)
-        assert -1 <= layer["ssm_state"]["adjacent"] <= 1
+        streams = model(ids, output_hidden_states=True, use_cache=False).hidden_states[1:]
+    for layer, stream in zip(found["hidden_states"], streams, strict=True):
+        assert layer == pytest.approx(dataclasses.asdict(redundancy.similarity(stream)), abs=1e-4)
+    assert len(found["ssm_states"]) == 2
+
+
+def test_mamba2_with_one_channel_a_head_is_mamba1() -> None:
+    """Where every head has one channel and a group of its own, and A is the same for all states, the two scans are one."""
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(2, 24, CHANNELS), torch.rand(2, 24, CHANNELS), -torch.rand(CHANNELS)
+    B, C = torch.randn(2, 24, STATES), torch.randn(2, 24, STATES)
+    positions = torch.arange(24).expand(2, 24)
+    rest = {"D": None, "z": None, "dt_bias": None, "softplus": True, "index": None}
+    one = {"x": x, "dt": dt, "A": A[:, None].expand(CHANNELS, STATES), "B": B, "C": C, **rest}
+    limits = {"dt_min": 0.0, "dt_max": float("inf"), "initial": None}
+    two = {"x": x[..., None], "dt": dt, "A": A, "B": B[:, :, None], "C": C[:, :, None], **rest, **limits}
+    scans = [
+        ScanRead(SCANS[torch.ops.simba.selective_scan], one, positions),
+        ScanRead(SCANS[torch.ops.simba.ssd_scan], two, positions),
+    ]
+    for pool in ("max", "l2"):
+        first, second = (flow.normalised_influence(scan, Options(pool=pool)) for scan in scans)
+        assert torch.allclose(first, second, rtol=1e-4)
+    first, second = (dataclasses.asdict(redundancy.state_similarity(scan)) for scan in scans)
+    assert first == pytest.approx(second, abs=1e-5)
 
 
 # --- one trace, many options -----------------------------------------------------------------------------------------
@@ -223,7 +244,7 @@ def test_analyze(command: str, bytes_model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(data.read_text())
     assert found["windows"] == [2, 100]
-    assert [layer["layer"] for layer in found["layers"]] == [1, 2]
+    assert len(found["layers"] if command == "flow" else found["ssm_states"]) == 2
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from simba_compile.analysis.variants import Scan, record_scans
+from simba_compile.analysis.variants import ScanRead, record_scans
 from simba_compile.options import Options
 
 
@@ -65,7 +65,7 @@ def measure(
     return found
 
 
-def normalised_influence(scan: Scan, options: Options) -> Tensor:
+def normalised_influence(scan: ScanRead, options: Options) -> Tensor:
     """s(t) / ‖y_T‖ of every token that a scan reads.
 
     s(t) is the influence pooled over channels as the options say, y_T the scan's last output without skip and gate: the sum
@@ -76,13 +76,13 @@ def normalised_influence(scan: Scan, options: Options) -> Tensor:
     Tensor
         (batch, token) in float64.
     """
-    given = scan.arguments
-    inputs = (given[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus"))
-    score = torch.ops.simba.influence(*inputs, options.pool, options.dt_bias == "include")
-    _, state = torch.ops.simba.selective_scan(
-        *(given[name] for name in ("x", "dt", "A", "B", "C")), None, None, given["dt_bias"], given["softplus"], None
-    )
-    last = (state.double() * given["C"][:, -1, None, :].double()).sum(-1)
+    kind, given = scan.kind, scan.arguments
+    score = kind.influence(*(given[name] for name in kind.scored), options.pool, options.dt_bias == "include")
+    plain = given | {"D": None, "z": None}
+    _, state = kind.operator(*(plain[name] for name in kind.arguments))
+    C = given["C"][:, -1].double()  # (batch, state), or (batch, group, state) with a group for several heads
+    C = C[:, None] if C.dim() == 2 else C.repeat_interleave(state.shape[1] // C.shape[1], 1)[:, :, None]
+    last = (state.double() * C).sum(-1).flatten(1)
     return score.exp() / last.norm(dim=1, keepdim=True)
 
 

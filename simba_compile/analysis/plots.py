@@ -24,17 +24,17 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path)
 
 
-def redundancy(path: Path, layers: Sequence[dict[str, Any]], subject: str) -> None:
+def redundancy(path: Path, found: dict[str, list[dict[str, float]]], subject: str) -> None:
     """Draw what `simba_compile.analysis.redundancy.measure` returns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
     _plain(axes)
-    at = [layer["layer"] for layer in layers]
-    for name, label, colour in (("ssm_state", "SSM state", PRUNED), ("hidden_state", "residual stream", SECOND)):
-        adjacent = [layer[name]["adjacent"] for layer in layers]
-        unrelated = [layer[name]["unrelated"] for layer in layers]
+    for name, label, colour in (("ssm_states", "SSM state", PRUNED), ("hidden_states", "residual stream", SECOND)):
+        adjacent = [layer["adjacent"] for layer in found[name]]
+        unrelated = [layer["unrelated"] for layer in found[name]]
+        at = range(1, len(adjacent) + 1)
         axes.plot(at, adjacent, color=colour, marker="o", markersize=5, label=f"{label}, adjacent tokens")
         axes.plot(at, unrelated, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, unrelated tokens")
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)

@@ -1,15 +1,15 @@
 """How alike the states of adjacent tokens are, layer by layer (the paper's Figure 2)."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from simba_compile.analysis.variants import Scan, record_scans
-from simba_compile.kernels.reference import step_size
+from simba_compile.analysis.variants import ScanRead, record_scans
+from simba_compile.kernels.reference import ssd_step_size, step_size
 from simba_compile.options import Options
 
 
@@ -33,7 +33,7 @@ class Similarity:
     unrelated: float
 
 
-def measure(model: PreTrainedModel, ids: Tensor) -> list[dict[str, Any]]:
+def measure(model: PreTrainedModel, ids: Tensor) -> dict[str, list[dict[str, float]]]:
     """Compare tokens in every layer of the dense model.
 
     Parameters
@@ -45,21 +45,15 @@ def measure(model: PreTrainedModel, ids: Tensor) -> list[dict[str, Any]]:
 
     Returns
     -------
-    list of dict
-        For each mixer "layer", from 1; "ssm_state", a `Similarity` of the scan's state h_t, and "hidden_state", one of the
-        residual stream after the layer, both as data.
+    dict of str to list of dict
+        "ssm_states": for each scan, the `Similarity` of its states h_t as data; "hidden_states": for each layer, that of the
+        residual stream after it (after the last one, normed, as transformers returns it). A hybrid has more layers than scans.
     """
     scans, output = record_scans(model, ids, Options(keep=1.0), output_hidden_states=True, logits_to_keep=1)
-    # Before the first layer, after each, and the last once more, normed.
-    streams = output.hidden_states[: len(scans)]
-    return [
-        {
-            "layer": i + 1,
-            "ssm_state": dataclasses.asdict(state_similarity(scan)),
-            "hidden_state": dataclasses.asdict(similarity(stream)),
-        }
-        for i, (scan, stream) in enumerate(zip(scans, streams, strict=True))
-    ]
+    return {
+        "ssm_states": [dataclasses.asdict(state_similarity(scan)) for scan in scans],
+        "hidden_states": [dataclasses.asdict(similarity(stream)) for stream in output.hidden_states[1:]],
+    }
 
 
 def similarity(values: Tensor) -> Similarity:
@@ -70,22 +64,40 @@ def similarity(values: Tensor) -> Similarity:
     return Similarity(adjacent.mean().item(), unrelated.mean().item())
 
 
-def state_similarity(scan: Scan) -> Similarity:
+def state_similarity(scan: ScanRead) -> Similarity:
     """`Similarity` of a scan's states, each of channels × state numbers, at every `STRIDE`-th token.
 
     Walked token by token: all states at once would not fit.
     """
-    given = scan.arguments
-    delta = step_size(given["dt"], given["dt_bias"], given["softplus"])
-    u, A, B = (given[name].to(delta.dtype) for name in ("x", "A", "B"))
-    state = torch.zeros(u.shape[0], u.shape[2], A.shape[1])
+    tokens = scan.arguments["x"].shape[1]
+    decay, entering = _recurrence(scan)
+    state = torch.zeros_like(entering(0))
     adjacent, unrelated = [], []
-    for t in range(u.shape[1]):
+    for t in range(tokens):
         before = state
-        entering = (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
-        state = torch.exp(delta[:, t, :, None] * A) * before + entering
+        state = decay(t) * before + entering(t)
         if t % STRIDE == STRIDE - 1:
             flat = state.flatten(1)
             adjacent.append(F.cosine_similarity(flat, before.flatten(1), dim=1).mean())
             unrelated.append(F.cosine_similarity(flat, flat.roll(1, 0), dim=1).mean())
     return Similarity(torch.stack(adjacent).mean().item(), torch.stack(unrelated).mean().item())
+
+
+def _recurrence(scan: ScanRead) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
+    """exp(Δ_t A) and Δ_t B_t x_t, as functions of t, to be multiplied and added to the state."""
+    given = scan.arguments
+    if "dt_min" not in given:  # Mamba-1: (batch, channel, state)
+        delta = step_size(given["dt"], given["dt_bias"], given["softplus"])
+        u, A, B = (given[name].to(delta.dtype) for name in ("x", "A", "B"))
+        return (
+            lambda t: torch.exp(delta[:, t, :, None] * A),
+            lambda t: (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :],
+        )
+    # Mamba-2: (batch, head, channel of the head, state)
+    delta = ssd_step_size(given["dt"], given["dt_bias"], given["softplus"], (given["dt_min"], given["dt_max"]))
+    u, A = given["x"].to(delta.dtype), given["A"].to(delta.dtype)
+    B = given["B"].to(delta.dtype).repeat_interleave(u.shape[2] // given["B"].shape[2], 2)
+    return (
+        lambda t: torch.exp(delta[:, t] * A)[:, :, None, None],
+        lambda t: (delta[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None, :],
+    )

@@ -16,6 +16,7 @@ from simba_compile.backend import simba
 from simba_compile.options import Options
 from simba_compile.passes import Transformed
 from simba_compile.passes.plan import SCALE, shares
+from simba_compile.passes.scans import SCANS, Scan
 from simba_compile.report import mixer_rows
 
 BATCH_TOKENS = 16384
@@ -124,17 +125,20 @@ class Variants:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scan:
-    """What one mixer's scan read in one call.
+class ScanRead:
+    """What one scan read in one call.
 
     Attributes
     ----------
+    kind : Scan
+        Which scan it is.
     arguments : dict of str to object
-        The arguments of ``simba::selective_scan`` by name, its tokens already gathered.
+        The operator's arguments by name, their tokens already gathered.
     positions : Tensor
         (batch, token) int64: where in the sequence these tokens stand.
     """
 
+    kind: Scan
     arguments: dict[str, Any]
     positions: Tensor
 
@@ -144,31 +148,30 @@ class _Recorder(Interpreter):
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
-        self.scans: list[Scan] = []
+        self.scans: list[ScanRead] = []
         self.positions: Tensor | None = None
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
         if target is torch.ops.simba.select:
             self.positions = result if self.positions is None else self.positions.gather(1, result)
-        elif target is torch.ops.simba.selective_scan:
-            self.scans.append(self._scan(args))
+        elif target in SCANS:
+            self.scans.append(self._scan(SCANS[target], args))
         return result
 
-    def _scan(self, args: tuple) -> Scan:
-        names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "index")
-        given = dict(zip(names, args, strict=True))
-        index = given.pop("index")
-        if index is not None:
-            for name in ("x", "dt", "B", "C"):
-                given[name] = torch.ops.simba.gather(given[name], index, 1)
+    def _scan(self, kind: Scan, args: tuple) -> ScanRead:
+        given = dict(zip(kind.arguments, args, strict=True))
+        if given["index"] is not None:
+            for name in kind.along_tokens:
+                if given[name] is not None:
+                    given[name] = torch.ops.simba.gather(given[name], given["index"], 1)
         batch, tokens = given["x"].shape[:2]
         positions = torch.arange(tokens).expand(batch, tokens) if self.positions is None else self.positions
-        return Scan(given, positions)
+        return ScanRead(kind, given | {"index": None}, positions)
 
 
 @torch.no_grad()
-def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: Any) -> tuple[list[Scan], Any]:
+def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: Any) -> tuple[list[ScanRead], Any]:
     """Run a model once and return what each of its scans read.
 
     Parameters
@@ -184,8 +187,8 @@ def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: 
 
     Returns
     -------
-    list of Scan
-        In the order of the mixers.
+    list of ScanRead
+        In the order in which they run.
     object
         The model's output.
 
@@ -196,7 +199,7 @@ def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: 
     """
     if options.placement != "scan":
         raise ValueError(f"placement is {options.placement!r}; scans are recorded with 'scan' only.")
-    scans: list[Scan] = []
+    scans: list[ScanRead] = []
 
     @functools.wraps(simba)
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable:

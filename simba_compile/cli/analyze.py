@@ -1,9 +1,10 @@
 """``simba analyze``: what goes on inside a model when it reads a text."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import typer
@@ -18,19 +19,21 @@ from simba_compile.analysis.tasks import TextTask, read_text
 from simba_compile.cli import models, plot
 from simba_compile.options import Options
 
+Found = TypeVar("Found")
+
 
 def run_redundancy(name: str, text: Sequence[Path], tokens: int, windows: int, data: Path, picture: Path | None) -> None:
     """See `simba_compile.cli.redundancy`."""
     model, ids, subject = _load(name, text, tokens, windows, picture)
-    layers = _told(lambda: redundancy.measure(model, ids))
-    _write(data, {"model": name, "text": [path.name for path in text], "windows": list(ids.shape), "layers": layers})
+    found = _told(lambda: redundancy.measure(model, ids))
+    _write(data, {"model": name, "text": [path.name for path in text], "windows": list(ids.shape), **found})
     table = Table(title=f"Cosine similarity: {subject}", title_justify="left", box=SIMPLE_HEAD)
     for column in ("layer", "SSM state, adjacent", "unrelated", "residual stream, adjacent", "unrelated"):
         table.add_column(column, justify="right")
-    for layer in layers:
-        values = (layer[of][which] for of in ("ssm_state", "hidden_state") for which in ("adjacent", "unrelated"))
-        table.add_row(str(layer["layer"]), *(f"{value:.3f}" for value in values))
-    _finish(table, data, picture, lambda path: plots.redundancy(path, layers, subject))
+    for i, pair in enumerate(itertools.zip_longest(*found.values()), 1):
+        cells = [f"{layer[which]:.3f}" if layer else "" for layer in pair for which in ("adjacent", "unrelated")]
+        table.add_row(str(i), *cells)
+    _finish(table, data, picture, lambda path: plots.redundancy(path, found, subject))
 
 
 def run_flow(
@@ -74,7 +77,7 @@ def _load(
     return model, ids, f"{Path(name).name} on {read.name}"
 
 
-def _told(measure: Any) -> list[dict[str, Any]]:
+def _told(measure: Callable[[], Found]) -> Found:
     """What was measured; what a person can mend is told without a traceback."""
     try:
         return measure()
@@ -87,7 +90,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def _finish(table: Table, data: Path, picture: Path | None, draw: Any) -> None:
+def _finish(table: Table, data: Path, picture: Path | None, draw: Callable[[Path], None]) -> None:
     console = Console()
     console.print(table)
     if picture is not None:

@@ -208,6 +208,7 @@ def test_eval_of_text(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval.jsonl"
     arguments = ["eval", "--model", folder / "bytes", "--text", folder / "text", "--length", "50,100", "--windows", 4]
     arguments += ["--last", 8, "--keep", "0.5", "--criterion", "influence,recent", "--out", out]
+    arguments += ["--plot", tmp_path / "eval.png"]
     result = simba(*arguments)
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -219,6 +220,7 @@ def test_eval_of_text(folder: Path, tmp_path: Path) -> None:
         assert record["perplexity"] == pytest.approx(2 ** record["mean"])
     assert records[0]["share"] == 1 > records[3]["share"]
     assert "keep 0.5, criterion recent" in result.output
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     before = out.read_text()
     assert simba(*arguments).exit_code == 0
     assert out.read_text() == before
@@ -246,7 +248,7 @@ def test_eval_with_a_budget(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in out.read_text().splitlines()]
     chosen = [record for record in records if "first half" in record["of"]["text"]]
-    assert len(chosen) == 5
+    assert len(chosen) == 6  # linear, uniform, and four that the search asks for besides its start
     held_out = [record for record in records if "second half" in record["of"]["text"]]
     best = min(chosen, key=lambda record: record["mean"])
     linear, uniform, found, dense = (record["of"]["options"] for record in held_out)

@@ -8,6 +8,7 @@ from simba_compile.cli.plot import GRID, INK, MUTED
 
 DENSE, PRUNED = "#86aed4", "#12406f"
 SECOND = "#c2662d"
+COLOURS = (PRUNED, SECOND, "#4f8f5b", "#8a5aa8", "#b0a03a", "#86aed4")
 WIDE = 4  # panels in a row
 
 
@@ -75,3 +76,58 @@ def flow(path: Path, layers: Sequence[dict[str, Any]], subject: str) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", frameon=False, fontsize=9, ncols=3)
     _save(figure, path)
+
+
+def evaluation(path: Path, results: Sequence[dict[str, Any]], subject: str) -> None:
+    """Draw quality against keep: a panel for each length (and number of pairs), a line for each setting.
+
+    Parameters
+    ----------
+    path : Path
+    results : sequence of dict
+        What `simba_compile.analysis.evaluation.evaluate` returned, for one model.
+    subject : str
+        What was scored.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        pairs = result["of"].get("pairs")
+        title = f"{result['of']['tokens']} tokens" + (f", {pairs} pairs" if pairs else "")
+        panels.setdefault(title, []).append(result)
+    wide = min(WIDE, len(panels))
+    high = -(-len(panels) // wide)
+    figure = Figure(figsize=(2.9 * wide + 1.2, 2.6 * high + 1.0), layout="constrained", dpi=150)
+    grid = list(figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (title, found) in zip(grid, panels.items(), strict=False):
+        _plain(axes)
+        _keeps(axes, found)
+        axes.set_title(title, loc="left", color=INK, fontsize=9.5)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("keep", color=INK, fontsize=10)
+    figure.supylabel(f"{results[0]['unit']}, 95%", color=INK, fontsize=10)
+    figure.suptitle(subject, color=INK, fontsize=11, x=0.01, ha="left")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _keeps(axes: Any, found: Sequence[dict[str, Any]]) -> None:
+    """One panel: the dense model as a line across, every other setting over its keeps."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for result in found:
+        options = result["of"]["options"]
+        if options == {"keep": 1.0}:
+            axes.axhline(result["mean"], color=MUTED, linestyle="--", linewidth=1.2, label="dense")
+        else:
+            rest = {name: value for name, value in options.items() if name not in ("keep", "min_tokens")}
+            label = ", ".join(str(value) for name, value in rest.items()) or "influence"
+            lines.setdefault(label, []).append(result)
+    for colour, (label, points) in zip(COLOURS * len(lines), lines.items(), strict=False):
+        points = sorted(points, key=lambda point: point["of"]["options"]["keep"])
+        at, means = [point["of"]["options"]["keep"] for point in points], [point["mean"] for point in points]
+        below = [point["mean"] - point["interval"][0] for point in points]
+        above = [point["interval"][1] - point["mean"] for point in points]
+        axes.errorbar(at, means, [below, above], color=colour, marker="o", markersize=4, linewidth=1.5, capsize=2, label=label)

@@ -127,6 +127,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Results, one JSON object a line; what is in it is not run again.")] = Path(
         "eval.jsonl"
     ),
+    plot: Annotated[Path | None, typer.Option(help="Draw quality by keep here; needs matplotlib.")] = None,
 ) -> None:
     """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
 
@@ -158,6 +159,7 @@ def evaluate(
         budget=budget,
         evaluations=evaluations,
         out=out,
+        plot=plot,
     )
     run(request)
 

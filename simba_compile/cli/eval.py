@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from simba_compile.analysis import budget, recall
+from simba_compile.analysis import budget, plots, recall
 from simba_compile.analysis.evaluation import DENSE, Records, describe, equal_flops, evaluate, grid, rows
 from simba_compile.analysis.intervals import paired
 from simba_compile.analysis.tasks import RecallTask, Task, Text, TextTask, read_text
 from simba_compile.analysis.variants import Variants
-from simba_compile.cli import models
+from simba_compile.cli import models, plot
 from simba_compile.cli.show import Steps
 from simba_compile.options import Options
 from simba_compile.passes.plan import shares as shares_of
@@ -43,6 +43,7 @@ class Request:
     budget: float | None
     evaluations: int
     out: Path
+    plot: Path | None
 
 
 def run(request: Request) -> None:
@@ -51,6 +52,8 @@ def run(request: Request) -> None:
         settings = grid(request.choices)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if request.plot is not None:
+        plot.require()
     models.quiet()
     model = models.load(request.model, config_only=False, dtype=torch.float32)
     variants, records = Variants(model), Records(request.out)
@@ -59,12 +62,16 @@ def run(request: Request) -> None:
     if request.budget is not None:
         _budget(console, request, variants, records, _text(request, vocabulary))
     else:
+        drawn = []
         for task in _tasks(request, vocabulary):
             with Steps(len(settings) * len(request.lengths)) as steps:
                 results = evaluate(variants, request.model, task, request.lengths, settings, records, steps.next)
+            drawn += results
             _show(console, f"{request.model}, {_title(task)}", results)
             if request.smaller is not None:
-                _compare(console, request, variants, records, task, results)
+                _compare(console, request, variants, records, task)
+        if request.plot is not None:
+            plots.evaluation(request.plot, drawn, f"{Path(request.model).name}, {request.task}")
     console.print(f"Written: {request.out}", markup=False, highlight=False)
 
 
@@ -113,9 +120,7 @@ def _show(console: Console, title: str, results: Sequence[Result]) -> None:
 # --- against a smaller model -----------------------------------------------------------------------------------------
 
 
-def _compare(
-    console: Console, request: Request, variants: Variants, records: Records, task: Task, results: Sequence[Result]
-) -> None:
+def _compare(console: Console, request: Request, variants: Variants, records: Records, task: Task) -> None:
     """The pruned model at the FLOPs of a smaller dense one, on the same sequences."""
     assert request.smaller is not None
     smaller = Variants(models.load(request.smaller, config_only=False, dtype=torch.float32))
@@ -177,20 +182,22 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
             param_hint="--budget",
         )
     mixers = len(variants.transformed.plan.ratios)  # type: ignore[union-attr]
-    start = tuple(round(each, budget.DIGITS) for each in shares_of(named[0], mixers))
 
     def with_shares(shares: budget.Shares) -> Options:
         return dataclasses.replace(base, keep=1.0, schedule=shares)
 
-    with Steps(request.evaluations + len(named) + 2) as steps:
+    with Steps(request.evaluations + 2 * len(named) + 2) as steps:
 
         def objective(shares: budget.Shares) -> float:
             [result] = evaluate(variants, request.model, calibration, [tokens], [with_shares(shares)], records, steps.next)
             return result["mean"]
 
-        limit = max(share, variants.share(with_shares(start), tokens))
-        cost: Callable[[budget.Shares], float] = lambda shares: variants.share(with_shares(shares), tokens)  # noqa: E731
-        best, _ = budget.search(objective, cost, start, limit, request.evaluations)
+        def cost(shares: budget.Shares) -> float:
+            return variants.share(with_shares(shares), tokens)
+
+        starts = [tuple(round(each, budget.DIGITS) for each in shares_of(options, mixers)) for options in named]
+        start = min(starts, key=objective)
+        best, _ = budget.search(objective, cost, start, max(share, cost(start)), request.evaluations)
         settings = [*named, with_shares(best), DENSE]
         results = evaluate(variants, request.model, held_out, [tokens], settings, records, steps.next)
     console.print(f"Chosen on the {_title(calibration)}.", markup=False, highlight=False)

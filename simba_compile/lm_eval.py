@@ -1,12 +1,13 @@
 """The model type "simba" of EleutherAI's lm-evaluation-harness: a Hugging Face model whose contexts are pruned.
 
-    python -m simba_compile.lm_eval run --model simba --model_args pretrained=state-spaces/mamba-130m-hf,keep=0.1 --tasks lambada_openai
+    python -m simba_compile.lm_eval --model simba --model_args pretrained=PATH,keep=0.1 --tasks lambada_openai
 
 takes what ``lm_eval`` takes. The harness finds no models outside itself, so it has to be started here (or this module
 imported before `lm_eval.simple_evaluate`). Every option of `simba_compile.Options` may stand among the model arguments.
 
 Continuations are protected: only what stands before them is pruned, and `logits_to_keep` computes the logits of no other
-token. Where a whole document is a continuation (``loglikelihood_rolling``), nothing is left to prune, and the model is dense.
+token. Where a whole document is a continuation (``loglikelihood_rolling``), nothing is left to prune, and the model is
+dense.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ CHANNELS, STATES = 6, 4
 
 def scan(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None = None) -> ScanRead:
     """A scan with Δ = 1 and C = 1 over x, (batch, token, channel)."""
-    batch, tokens, channels = x.shape
+    batch, tokens = x.shape[:2]
     ones = torch.ones(batch, tokens, A.shape[1])
     arguments = {"x": x, "dt": torch.ones_like(x), "A": A, "B": ones if B is None else B, "C": ones}
     arguments |= {"D": None, "z": None, "dt_bias": None, "softplus": False, "index": None}

@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
-    lines = [{"context": CONTEXT + end, "choices": ["the mat", "far away and then"], "answer": 0} for end in ("sat on", "ran")]
+    choices = ["the mat", "far away and then"]
+    lines = [{"context": CONTEXT + end, "choices": choices, "answer": 0} for end in ("sat on", "ran")]
     (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "tiny.yaml").write_text(
         f"""task: simba_tiny

@@ -150,16 +150,17 @@ def _score(model: Variants, task: Task, tokens: int, options: Options) -> dict[s
         values += task.values(logits, targets[len(values) : len(values) + len(logits)])
     seconds = time.perf_counter() - begin
     dense, flops = model.flops(tokens)
-    scored = {
+    mean = statistics.fmean(values)
+    scored: dict[str, Any] = {
         "unit": task.unit,
         "flops": flops,
         "share": round(flops / dense, DIGITS),
         "seconds": round(seconds, 2),
-        "mean": statistics.fmean(values),
+        "mean": mean,
         "interval": interval(values),
         "values": [round(value, DIGITS) if value % 1 else int(value) for value in values],
     }
-    return scored | ({"perplexity": task.perplexity(scored["mean"])} if isinstance(task, TextTask) else {})
+    return scored | ({"perplexity": task.perplexity(mean)} if isinstance(task, TextTask) else {})
 
 
 def describe(options: Mapping[str, Any]) -> str:

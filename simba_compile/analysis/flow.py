@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,8 +32,8 @@ def measure(
     Returns
     -------
     list of dict
-        For each layer "layer", from 1; "tokens", how many its scan runs on when pruned; and the `curve` of "dense", "pruned" and
-        "dense_same_tokens", which is the dense model's at the tokens that the pruned one has in this layer: that the
+        For each layer "layer", from 1; "tokens", how many its scan runs on when pruned; and the `curve` of "dense", "pruned"
+        and "dense_same_tokens", which is the dense model's at the tokens that the pruned one has in this layer: that the
         pruned curve is higher than "dense" may come from having kept tokens that are high anyway, that it is higher than
         "dense_same_tokens" cannot.
 

@@ -28,6 +28,7 @@ def _save(figure: Any, path: Path) -> None:
 def redundancy(path: Path, found: dict[str, list[dict[str, float]]], subject: str) -> None:
     """Draw what `simba_compile.analysis.redundancy.measure` returns."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
@@ -39,7 +40,7 @@ def redundancy(path: Path, found: dict[str, list[dict[str, float]]], subject: st
         axes.plot(at, adjacent, color=colour, marker="o", markersize=5, label=f"{label}, adjacent tokens")
         axes.plot(at, unrelated, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, unrelated tokens")
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer", color=INK)
     axes.set_ylabel("cosine similarity", color=INK)
     axes.set_title(f"States of adjacent tokens: {subject}", loc="left", color=INK, fontsize=11)
@@ -81,6 +82,8 @@ def flow(path: Path, layers: Sequence[dict[str, Any]], subject: str) -> None:
 def evaluation(path: Path, results: Sequence[dict[str, Any]], subject: str) -> None:
     """Draw quality against keep: a panel for each length (and number of pairs), a line for each setting.
 
+    Accuracies as they are; of bits, the paired difference to the dense model, for sequences differ from each other far more.
+
     Parameters
     ----------
     path : Path
@@ -107,7 +110,8 @@ def evaluation(path: Path, results: Sequence[dict[str, Any]], subject: str) -> N
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel("keep", color=INK, fontsize=10)
-    figure.supylabel(f"{results[0]['unit']}, 95%", color=INK, fontsize=10)
+    unit = results[0]["unit"]
+    figure.supylabel(unit if unit == "accuracy" else f"{unit}, minus dense", color=INK, fontsize=10)
     figure.suptitle(subject, color=INK, fontsize=11, x=0.01, ha="left")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
@@ -115,19 +119,22 @@ def evaluation(path: Path, results: Sequence[dict[str, Any]], subject: str) -> N
 
 
 def _keeps(axes: Any, found: Sequence[dict[str, Any]]) -> None:
-    """One panel: the dense model as a line across, every other setting over its keeps."""
-    lines: dict[str, list[dict[str, Any]]] = {}
+    """One panel: the dense model as a line across, every other setting over its keeps, with intervals."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}  # label → keep, mean, lower, upper
     for result in found:
         options = result["of"]["options"]
+        mean, low, high = result["difference"]
+        if result["unit"] == "accuracy":
+            mean, (low, high) = result["mean"], result["interval"]
         if options == {"keep": 1.0}:
-            axes.axhline(result["mean"], color=MUTED, linestyle="--", linewidth=1.2, label="dense")
+            axes.axhline(mean, color=MUTED, linestyle="--", linewidth=1.2, label="dense")
         else:
-            rest = {name: value for name, value in options.items() if name not in ("keep", "min_tokens")}
-            label = ", ".join(str(value) for name, value in rest.items()) or "influence"
-            lines.setdefault(label, []).append(result)
+            rest = [str(value) for name, value in options.items() if name not in ("keep", "min_tokens")]
+            lines.setdefault(", ".join(rest) or "influence", []).append((options["keep"], mean, low, high))
     for colour, (label, points) in zip(COLOURS * len(lines), lines.items(), strict=False):
-        points = sorted(points, key=lambda point: point["of"]["options"]["keep"])
-        at, means = [point["of"]["options"]["keep"] for point in points], [point["mean"] for point in points]
-        below = [point["mean"] - point["interval"][0] for point in points]
-        above = [point["interval"][1] - point["mean"] for point in points]
-        axes.errorbar(at, means, [below, above], color=colour, marker="o", markersize=4, linewidth=1.5, capsize=2, label=label)
+        at, means, lows, highs = zip(*sorted(points), strict=True)
+        reach = [
+            [max(0.0, mean - low) for mean, low in zip(means, lows, strict=True)],
+            [max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)],
+        ]
+        axes.errorbar(at, means, reach, color=colour, marker="o", markersize=4, linewidth=1.5, capsize=2, label=label)

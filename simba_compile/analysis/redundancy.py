@@ -12,7 +12,6 @@ from simba_compile.analysis.variants import ScanRead, record_scans
 from simba_compile.kernels.reference import ssd_step_size, step_size
 from simba_compile.options import Options
 
-
 STRIDE = 8
 
 
@@ -47,7 +46,8 @@ def measure(model: PreTrainedModel, ids: Tensor) -> dict[str, list[dict[str, flo
     -------
     dict of str to list of dict
         "ssm_states": for each scan, the `Similarity` of its states h_t as data; "hidden_states": for each layer, that of the
-        residual stream after it (after the last one, normed, as transformers returns it). A hybrid has more layers than scans.
+        residual stream after it (after the last one, normed, as transformers returns it). A hybrid has more layers than
+        scans.
     """
     scans, output = record_scans(model, ids, Options(keep=1.0), output_hidden_states=True, logits_to_keep=1)
     return {

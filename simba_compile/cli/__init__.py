@@ -93,7 +93,8 @@ def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
     try:
         return [convert(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of {convert.__name__} values like 'a,b'.", param_hint=option) from None
+        told = f"{text!r} is no list of {convert.__name__} values like 'a,b'."
+        raise typer.BadParameter(told, param_hint=option) from None
 
 
 @app.command("eval")
@@ -131,7 +132,8 @@ def evaluate(
 ) -> None:
     """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
 
-    Options of the backend and --length take several values, separated by commas: every combination runs, and the dense model.
+    Options of the backend and --length take several values, separated by commas: every combination runs, and the dense
+    model.
     """
     from simba_compile.cli.eval import Request, run
 

@@ -58,7 +58,8 @@ def run_flow(
         table.add_column(column, justify="right")
     for layer in found:
         reaches = (flow.reach(layer[which]) for which in ("dense", "dense_same_tokens", "pruned"))
-        table.add_row(str(layer["layer"]), str(layer["tokens"]), *("" if value is None else f"{value:.2g}" for value in reaches))
+        cells = ("" if value is None else f"{value:.2g}" for value in reaches)
+        table.add_row(str(layer["layer"]), str(layer["tokens"]), *cells)
     _finish(table, data, picture, lambda path: plots.flow(path, found, f"{subject}, keep {options['keep']}"))
 
 

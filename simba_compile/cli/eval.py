@@ -80,7 +80,8 @@ def _tasks(request: Request, vocabulary: int) -> list[Task]:
         if request.task == "text":
             return [TextTask(_text(request, vocabulary), request.windows, request.last, max(request.lengths))]
         if vocabulary != recall.VOCABULARY:
-            raise ValueError(f"{request.model} has a vocabulary of {vocabulary}; recall is made of {recall.VOCABULARY} tokens.")
+            wanted = recall.VOCABULARY
+            raise ValueError(f"{request.model} has a vocabulary of {vocabulary}; recall is made of {wanted} tokens.")
         tasks: list[Task] = [RecallTask(pairs, request.sequences, window=request.within) for pairs in request.pairs]
         for task, tokens in itertools.product(tasks, request.lengths):
             task.inputs(tokens)  # refuses what does not fit before anything runs
@@ -129,7 +130,8 @@ def _compare(console: Console, request: Request, variants: Variants, records: Re
     for _ in variants.logits(Options(keep=0.5, min_tokens=_least(request)), probe[:2], task.last):
         pass
     table = Table(title=f"At the FLOPs of {request.smaller}, dense", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("tokens", "MFLOP", f"smaller: {task.unit}", "pruned: setting", f"pruned: {task.unit}", "pruned minus smaller"):
+    columns = ("tokens", "MFLOP", f"smaller: {task.unit}", "pruned: setting", f"pruned: {task.unit}", "pruned minus smaller")
+    for name in columns:
         table.add_column(name, justify="right")
     for other in others:
         tokens = other["of"]["tokens"]
@@ -161,7 +163,8 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
     """Choose shares on the first half of the text, and compare them with the named schedules on the second."""
     assert request.budget is not None
     tokens, share = request.lengths[0], request.budget
-    base = Options(keep=0.5, **{name: values[0] for name, values in request.choices.items() if name not in ("keep", "schedule")})
+    others = {name: values[0] for name, values in request.choices.items() if name not in ("keep", "schedule")}
+    base = Options(keep=0.5, **others)
     try:
         calibration, held_out = (TextTask(half, request.windows, request.last, tokens) for half in text.halves())
     except ValueError as error:

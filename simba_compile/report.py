@@ -159,7 +159,11 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
         return []
     # Model inputs are (batch, token, ...); what else a graph takes is parameters.
     sizes = [x.shape[1] for x in inputs if isinstance(x, Tensor) and not isinstance(x, Parameter) and x.dim() >= 2]
-    tokens = int(sizes[0])
+    return mixer_rows(result, int(sizes[0]))
+
+
+def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
+    """What the passes' result means for each mixer of a sequence of this length."""
     counts = [tokens] * len(result.mixers) if result.plan is None else result.plan.counts(tokens)
     rows, before = [], tokens
     for i, mixer in enumerate(result.mixers):

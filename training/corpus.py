@@ -3,9 +3,12 @@
 The training part is every library module of the running interpreter. Left out are test suites (three times the size of
 the library, and of another style), generated tables (``encodings``, ``pydoc_data``, ``_sysconfigdata*``) and the
 held-out files. Files are joined by a separator byte that occurs in none of them.
+
+    python training/corpus.py > build/held-out.txt     # the held-out part, joined in the same way
 """
 
 import random
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -123,3 +126,8 @@ def held_out_windows(length: int, whole: bool = False) -> list[bytes]:
     for text in held_out_files().values():
         windows += [text[start : start + length] for start in range(0, len(text), length)]
     return [window for window in windows if len(window) >= (length if whole else 2)]
+
+
+if __name__ == "__main__":
+    separator = bytes([SEPARATOR])
+    sys.stdout.buffer.write(b"".join(separator + text for text in held_out_files().values()))

@@ -4,10 +4,12 @@ Commands only declare their options here and import what they run when they are 
 without loading torch.
 """
 
+import enum
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Task(enum.Enum):
+    """What `simba eval` scores."""
+
+    text = "text"
+    recall = "recall"
 
 
 @app.command()
@@ -101,3 +110,128 @@ def explain(
     from simba_compile.cli.explain import run
 
     run(model, keep, tokens, config_only)
+
+
+def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
+    """The values of an option that takes several, separated by commas."""
+    try:
+        return [convert(part.strip()) for part in text.split(",")]
+    except ValueError:
+        told = f"{text!r} is no list of {convert.__name__} values like 'a,b'."
+        raise typer.BadParameter(told, param_hint=option) from None
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="A folder, or a name on the Hugging Face Hub.")],
+    task: Annotated[Task, typer.Option(help="Bits per byte of a text, or recall of planted pairs.")] = Task.text,
+    text: Annotated[list[Path] | None, typer.Option(help="A file to read; several are joined.")] = None,
+    length: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "512",
+    keep: Annotated[str, typer.Option()] = "0.5,0.3,0.1",
+    criterion: Annotated[str, typer.Option()] = "influence",
+    pool: Annotated[str, typer.Option()] = "max",
+    dt_bias: Annotated[str, typer.Option()] = "include",
+    placement: Annotated[str, typer.Option()] = "scan",
+    schedule: Annotated[str, typer.Option(help="Names; no lists of shares.")] = "linear",
+    every: Annotated[str, typer.Option()] = "1",
+    protect_first: Annotated[str, typer.Option()] = "0",
+    protect_last: Annotated[str, typer.Option()] = "1",
+    min_tokens: Annotated[str, typer.Option()] = "32",
+    seed: Annotated[str, typer.Option()] = "0",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of the text.")] = 48,
+    last: Annotated[int, typer.Option(min=1, help="Tokens scored, and protected, at the end of each window.")] = 32,
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences of recall.")] = 256,
+    pairs: Annotated[str, typer.Option(help="Pairs in a sequence of recall.")] = "2",
+    within: Annotated[int | None, typer.Option(help="Plant pairs only among this many last tokens.")] = None,
+    smaller: Annotated[str | None, typer.Option(help="A smaller model: dense, against MODEL at as many FLOPs.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Choose shares at this share of the FLOPs on half of the text, and score them on the rest."),
+    ] = None,
+    evaluations: Annotated[int, typer.Option(min=2, help="How many lists --budget tries.")] = 60,
+    out: Annotated[Path, typer.Option(help="Results, one JSON object a line; what is in it is not run again.")] = Path(
+        "eval.jsonl"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="Draw quality by keep here; needs matplotlib.")] = None,
+) -> None:
+    """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
+
+    Options of the backend and --length take several values, separated by commas: every combination runs, and the dense
+    model.
+    """
+    from simba_compile.cli.eval import Request, run
+
+    numbers = {"keep": keep}
+    whole = {"every": every, "protect_first": protect_first, "protect_last": protect_last}
+    whole |= {"min_tokens": min_tokens, "seed": seed}
+    names = {"criterion": criterion, "pool": pool, "dt_bias": dt_bias, "placement": placement, "schedule": schedule}
+    choices = {
+        name: _listed(convert, value, "--" + name.replace("_", "-"))
+        for convert, given in ((float, numbers), (str, names), (int, whole))
+        for name, value in given.items()
+    }
+    request = Request(
+        model=model,
+        task=task.value,
+        text=tuple(text or ()),
+        lengths=tuple(_listed(int, length, "--length")),
+        choices=choices,
+        windows=windows,
+        last=last,
+        sequences=sequences,
+        pairs=tuple(_listed(int, pairs, "--pairs")),
+        within=within,
+        smaller=smaller,
+        budget=budget,
+        evaluations=evaluations,
+        out=out,
+        plot=plot,
+    )
+    run(request)
+
+
+analyze = typer.Typer(help="What goes on inside a model when it reads a text.", no_args_is_help=True)
+app.add_typer(analyze, name="analyze")
+
+ModelName = Annotated[str, typer.Option(help="A folder, or a name on the Hugging Face Hub.")]
+Texts = Annotated[list[Path], typer.Option("--text", help="A file to read; several are joined.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+Windows = Annotated[int, typer.Option(min=2, help="Windows of the text.")]
+Picture = Annotated[Path | None, typer.Option(help="Draw it here; needs matplotlib.")]
+
+
+@analyze.command()
+def redundancy(
+    model: ModelName,
+    text: Texts,
+    length: Length = 512,
+    windows: Windows = 8,
+    data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("redundancy.json"),
+    plot: Picture = None,
+) -> None:
+    """Cosine similarity of adjacent tokens' states, layer by layer (the paper's Figure 2)."""
+    from simba_compile.cli.analyze import run_redundancy
+
+    run_redundancy(model, text, length, windows, data, plot)
+
+
+@analyze.command()
+def flow(
+    model: ModelName,
+    text: Texts,
+    length: Length = 512,
+    windows: Windows = 8,
+    keep: Annotated[float, typer.Option()] = 0.1,
+    pool: Annotated[str, typer.Option()] = "max",
+    dt_bias: Annotated[str, typer.Option()] = "include",
+    layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas. [default: all]")] = None,
+    bins: Annotated[int, typer.Option(min=2, help="Points of a curve.")] = 32,
+    data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("flow.json"),
+    plot: Picture = None,
+) -> None:
+    """Each token's influence on a layer's last output, by position, dense and pruned (the paper's Figure 5)."""
+    from simba_compile.cli.analyze import run_flow
+
+    chosen = None if layers is None else _listed(int, layers, "--layers")
+    options = {"keep": keep, "pool": pool, "dt_bias": dt_bias}
+    run_flow(model, text, length, windows, data, plot, options, chosen, bins)

@@ -20,6 +20,8 @@ class Scan:
     ----------
     kind : str
         What `explain` calls it.
+    operator : operator
+        What runs it.
     arguments : tuple of str
         The names of the operator's arguments, in order.
     along_tokens : tuple of str
@@ -31,6 +33,7 @@ class Scan:
     """
 
     kind: str
+    operator: Any
     arguments: tuple[str, ...]
     along_tokens: tuple[str, ...]
     influence: Any
@@ -44,6 +47,7 @@ class Scan:
 SCANS = {
     OPS.selective_scan: Scan(
         kind="mamba1",
+        operator=OPS.selective_scan,
         arguments=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "index"),
         along_tokens=("x", "dt", "B", "C", "z"),
         influence=OPS.influence,
@@ -51,6 +55,7 @@ SCANS = {
     ),
     OPS.ssd_scan: Scan(
         kind="mamba2",
+        operator=OPS.ssd_scan,
         arguments=("x", "dt", "A", "B", "C", "D", "dt_bias", "softplus", "dt_min", "dt_max", "initial", "index"),
         along_tokens=("x", "dt", "B", "C"),
         influence=OPS.ssd_influence,

@@ -1,0 +1,33 @@
+"""Each setting of a file of ``simba eval`` against the default one at the same keep, on the same sequences.
+
+    python benchmarks/against_defaults.py benchmarks/results/eval-text.jsonl
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from simba_compile.analysis.evaluation import describe
+from simba_compile.analysis.intervals import paired
+
+COMMON = ("keep", "min_tokens")
+
+
+def main(path: Path) -> None:
+    """Print the paired differences, setting minus default, with 95% intervals."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    by_setting = {json.dumps(record["of"], sort_keys=True): record for record in records}
+    for record in records:
+        of, options = record["of"], record["of"]["options"]
+        default = {name: value for name, value in options.items() if name in COMMON}
+        other = by_setting.get(json.dumps(of | {"options": default}, sort_keys=True))
+        if other is None or other is record or options.get("keep") in (None, 1.0):
+            continue
+        mean, low, high = paired(record["values"], other["values"])
+        pairs = f"{of['pairs']} pairs, " if "pairs" in of else ""
+        shares = f"FLOPs {record['share']:.2f} against {other['share']:.2f}"
+        print(f"{of['tokens']:5} tokens, {pairs}{describe(options):45} {mean:+.3f} ({low:+.3f} to {high:+.3f})  {shares}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

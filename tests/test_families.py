@@ -45,14 +45,16 @@ def cache_of(output: Any) -> DynamicCache:
 
 
 def assert_same_states(cache: DynamicCache, states: list[LayerState], error: float) -> None:
-    """A cache holds, layer by layer, what the reference left behind."""
+    """A cache holds, layer by layer, what the reference left behind; the entries of pruned tokens are NaN."""
     for layer, state in zip(cache.layers, states, strict=True):
         if state.conv is not None:
             close(layer.conv_states[0], state.conv, error)
             close(layer.recurrent_states[0], state.ssm.reshape(layer.recurrent_states[0].shape), error)
         if state.keys is not None:
-            close(layer.keys, state.keys, error)
-            close(layer.values, state.values, error)
+            places = state.key_places[:, None, :, None].expand_as(state.keys)
+            for ours, theirs in ((layer.keys, state.keys), (layer.values, state.values)):
+                everywhere = torch.full_like(ours, torch.nan)
+                close(ours, everywhere.scatter(2, places, theirs.to(ours.dtype)), error)
 
 
 def assert_same_pass(output: Any, expected: Pass, error: float) -> None:

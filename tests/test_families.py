@@ -22,6 +22,7 @@ from family_reference import LayerState, Pass, n_mixers, pruned_forward, referen
 from torch import Tensor
 from transformers import DynamicCache
 
+from simba_compile.kernels import reference
 from simba_compile.passes import Transformed
 
 PRUNED: dict[str, Any] = {"keep": 0.3, "min_tokens": 4}
@@ -51,10 +52,15 @@ def assert_same_states(cache: DynamicCache, states: list[LayerState], error: flo
             close(layer.conv_states[0], state.conv, error)
             close(layer.recurrent_states[0], state.ssm.reshape(layer.recurrent_states[0].shape), error)
         if state.keys is not None:
-            places = state.key_places[:, None, :, None].expand_as(state.keys)
-            for ours, theirs in ((layer.keys, state.keys), (layer.values, state.values)):
-                everywhere = torch.full_like(ours, torch.nan)
-                close(ours, everywhere.scatter(2, places, theirs.to(ours.dtype)), error)
+            assert_same_entries(layer.keys, state.keys, state.key_places, error)
+            assert_same_entries(layer.values, state.values, state.key_places, error)
+
+
+def assert_same_entries(cached: Tensor, kept: Tensor, places: Tensor, error: float) -> None:
+    """A cache has an entry for each token: those of the tokens that attention saw, and marks for the others."""
+    close(cached.gather(2, places[:, None, :, None].expand(kept.shape)), kept, error)
+    pruned = torch.ones(cached.shape[0], cached.shape[2], dtype=torch.bool).scatter(1, places, False)
+    assert torch.equal(reference.is_marked(cached), pruned[:, None, :, None].expand(cached.shape))
 
 
 def assert_same_pass(output: Any, expected: Pass, error: float) -> None:

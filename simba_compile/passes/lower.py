@@ -195,7 +195,9 @@ def fuse_gated_norm(node: Node) -> None:
         if found is None or found[0].target not in RESHAPES or not isinstance(found[0].args[0], Node):
             continue
         (grouped, eps), y = found, found[0].args[0]
-        if y.target not in MUL or _sizes(y) != _sizes(node) or _sizes(grouped)[:-2] != _sizes(y)[:-1]:
+        if y.target not in MUL or len(y.all_input_nodes) != 2 or _sizes(y) != _sizes(node):
+            continue
+        if _sizes(grouped)[:-2] != _sizes(y)[:-1]:
             continue
         x, gate = (_through_cast(arg) for arg in y.args)  # type: ignore[arg-type]
         if gate.target is not F.silu or _dtype(node) != _dtype(x) or _sizes(weight) != _sizes(y)[-1:]:

@@ -46,7 +46,7 @@ def cache_of(output: Any) -> DynamicCache:
 
 
 def assert_same_states(cache: DynamicCache, states: list[LayerState], error: float) -> None:
-    """A cache holds, layer by layer, what the reference left behind; the entries of pruned tokens are NaN."""
+    """A cache holds, layer by layer, what the reference left behind."""
     for layer, state in zip(cache.layers, states, strict=True):
         if state.conv is not None:
             close(layer.conv_states[0], state.conv, error)

@@ -36,7 +36,7 @@ from simba_compile.kernels.gpu.scan import (
 )
 
 CHUNK = 16  # tokens
-GROUP = 2  # tokens of gradient_kernel: it holds a group's decays and states, and 4 of them do not fit the registers
+GROUP = 2  # tokens of gradient_kernel, which holds a group's decays and states; for their registers, half the usual channels too
 
 
 @triton.jit
@@ -231,7 +231,8 @@ def selective_scan_backward(
     )  # fmt: skip
     A, D, dt_bias, grad_state = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias), runtime.flat(grad_state)
     tile = tile_of(states)
-    blocks, chunks = runtime.blocks_of(channels, tile["CHANNELS"]), runtime.blocks_of(tokens, CHUNK)
+    narrow = tile | {"GROUP": GROUP, "CHANNELS": max(1, tile["CHANNELS"] // 2)}
+    blocks, chunks = runtime.blocks_of(channels, narrow["CHANNELS"]), runtime.blocks_of(tokens, CHUNK)
     dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
     dz = x.new_empty(0 if z is None else x.shape)
     dA = x.new_empty((batch * chunks, states, channels), dtype=wide)
@@ -244,7 +245,7 @@ def selective_scan_backward(
             sums = x.new_empty((batch, chunks - 1, channels), dtype=wide)
             ends = torch.empty_like(starts)
             runtime.launch(
-                adjoint_kernel, (batch * (chunks - 1) * blocks,),
+                adjoint_kernel, (batch * (chunks - 1) * runtime.blocks_of(channels, tile["CHANNELS"]),),
                 dt, *dt.stride(), A, C, *C.stride(), z, *strides(z, 3), dt_bias, grad, *grad.stride(), grad_state, sums, ends,
                 tokens, channels, CHUNK, chunks, SOFTPLUS=softplus, **tile, num_warps=1,
             )  # fmt: skip
@@ -253,7 +254,7 @@ def selective_scan_backward(
             gradient_kernel, (batch * chunks * blocks,),
             x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, z, *strides(z, 3), dt_bias,
             grad, *grad.stride(), grad_state, starts, ends, dx, ddt, dA, dB, dC, dD, dz, dbias, tokens, channels, CHUNK, chunks,
-            SOFTPLUS=softplus, **tile | {"GROUP": GROUP}, num_warps=1,
+            SOFTPLUS=softplus, **narrow, num_warps=1,
         )  # fmt: skip
     dD, dbias = (value.sum(0) if value.dim() == 2 else value for value in (dD, dbias))
     return dx, ddt, dA.sum(0).t().contiguous(), dB.sum(1).to(x.dtype), dC.sum(1).to(x.dtype), dD, dz, dbias

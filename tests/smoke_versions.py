@@ -2,7 +2,12 @@
 
 import torch
 import transformers
+from conftest import close, left_padding, random_ids
 from eager_reference import pruned_forward
+from families import FAMILIES as EVERY_FAMILY
+from families import exact, tiny_model
+from family_reference import pruned_forward as family_forward
+from family_reference import reference_generate
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 FAMILIES = ((MambaForCausalLM, MambaConfig), (FalconMambaForCausalLM, FalconMambaConfig))
@@ -33,6 +38,24 @@ def main() -> None:
                     torch.testing.assert_close(layer.conv_states[0], conv, atol=1e-5, rtol=1e-5)
                     torch.testing.assert_close(layer.recurrent_states[0], ssm, atol=1e-5, rtol=1e-5, check_dtype=False)
             print(f"{model_class.__name__} {options}: equal")
+    for family in EVERY_FAMILY:
+        check_family(family)
+
+
+def check_family(family: str) -> None:
+    """One prompt, and what is generated after it, of a small model of this family."""
+    torch._dynamo.reset()
+    options = {"keep": 0.3, "min_tokens": 4}
+    model, other = tiny_model(family, torch.float64), tiny_model(family, torch.float64)
+    ids, mask = random_ids(2, 40), left_padding(2, 40)
+    model.compile(backend="simba", options=options)
+    with torch.no_grad(), exact(other):
+        out = model(ids, attention_mask=mask)
+        close(out.logits, family_forward(other, ids, mask, **options).logits, 1e-5)
+        written, _ = reference_generate(other, ids, mask, 3, **options)
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated[:, 40:], written)
+    print(f"{family} {options}: equal")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels import native_ssd, reference
-from simba_compile.kernels.ops import LIBRARY, _runs_native, fake, operator
+from simba_compile.kernels import reference
+from simba_compile.kernels.ops import LIBRARY, fake, implementation, operator
 from simba_compile.kernels.reference import compute_dtype
 
 SSD_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
@@ -50,7 +50,7 @@ def ssd_influence(
     """
     if pool not in reference.POOLS:
         raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
-    run = native_ssd.ssd_influence if _runs_native(x, dt, A, B, C, dt_bias) else reference.ssd_influence
+    run = implementation("ssd_influence", x, dt, A, B, C, dt_bias)
     return run(x, dt, A, B, C, dt_bias, softplus, dt_min, dt_max, pool, bias_in_decay)
 
 
@@ -107,8 +107,7 @@ def ssd_scan(
     Tensor
         (batch, head, p, n): the last state, in the same type.
     """
-    native = _runs_native(x, dt, A, B, C, D, dt_bias, initial, index)
-    run = native_ssd.ssd_scan if native else reference.ssd_scan
+    run = implementation("ssd_scan", x, dt, A, B, C, D, dt_bias, initial, index)
     return run(x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial, index)
 
 
@@ -142,8 +141,7 @@ def ssd_scan_backward(
 
     That of a missing input is empty; those of A, D, dt_bias and initial come in the compute type.
     """
-    native = _runs_native(grad, grad_state, x, dt, A, B, C, D, dt_bias, initial)
-    run = native_ssd.ssd_scan_backward if native else reference.ssd_scan_backward
+    run = implementation("ssd_scan_backward", grad, grad_state, x, dt, A, B, C, D, dt_bias, initial)
     return run(grad, grad_state, x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial)
 
 
@@ -231,8 +229,7 @@ def ssd_state_update(
     Tensor
         (batch, head, p) in x's dtype.
     """
-    native = _runs_native(state, x, dt, A, B, C, D, dt_bias)
-    run = native_ssd.ssd_state_update if native else reference.ssd_state_update
+    run = implementation("ssd_state_update", x, state, dt, A, B, C, D, dt_bias)
     return run(state, x, dt, A, B, C, D, dt_bias, softplus)
 
 

@@ -115,6 +115,8 @@ typedef struct {
   int64_t x_row;
   const void *weight;                                             /* (channels), compute type, or null */
   void *out;                                                      /* (rows, channels) */
+  const void *gate;                                               /* (rows, channels), or null */
+  int64_t gate_row, group;                                        /* each so many channels are normalised by themselves */
 } NormArgs;
 
 typedef struct {

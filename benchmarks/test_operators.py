@@ -1,4 +1,4 @@
-"""Each operator at the size of mamba-130m's layer, beside what plain torch does for the same result.
+"""Each operator at the size of mamba-130m's layer (mamba2-130m's), beside what plain torch does for the same result.
 
     pytest benchmarks/test_operators.py --benchmark-only
 
@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
 
 import simba_compile.kernels.ops  # noqa: F401  (registers torch.ops.simba)
 from simba_compile.kernels import reference
 
 TOKENS, KEPT, HIDDEN, CHANNELS, STATES, WIDTH = 2048, 1024, 768, 1536, 16, 4
+HEADS, HEAD, STATES_2, CHUNK = 24, 64, 128, 256  # of Mamba-2: heads, channels of each, their states, Hugging Face's chunks
 OPS = torch.ops.simba
 
 Call = Callable[[], object]
@@ -129,6 +131,60 @@ def conv_update() -> dict[str, Call]:
     }
 
 
+def mamba2_inputs() -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D, dt_bias: x, B and C are slices of the convolution's output, dt one of in_proj's."""
+    x, B, C = rows(TOKENS, CHANNELS + 2 * STATES_2).split([CHANNELS, STATES_2, STATES_2], -1)
+    dt = rows(TOKENS, 2 * CHANNELS + 2 * STATES_2 + HEADS)[..., -HEADS:]
+    step = torch.empty(HEADS).uniform_(-6.9, -2.3).exp()
+    dt_bias = step + torch.log(-torch.expm1(-step))
+    A = -torch.empty(HEADS).uniform_(1, 16)
+    return x.unflatten(-1, (HEADS, HEAD)), dt, A, B[:, :, None], C[:, :, None], torch.ones(HEADS), dt_bias
+
+
+def ssd_scan() -> dict[str, Call]:
+    x, dt, A, B, C, D, bias = mamba2_inputs()
+    index = torch.randperm(TOKENS)[:KEPT].sort().values[None]
+    return {
+        "simba": lambda: OPS.ssd_scan(x, dt, A, B, C, D, bias, True, 0.0, torch.inf, None, None),
+        "simba, half kept": lambda: OPS.ssd_scan(x, dt, A, B, C, D, bias, True, 0.0, torch.inf, None, index),
+        "transformers": lambda: mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D, bias, dt_softplus=True),
+    }
+
+
+def ssd_scan_and_backward() -> dict[str, Call]:
+    inputs = [value.detach().clone().requires_grad_() for value in mamba2_inputs()]
+    x, dt, A, B, C, D, bias = inputs
+    grad = torch.randn(x.shape)
+
+    def gradients(scan: Callable[[], Tensor]) -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(scan(), inputs, grad)
+
+    return {
+        "simba": lambda: gradients(lambda: OPS.ssd_scan(*inputs, True, 0.0, torch.inf, None, None)[0]),
+        "transformers": lambda: gradients(lambda: mamba2_chunk_scan(x, dt, A, B, C, CHUNK, D, bias, dt_softplus=True)),
+    }
+
+
+def ssd_influence() -> dict[str, Call]:
+    x, dt, A, B, C, _, bias = mamba2_inputs()
+    inputs = (x, dt, A, B, C, bias, True, 0.0, torch.inf, "max", True)
+    return {"simba": lambda: OPS.ssd_influence(*inputs), "torch": lambda: reference.ssd_influence(*inputs)}
+
+
+def ssd_state_update() -> dict[str, Call]:
+    x, dt, A, B, C, D, bias = mamba2_inputs()
+    x, dt, B, C = (value[:, 0] for value in (x, dt, B, C))
+    state = torch.zeros(1, HEADS, HEAD, STATES_2)
+
+    def transformers() -> Tensor:  # as its mixer calls it
+        steps, A_, D_ = dt[:, :, None].expand(-1, -1, HEAD), A[:, None, None].expand(-1, HEAD, STATES_2), D[:, None]
+        bias_ = bias[:, None].expand(-1, HEAD)
+        return mamba2_selective_state_update(state, x, steps, A_, B, C, D_, bias_, dt_softplus=True)
+
+    return {"simba": lambda: OPS.ssd_state_update(state, x, dt, A, B, C, D, bias, True), "transformers": transformers}
+
+
 OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     influence: ("simba", "torch"),
     selective_scan: ("simba", "torch"),
@@ -140,6 +196,10 @@ OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     restore: ("simba", "torch"),
     state_update: ("simba", "torch"),
     conv_update: ("simba", "torch"),
+    ssd_scan: ("simba", "simba, half kept", "transformers"),
+    ssd_scan_and_backward: ("simba", "transformers"),
+    ssd_influence: ("simba", "torch"),
+    ssd_state_update: ("simba", "transformers"),
 }
 
 

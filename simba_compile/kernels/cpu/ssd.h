@@ -67,7 +67,7 @@ INLINE void NAME(update_tile)(REAL *X, const REAL *keep, int keep_step, const RE
     for (int v = 0; v < wide_by; v++) store_real(X + r * width + v * LANES, sum[r * wide_by + v]);
 }
 
-/* X = keep X + Sᵀ W with X (K, width), S (CHUNK, K), W (CHUNK, width); keep: one number for all rows, or (step 1) one each. */
+/* X = keep X + Sᵀ W with X (K, width), S (CHUNK, K), W (CHUNK, width). keep: one number (keep_step 0) or one a row. */
 static void NAME(update)(REAL *X, const REAL *keep, int keep_step, const REAL *S, int64_t S_row, const REAL *W, int64_t K,
                          int64_t width) {
   const int64_t whole = K / ROWS * ROWS;
@@ -128,8 +128,8 @@ INLINE share_t NAME(share_of)(const SsdArgs *a, int64_t task) {
 }
 #define share_of NAME(share_of)
 
-/* The tokens of a span; B and C as (SPAN CHUNK, width), zeros past the last token; their products C_t·B_s chunk by chunk; and
- * the heads' steps as they came in, (heads of the task, SPAN CHUNK). */
+/* The tokens of a span; B and C as (SPAN CHUNK, width), zeros past the last token; their products C_t·B_s chunk by chunk;
+ * and the heads' steps as they came in, (heads of the task, SPAN CHUNK). */
 typedef struct {
   int64_t row[SPAN * CHUNK];
   int count, chunks;
@@ -213,14 +213,14 @@ static void NAME(take_steps)(steps_t *steps, const span_t *span, const SsdArgs *
 }
 #define take_steps NAME(take_steps)
 
-/* Asks for a head's part of a row, ahead of its use: rows are kilobytes apart, which no hardware prefetcher follows. The row of
- * y that is soon written is asked for as well: else the stores wait for its lines, and all that comes after waits for them. */
+/* Asks for a head's part of a row, ahead of its use: rows are kilobytes apart, which no hardware prefetcher follows. So are
+ * the rows of y that are soon written: else the stores wait for their lines, and what comes after waits for the stores. */
 #define ask(row, bytes, to_write) \
   for (int64_t ask_at = 0; ask_at < (bytes); ask_at += 64) __builtin_prefetch((const char *)(row) + ask_at, to_write)
 
 /* A chunk of one head's x, (CHUNK, width), zeros past the last token; and the same times Δ_s M[T][s] into w. */
-static void NAME(load_x)(REAL *x, REAL *w, const steps_t *steps, const span_t *span, const SsdArgs *a, int64_t b, int64_t head,
-                         int c) {
+static void NAME(load_x)(REAL *x, REAL *w, const steps_t *steps, const span_t *span, const SsdArgs *a, int64_t b,
+                         int64_t head, int c) {
   const int64_t p = a->channels, width = padded(p);
   for (int t = 0; t < CHUNK; t++) {
     const REAL weight = steps->delta[t] * steps->end[t];
@@ -251,7 +251,8 @@ int NAME(ssd_scan)(const SsdArgs *a, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
   for (int64_t task = 0; task < a->batch * a->groups * parts_of(a); task++) {
     const share_t share = share_of(a, task);
-    REAL *states = simba_alloc((share.count * (N * p_width + rows) + 2 * rows * n_width + N * CHUNK + 3 * CHUNK * p_width) * sizeof(REAL));
+    REAL *states = simba_alloc((share.count * (N * p_width + rows) + 2 * rows * n_width + N * CHUNK + 3 * CHUNK * p_width) *
+                               sizeof(REAL));
     if (!states) { failed = OUT_OF_MEMORY; continue; }
     unsigned mode = simba_flush_subnormals();
     span_t span = {.B = states + share.count * N * p_width};

@@ -50,8 +50,8 @@ typedef struct {
 #define adjoint_t NAME(adjoint)
 
 /* One head's chunk, backwards. */
-static void NAME(adjoint_chunk)(const SsdBackwardArgs *a, const adjoint_t *s, const span_t *span, const REAL *h, REAL *lambda,
-                                REAL *lambda_turned, const share_t *share, int64_t i, int64_t first, int c) {
+static void NAME(adjoint_chunk)(const SsdBackwardArgs *a, const adjoint_t *s, const span_t *span, const REAL *h,
+                                REAL *lambda, REAL *lambda_turned, const share_t *share, int64_t i, int64_t first, int c) {
   const SsdArgs *f = &a->forward;
   const int64_t b = share->b, head = share->first + i;
   const int64_t p = f->channels, N = f->states, p_width = padded(p), n_width = padded(N);

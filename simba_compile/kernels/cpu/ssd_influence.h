@@ -4,7 +4,7 @@
  *     log|Δy_T(t)[h, p]| = A_h S_t[h] + log|x_t[h, p] Δ_t[h] (C_T·B_t)|,   S_t = Σ_{k>t} Δ_k
  *
  * A head's channels differ in x alone, so its largest and smallest x speak for all of them, and what is left are a few
- * numbers for each token and head. Stretches of tokens are independent once it is known what the later ones' steps come to. */
+ * numbers for each token and head. Stretches of tokens are independent once the sums of the steps after them are known. */
 
 #define STRETCH 64 /* tokens; fixed, so that the sums do not depend on the number of threads */
 
@@ -19,10 +19,10 @@ INLINE vec NAME(deltas_of)(const SsdInfluenceArgs *a, int64_t b, int64_t t, int6
 
 INLINE REAL NAME(most)(vec v) { /* the largest lane, NaN if one is */
   REAL lanes[VECTOR_BYTES / sizeof(REAL)];
+  if (any_lane(v != v)) return (REAL)NAN;
   store_real(lanes, v);
   for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++)
-      lanes[i] = lanes[i] > lanes[i + half] || lanes[i] != lanes[i] ? lanes[i] : lanes[i + half];
+    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
 }
 #define most_of NAME(most)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CPU = Path("simba_compile/kernels/cpu")
 COMPILE = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
@@ -16,6 +17,17 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """There is no ``PyInit`` function to export."""
         return []
+
+    def build_extension(self, ext: Extension) -> None:
+        """With OpenMP where the compiler has it; one thread is still many times faster than plain torch."""
+        try:
+            super().build_extension(ext)
+        except CompileError:
+            if "-fopenmp" not in ext.extra_compile_args:
+                raise
+            self.warn("the compiler does not take -fopenmp: the native kernels are built for a single thread")
+            ext.extra_compile_args.remove("-fopenmp")
+            super().build_extension(ext)
 
 
 setup(

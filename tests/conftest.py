@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import torch.nn.functional as F
 from eager_reference import Reference, pruned_forward
 from torch import Tensor, nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
+import simba_compile.backend
 from simba_compile.kernels import native, reference
+from simba_compile.passes import Transformed
 
 hypothesis.settings.register_profile(
     "simba", deadline=None, derandomize=True, max_examples=15, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -22,6 +26,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("simba")
 
 logging.getLogger("torch.__trace").propagate = False  # else pytest records thousands of lines for each compilation
+
+# Triton's interpreter is chosen for a whole process: `test_triton.py` starts these in one of their own.
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64
@@ -38,19 +45,51 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def selected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What every `simba::select` of the test returned."""
+    results: list[Tensor] = []
+    original = SELECTING.select
+
+    def spy(*args: Any) -> Tensor:
+        results.append(original(*args))
+        return results[-1]
+
+    monkeypatch.setattr(SELECTING, "select", spy)
+    return results
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Transformed]:
+    """What the passes made of every graph of the test."""
+    results: list[Transformed] = []
+    original = simba_compile.backend.transform
+
+    def spy(*args: Any) -> Transformed:
+        results.append(original(*args))
+        return results[-1]
+
+    monkeypatch.setattr(simba_compile.backend, "transform", spy)
+    return results
+
+
 class ExactNorm(nn.Module):
-    """An RMS norm in its input's own type. Hugging Face's rounds to float32, and so would hide errors of that size."""
+    """An RMS norm, gated or not, in its input's own type; those of Hugging Face round to float32."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         weightless = hasattr(norm, "eps")  # those that FalconMamba has inside its mixers
         self.weight = None if weightless else norm.weight
         self.variance_epsilon = norm.eps if weightless else norm.variance_epsilon
+        self.group_size = getattr(norm, "group_size", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return normed if self.weight is None else self.weight * normed
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Gate, then normalise the last axis group by group."""
+        if gate is not None:
+            x = x * F.silu(gate)
+        groups = x.unflatten(-1, (-1, self.group_size or x.shape[-1]))
+        normed = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return normed.flatten(-2) if self.weight is None else self.weight * normed.flatten(-2)
 
 
 def tiny_model(
@@ -135,3 +174,21 @@ def left_padding(batch: int, length: int) -> Tensor:
     """An attention mask: sequence i is padded on the left with 5·i tokens (none is padded whole)."""
     pads = torch.arange(batch)[:, None] * 5 % max(length - 1, 1)
     return (torch.arange(length)[None] >= pads).long()
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal but for a share of the largest magnitude; NaN are in the same places."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    size = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * size, equal_nan=True)
+
+
+def original_places(chosen: list[Tensor], entering: int) -> list[list[list[int]]]:
+    """Positions in the sequence after each selection that dropped something."""
+    places, kept = torch.arange(entering).expand(chosen[0].shape[0] if chosen else 1, -1), []
+    for index in chosen:
+        if index.shape[1] < places.shape[1]:
+            places = places.gather(1, index)
+            kept.append(places.tolist())
+    return kept

@@ -18,7 +18,9 @@ from conftest import (
     KEEP_FEW,
     SELECTING,
     VOCABULARY,
+    close,
     left_padding,
+    original_places,
     pruned_exactly,
     random_ids,
     simba,
@@ -30,46 +32,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import simba_compile.backend
 from simba_compile.passes import Transformed
 
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
-
-
-@pytest.fixture
-def selected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What every `simba::select` of the test returned."""
-    results: list[Tensor] = []
-    original = SELECTING.select
-
-    def spy(*args: Any) -> Tensor:
-        results.append(original(*args))
-        return results[-1]
-
-    monkeypatch.setattr(SELECTING, "select", spy)
-    return results
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Transformed]:
-    """What the passes made of every graph of the test."""
-    results: list[Transformed] = []
-    original = simba_compile.backend.transform
-
-    def spy(*args: Any) -> Transformed:
-        results.append(original(*args))
-        return results[-1]
-
-    monkeypatch.setattr(simba_compile.backend, "transform", spy)
-    return results
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal but for a share of the largest magnitude; NaN are in the same places."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach().double(), expected.detach().double()
-    size = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * size, equal_nan=True)
 
 
 def conv_states(cache: DynamicCache) -> list[Tensor]:
@@ -80,16 +45,6 @@ def conv_states(cache: DynamicCache) -> list[Tensor]:
 def ssm_states(cache: DynamicCache) -> list[Tensor]:
     """The scan's last state of each layer."""
     return [layer.recurrent_states[0] for layer in cache.layers]
-
-
-def original_places(chosen: list[Tensor], entering: int) -> list[list[list[int]]]:
-    """Positions in the sequence after each selection that dropped something."""
-    places, kept = torch.arange(entering).expand(chosen[0].shape[0] if chosen else 1, -1), []
-    for index in chosen:
-        if index.shape[1] < places.shape[1]:
-            places = places.gather(1, index)
-            kept.append(places.tolist())
-    return kept
 
 
 def assert_as_contracted(

@@ -119,6 +119,19 @@ def test_bench(tmp_path: Path) -> None:
     assert "speedup over HF eager" in result.output
 
 
+def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simba_compile.cli import bench_families
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 8, "num_heads": 8, "vocab_size": 64}
+    monkeypatch.setitem(bench_families.MODELS, "mamba2-130m", ("Mamba2", small))
+    result = simba("families", "--only", "mamba2-130m", "--tokens", 100, "--inductor", "", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "families.json").read_text())["models"]["mamba2-130m"]
+    assert (data["mixers"], data["pruning"], data["dense because"]) == (2, 1, [])
+    assert "over keep 1.0" in (tmp_path / "families.md").read_text()
+    assert "mamba2-130m, bamba-150m" in refused("families", "--only", "mamba9")
+
+
 def test_turns_spread_the_runs_of_the_slow() -> None:
     from simba_compile.cli.timing import side_by_side
 

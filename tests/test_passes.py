@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 import simba_compile.backend
 from simba_compile import Options
 from simba_compile.passes import Transformed, lower, match, prune
+from simba_compile.passes.functional import make_functional
 from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.plan import make_plan, shares
 from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
@@ -303,6 +305,8 @@ NORMS: dict[str, tuple[Callable, int]] = {
     "cubes": (lambda h: weight * (h * torch.rsqrt(h.pow(3).abs().mean(-1, keepdim=True) + 1e-5)), 0),
     "of another": (lambda h: weight * (h * torch.rsqrt((h + 1).pow(2).mean(-1, keepdim=True) + 1e-5)), 0),
     "used twice": (lambda h: normed(h) * weight + normed(h), 2),
+    "one weight for all": (lambda h: torch.full((1,), 2.0) * normed(h), 0),
+    "written between": (lambda h: (lambda x: (lambda s, _: s * (x + 1))(normed(x), x.mul_(2)))(h.clone()), 1),
 }
 
 
@@ -333,6 +337,7 @@ RESIDUALS: dict[str, tuple[Callable, int]] = {
     "wider": (lambda h: (h.double() + F.linear(h, matrix)).float(), 0),
     "transposed": (lambda h: F.linear(h, matrix) + h.transpose(0, 1).contiguous().transpose(0, 1), 1),
     "itself": (lambda h: (lambda y: y + y)(F.linear(h, matrix)), 1),
+    "written between": (lambda h: (lambda x: (lambda y, _: x + y)(F.linear(x, matrix), x.mul_(2)))(h.clone()), 0),
 }
 
 
@@ -405,6 +410,8 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "normalize": lambda h: F.normalize(h, dim=1) * 5,
     "interpolate": lambda h: h + F.interpolate(h.transpose(1, 2), scale_factor=2)[..., ::2].transpose(1, 2),
     "chunks of tokens": lambda h: h + torch.cat(h.chunk(2, 1)[::-1], 1),
+    "softmax over the batch": lambda h: h + h * h.softmax(0),
+    "over the length": lambda h: h + h / h.shape[1] * 10,
 }
 
 
@@ -539,3 +546,69 @@ def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         everything = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)
     torch.testing.assert_close(everything, dense, rtol=1e-5, atol=1e-5)
+
+
+# --- functional, and gathers before what they gather -----------------------------------------------------------------
+
+
+IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
+    "read before and after": (lambda h: (lambda w, s: (w.mul_(2), w + s)[1])(h + 1, h.sum()), ["mul"]),
+    "by an operator": (lambda h: operator.itruediv(h + 1, 2), [operator.truediv]),
+    "scatter": (
+        lambda h: (lambda m: (m.scatter_(2, h.argmax(2, keepdim=True), 1.0), h * m)[1])(torch.zeros_like(h)),
+        ["scatter"],
+    ),
+    "an input": (lambda h: h.mul_(2), ["mul_"]),
+    "a view": (lambda h: (lambda w: (w[:, :3].mul_(2), w)[1])(h + 1), ["mul_"]),
+    "seen through a view": (lambda h: (lambda w, v: (w.mul_(2), v + 1)[1])(*(lambda w: (w, w[:, :3]))(h + 1)), ["mul_"]),
+    "another type": (lambda h: (h.half() + 1).mul_(h), ["mul_"]),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_writes_on_values_of_their_own_become_ordinary(case: str) -> None:
+    function, expected = IN_PLACE[case]
+    h = tokens()
+    captured = Captured(function, h)
+    make_functional(captured.gm.graph)
+    captured.gm.recompile()
+    writing = {"mul", "mul_", "scatter", "scatter_", operator.truediv, operator.itruediv, operator.mul, operator.imul}
+    assert [target for target in captured.targets() if target in writing][: len(expected)] == expected
+    torch.testing.assert_close(captured.gm(*[x.clone() if isinstance(x, Tensor) else x for x in captured.args])[0],
+                               function(tokens()) if case != "an input" else 2 * h)  # fmt: skip
+
+
+def test_gathers_go_before_what_is_computed_from_one_value() -> None:
+    index = torch.tensor([[0, 3, 5], [1, 2, 19]])
+    captured = Captured(lambda h: OPS.gather(F.silu((2 * h).float()), index, 1), tokens())
+    after = captured.lowered()
+    assert after.index(OPS.gather) < after.index(F.silu)
+    twice = Captured(lambda h: (lambda y: OPS.gather(y, index, 1).sum() + y)(F.silu(h)), tokens())
+    after = twice.lowered()
+    assert after.index(F.silu) < after.index(OPS.gather)  # all of it is needed anyway
+
+
+GATED: dict[str, tuple[Callable, int]] = {
+    "two groups": (lambda h: gated(h, h + 1, 2), 1),
+    "one group": (lambda h: gated(h, h + 1, 1), 1),
+    "in float32": (lambda h: weight * groups_normed(h.float() * F.silu((h + 1).float()), 2).to(h.dtype), 1),
+    "no gate": (lambda h: weight * groups_normed(h * torch.sigmoid(h), 2), 0),
+    "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
+}
+
+
+def groups_normed(h: Tensor, groups: int) -> Tensor:
+    """As Hugging Face writes it."""
+    grouped = h.view(*h.shape[:-1], groups, h.shape[-1] // groups)
+    return (grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + 1e-5)).view(*h.shape[:-1], h.shape[-1])
+
+
+def gated(h: Tensor, z: Tensor, groups: int) -> Tensor:
+    """The norm after the scan of Mamba-2."""
+    return weight * groups_normed(h * F.silu(z), groups)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_fuse_gated_norm(case: str) -> None:
+    function, count = GATED[case]
+    assert Captured(function, tokens()).lowered().count(OPS.gated_norm) == count

@@ -74,6 +74,30 @@ def bench(
 
 
 @app.command()
+def families(
+    out: Annotated[Path, typer.Option(help="Folder for families.json and families.md.")] = Path("benchmarks/results"),
+    only: Annotated[str, typer.Option(help="Names of models, with commas. [default: all]")] = "",
+    tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of ours; Hugging Face's own run at most twice.")] = 5,
+    inductor: Annotated[
+        str, typer.Option(help="Models to compile with Inductor as well, which takes minutes.")
+    ] = "mamba2-130m,bamba-150m",
+) -> None:
+    """Time one model of each Mamba-based family, dense and pruned, beside Hugging Face's own code.
+
+    Random weights, batch 1, float32. The first two models have about 130 and 150 million parameters, the others are small.
+    """
+    from simba_compile.cli.bench_families import MODELS, run
+
+    names = [name.strip() for name in only.split(",") if name.strip()] or list(MODELS)
+    unknown = sorted({*names} - {*MODELS})
+    if unknown:
+        known = ", ".join(MODELS)
+        raise typer.BadParameter(f"there is no {', '.join(unknown)}; the models are {known}.", param_hint="--only")
+    run(names, tokens, repeats, inductor.split(","), out, shlex.join(["simba", *sys.argv[1:]]))
+
+
+@app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face Hub.")],
     keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.")] = 0.1,

@@ -1,4 +1,4 @@
-"""The C kernels under ``cpu/``, called through ctypes.
+"""The C kernels under ``cpu/``, called through ctypes: those of Mamba-1, and what moves tokens.
 
 Everything that C takes on trust is checked or arranged here: device, dtype, shape, and a stride of 1 along the last axis
 (a tensor without it is copied). Where the library was not built, `available` is False and plain torch runs instead.
@@ -38,10 +38,10 @@ def library() -> ctypes.CDLL | None:
     try:
         # OpenMP's symbols come from the runtime that torch has loaded, so that both share one pool of threads.
         lib = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        lib.simba_set_level(-1)
+    except (OSError, AttributeError) as error:  # no library, or another one
         log.warning("The native CPU kernels do not load (%s): plain torch runs in their place, many times slower.", error)
         return None
-    lib.simba_set_level(-1)
     return lib
 
 
@@ -73,6 +73,11 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _bits(value: float) -> int:
+    """A double as the 64-bit word that C reads it from."""
+    return int.from_bytes(bytes(ctypes.c_double(value)), "little", signed=True)
+
+
 def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A parameter in the compute type, contiguous."""
     return None if x is None else x.to(dtype).contiguous()
@@ -100,6 +105,7 @@ def _check_scan(
     states = A.shape[1]
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states; the native kernels take 1 to {MAX_STATES}.")
+    _expect("x", x, (batch, tokens, channels), None)  # its device
     _expect("dt", dt, (batch, tokens, channels), x.dtype)
     _expect("A", A, (channels, states), None)
     _expect("B", B, (batch, tokens, states), x.dtype)
@@ -116,7 +122,7 @@ def _slices(batch: int, channels: int) -> tuple[int, int]:
     lanes = lib.simba_lanes()
     blocks = -(-channels // lanes)
     vectors = max(1, min(SLICE, batch * blocks // torch.get_num_threads()))
-    return vectors * lanes, -(-blocks // vectors)
+    return vectors * lanes, max(1, -(-blocks // vectors))
 
 
 def selective_scan(
@@ -316,27 +322,51 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
     return out
 
 
+MAX_GROUP = 1 << 16  # channels that the norm keeps on its stack
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.rms_norm`."""
-    _expect("weight", weight, (x.shape[-1],), None)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; expected float32, float64, bfloat16 or float16.")
+    return gated_norm(x, None, weight, eps, 1)
+
+
+def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    """See `simba_compile.kernels.ops.gated_norm`."""
+    if x.dtype not in DTYPES or x.dim() == 0:
+        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64 or a half type.")
+    _expect("x", x, tuple(x.shape), None)
+    channels = x.shape[-1]
+    _expect("gate", gate, tuple(x.shape), None)
+    _expect("weight", weight, (channels,), None)
+    if groups < 1 or channels % groups or channels // groups > MAX_GROUP:
+        raise ValueError(f"groups is {groups}; expected a divisor of {channels} channels, with at most {MAX_GROUP} in each.")
     kind = compute_dtype(x.dtype)
-    rows = _rows(x)
-    flat = rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
+    flat, gates = _flat(x), None if gate is None else _flat(gate.to(x.dtype))
     weight = _constant(weight, kind)
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.numel():
-        eps_bits = int.from_bytes(bytes(ctypes.c_double(eps)), "little", signed=True)
-        words = [flat.shape[0], x.shape[-1], eps_bits, _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
+        words = [flat.shape[0], channels, _bits(eps), _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
+        words += [_pointer(gates), 0 if gates is None else gates.stride(0), channels // groups]
         _call("rms_norm", x.dtype, words)
     return out
 
 
+def _flat(x: Tensor) -> Tensor:
+    """The rows of a tensor as (row, channel), without a copy where it can be."""
+    rows = _rows(x)
+    return rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """See `simba_compile.kernels.ops.gather`: tokens in axis 1, everything behind them contiguous."""
+    if x.dim() < 2 or index.dim() != 2 or (x.numel() and not x[0, 0].is_contiguous()):
+        raise ValueError(
+            f"x is {tuple(x.shape)} with strides {x.stride()} and index {tuple(index.shape)}; expected (batch, token, ...), "
+            "contiguous behind the tokens, and (batch, kept)."
+        )
     batch, tokens = x.shape[:2]
     kept = index.shape[1]
+    _expect("x", x, tuple(x.shape), None)
     _expect("index", index, (index.shape[0], kept), torch.int64)
     if batch not in (1, index.shape[0]):
         raise ValueError(f"x has {batch} sequences and index {index.shape[0]}.")
@@ -352,6 +382,12 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
     """See `simba_compile.kernels.ops.select`."""
+    if scores.dim() != 2 or min(first, last) < 0 or not first + last <= k <= scores.shape[1]:
+        raise ValueError(
+            f"scores is {tuple(scores.shape)}, k {k}, first {first}, last {last}; expected (batch, token) and "
+            "first + last <= k <= tokens."
+        )
+    _expect("scores", scores, tuple(scores.shape), None)
     scores = scores.to(torch.float64).contiguous()
     out = torch.empty(scores.shape[0], k, dtype=torch.int64)
     if out.numel():

@@ -1,21 +1,30 @@
 """The operators ``torch.ops.simba.*``: schema, dispatch, shapes under fake tensors, gradients.
 
-Each function below documents the operator of its name and is what the operator runs: the native kernel for tensors on the
-CPU where it was built, else `reference`. Channels are last: ``x`` is (batch, token, channel). Tensors may be float32,
-float64, bfloat16 or float16; halves are computed in float32. Any strides are taken; the last axis is read without a copy
-where its stride is 1.
+Each function below documents the operator of its name and is what the operator runs: the Triton kernel for tensors on a GPU,
+the native kernel for tensors on the CPU where it was built, else `reference`. Channels are last: ``x`` is (batch, token,
+channel). Tensors may be float32, float64, bfloat16 or float16; halves are computed in float32. Any strides are taken; the
+last axis is read without a copy where its stride is 1.
 """
 
+import importlib.util
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import native, native_ssd, reference
 from simba_compile.kernels.reference import compute_dtype
 
+log = logging.getLogger("simba_compile")
+
 LIBRARY = torch.library.Library("simba", "DEF")
+GPU = "cuda"  # the device type of AMD's GPUs too
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = ("select", "gather")  # whose Triton kernels take every dtype
 SCAN_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus"
 
 
@@ -25,6 +34,7 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+        _open_to_inductor(function)
         return function
 
     return register
@@ -35,8 +45,50 @@ def fake(name: str) -> Callable[[Callable], Callable]:
     return torch.library.register_fake(f"simba::{name}", lib=LIBRARY)
 
 
-def _runs_native(*tensors: Tensor | None) -> bool:
-    return all(value is None or value.device.type == "cpu" for value in tensors) and native.available()
+@cache
+def _triton_kernels() -> dict[str, Callable]:
+    """The Triton kernels by operator, loaded when a tensor on a GPU first needs one; none without triton."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("triton is not installed: on the GPU plain torch runs in place of our kernels, many times slower.")
+        return {}
+    from simba_compile.kernels import gpu
+
+    return gpu.KERNELS
+
+
+def _on_gpu(name: str, tensors: list[Tensor]) -> Callable | None:
+    """The Triton kernel for these tensors, if there is one. The first of them decides about the dtype."""
+    if not tensors or any(value.device.type != GPU for value in tensors):
+        return None
+    if name not in COPIES and tensors[0].dtype not in GPU_DTYPES:
+        return None
+    return _triton_kernels().get(name)
+
+
+def _open_to_inductor(function: Callable) -> None:
+    """Make an operator show its Triton kernels while AOTAutograd traces, as `torch.library.triton_op` does."""
+    name = function.__name__
+
+    def trace(mode: Any, operation: Any, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _on_gpu(name, [value for value in args if isinstance(value, Tensor)]) is None:
+            return mode.__torch_dispatch__(operation, types, args, kwargs)
+        with mode:
+            return function(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(f"simba::{name}", FunctionalTensorMode, trace, lib=LIBRARY)
+
+
+def implementation(name: str, *tensors: Tensor | None) -> Callable:
+    """What runs the operator `name` on these tensors: the Triton kernel, the native one, or its reference."""
+    given = [value for value in tensors if value is not None]
+    triton_kernel = _on_gpu(name, given)
+    if triton_kernel is not None:
+        return triton_kernel
+    if all(value.device.type == "cpu" for value in given) and native.available():
+        for kernels in (native, native_ssd):
+            if hasattr(kernels, name):
+                return getattr(kernels, name)
+    return getattr(reference, name)
 
 
 # --- scoring and selecting tokens ------------------------------------------------------------------------------------
@@ -87,8 +139,7 @@ def influence(
     """
     if pool not in reference.POOLS:
         raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
-    run = native.influence if _runs_native(x, dt, A, B, C, dt_bias) else reference.influence
-    return run(x, dt, A, B, C, dt_bias, softplus, pool, bias_in_decay)
+    return implementation("influence", x, dt, A, B, C, dt_bias)(x, dt, A, B, C, dt_bias, softplus, pool, bias_in_decay)
 
 
 @fake("influence")
@@ -118,7 +169,7 @@ def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
         raise ValueError(f"scores is {tuple(scores.shape)}, first {first}, last {last}; expected (batch, token), 0 or more.")
     if not first + last <= k <= scores.shape[1]:
         raise ValueError(f"k is {k}; expected {first} + {last} (the protected ends) to {scores.shape[1]} (the tokens).")
-    return (native if _runs_native(scores) else reference).select(scores, k, first, last)
+    return implementation("select", scores)(scores, k, first, last)
 
 
 @fake("select")
@@ -188,9 +239,10 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     if index.dim() != 2:
         raise ValueError(f"index is {tuple(index.shape)}; expected (batch, k).")
     rows = dim == 1 and (x.dim() == 2 or x[0, 0].is_contiguous()) if x.shape[0] and x.shape[1] else False
-    if rows and _runs_native(x, index):
-        return native.gather(x, index)
-    return reference.gather(x, index, dim)
+    run = implementation("gather", x, index)
+    if run is not native.gather:
+        return run(x, index, dim)
+    return run(x, index) if rows else reference.gather(x, index, dim)
 
 
 @fake("gather")
@@ -410,7 +462,7 @@ def selective_scan(
     Tensor
         (batch, channel, state): the last state, in float32 (float64 for float64).
     """
-    run = native.selective_scan if _runs_native(x, dt, A, B, C, D, z, dt_bias, index) else reference.selective_scan
+    run = implementation("selective_scan", x, dt, A, B, C, D, z, dt_bias, index)
     return run(x, dt, A, B, C, D, z, dt_bias, softplus, index)
 
 
@@ -443,8 +495,7 @@ def selective_scan_backward(
     That of a missing input is empty; those of A, D and dt_bias come in the compute type.
     """
     inputs = (x, dt, A, B, C, D, z, dt_bias)
-    run = native.selective_scan_backward if _runs_native(grad, grad_state, *inputs) else reference.selective_scan_backward
-    return run(grad, grad_state, *inputs, softplus)
+    return implementation("selective_scan_backward", grad, grad_state, *inputs)(grad, grad_state, *inputs, softplus)
 
 
 @fake("selective_scan_backward")
@@ -501,8 +552,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     Tensor
         (batch, token, channel), contiguous.
     """
-    run = native.causal_conv1d if _runs_native(x, weight, bias) else reference.causal_conv1d
-    return run(x, weight, bias, silu).contiguous()
+    return implementation("causal_conv1d", x, weight, bias)(x, weight, bias, silu).contiguous()
 
 
 @fake("causal_conv1d")
@@ -515,8 +565,7 @@ def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `causal_conv1d` for x, weight and bias (the last one empty where there is no bias)."""
-    run = native.causal_conv1d_backward if _runs_native(grad, x, weight, bias) else reference.causal_conv1d_backward
-    return run(grad, x, weight, bias, silu)
+    return implementation("causal_conv1d_backward", grad, x, weight, bias)(grad, x, weight, bias, silu)
 
 
 @fake("causal_conv1d_backward")
@@ -543,8 +592,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple:
 @operator("(Tensor x, Tensor? weight, float eps) -> Tensor")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``weight · x / sqrt(mean(x²) + eps)`` over the last axis, in x's dtype, computed in float32 or wider."""
-    run = native.rms_norm if _runs_native(x, weight) else reference.rms_norm
-    return run(x, weight, eps)
+    return implementation("rms_norm", x, weight)(x, weight, eps)
 
 
 @fake("rms_norm")
@@ -567,6 +615,54 @@ def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
     g = g if weight is None else g * weight.to(kind)
     dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), dweight, None
+
+
+@operator("(Tensor x, Tensor gate, Tensor? weight, float eps, SymInt groups) -> Tensor")
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    """The norm after the scan of Mamba-2: `rms_norm` of ``x silu(gate)``, each of so many groups of channels by itself.
+
+    Parameters
+    ----------
+    x, gate : Tensor
+        (..., channel); they may differ in dtype.
+    weight : Tensor, optional
+        (channel).
+    eps : float
+        Is added to the mean of the squares.
+    groups : int
+        Divides the number of channels.
+
+    Returns
+    -------
+    Tensor
+        As `x`.
+    """
+    return implementation("gated_norm", x, gate, weight)(x, gate, weight, eps, groups)
+
+
+@fake("gated_norm")
+def _(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gated_norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.groups = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, gate, weight = ctx.saved_tensors
+    kind = compute_dtype(x.dtype)
+    u, z, g = x.to(kind), gate.to(kind), grad.to(kind)
+    sigmoid = torch.sigmoid(z)
+    grouped = (u * z * sigmoid).unflatten(-1, (ctx.groups, -1))
+    inverse = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + ctx.eps)
+    normed = grouped * inverse
+    dweight = None if weight is None else (g * normed.flatten(-2)).flatten(0, -2).sum(0).to(weight.dtype)
+    g = (g if weight is None else g * weight.to(kind)).unflatten(-1, (ctx.groups, -1))
+    dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).flatten(-2)
+    dgate = dy * u * (sigmoid + z * sigmoid * (1 - sigmoid))
+    return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None
 
 
 # --- decoding one token ----------------------------------------------------------------------------------------------
@@ -607,7 +703,7 @@ def state_update(
     Tensor
         (batch, channel).
     """
-    run = native.state_update if _runs_native(state, x, dt, A, B, C, D, z, dt_bias) else reference.state_update
+    run = implementation("state_update", x, state, dt, A, B, C, D, z, dt_bias)
     return run(state, x, dt, A, B, C, D, z, dt_bias, softplus)
 
 
@@ -638,8 +734,7 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
     Tensor
         (batch, channel).
     """
-    run = native.conv_update if _runs_native(state, x, weight, bias) else reference.conv_update
-    return run(state, x, weight, bias, silu)
+    return implementation("conv_update", x, state, weight, bias)(state, x, weight, bias, silu)
 
 
 @fake("conv_update")
@@ -655,5 +750,6 @@ for _name, _backward, _setup in (
     ("selective_scan", _scan_backward, _scan_setup),
     ("causal_conv1d", _conv_backward, _conv_setup),
     ("rms_norm", _norm_backward, _norm_setup),
+    ("gated_norm", _gated_norm_backward, _gated_norm_setup),
 ):
     torch.library.register_autograd(f"simba::{_name}", _backward, setup_context=_setup, lib=LIBRARY)

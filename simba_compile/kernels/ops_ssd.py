@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simba_compile.kernels import reference
-from simba_compile.kernels.ops import LIBRARY, fake, operator
+from simba_compile.kernels.ops import LIBRARY, fake, implementation, operator
 from simba_compile.kernels.reference import compute_dtype
 
 SSD_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
@@ -50,7 +50,8 @@ def ssd_influence(
     """
     if pool not in reference.POOLS:
         raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
-    return reference.ssd_influence(x, dt, A, B, C, dt_bias, softplus, dt_min, dt_max, pool, bias_in_decay)
+    run = implementation("ssd_influence", x, dt, A, B, C, dt_bias)
+    return run(x, dt, A, B, C, dt_bias, softplus, dt_min, dt_max, pool, bias_in_decay)
 
 
 @fake("ssd_influence")
@@ -106,7 +107,8 @@ def ssd_scan(
     Tensor
         (batch, head, p, n): the last state, in the same type.
     """
-    return reference.ssd_scan(x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial, index)
+    run = implementation("ssd_scan", x, dt, A, B, C, D, dt_bias, initial, index)
+    return run(x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial, index)
 
 
 @fake("ssd_scan")
@@ -139,7 +141,8 @@ def ssd_scan_backward(
 
     That of a missing input is empty; those of A, D, dt_bias and initial come in the compute type.
     """
-    return reference.ssd_scan_backward(grad, grad_state, x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial)
+    run = implementation("ssd_scan_backward", grad, grad_state, x, dt, A, B, C, D, dt_bias, initial)
+    return run(grad, grad_state, x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial)
 
 
 @fake("ssd_scan_backward")
@@ -226,7 +229,8 @@ def ssd_state_update(
     Tensor
         (batch, head, p) in x's dtype.
     """
-    return reference.ssd_state_update(state, x, dt, A, B, C, D, dt_bias, softplus)
+    run = implementation("ssd_state_update", x, state, dt, A, B, C, D, dt_bias)
+    return run(state, x, dt, A, B, C, D, dt_bias, softplus)
 
 
 @fake("ssd_state_update")

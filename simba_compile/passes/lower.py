@@ -5,12 +5,24 @@ from collections.abc import Callable
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.scans import SCANS
-from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, expression, value_of
+from simba_compile.passes.tokens import (
+    CASTS,
+    LINEAR,
+    POINTWISE,
+    PRODUCTS,
+    RESHAPES,
+    expression,
+    is_inplace,
+    storage_of,
+    value_of,
+    written,
+)
 
 OPS = torch.ops.simba
 MUL, POW, RSQRT, MEAN = (
@@ -23,8 +35,8 @@ MUL, POW, RSQRT, MEAN = (
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
-    rewrites = (drop_marks, drop_casts, project_rows, cancel_transposes, fuse_norm, fuse_gather, fuse_residual, read_cache)
-    for rewrite in rewrites:
+    fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual)
+    for rewrite in (drop_marks, drop_casts, project_rows, cancel_transposes, gather_first, *fusions, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -77,6 +89,16 @@ def drop_marks(node: Node) -> None:
             _replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
 
 
+def _written_between(first: Node, last: Node, *values: Node) -> bool:
+    """Whether one of the values is written in place between two nodes: it may not be what it was."""
+    places = {storage_of(value) for value in values}
+    while first is not last and first.op != "root":
+        first = first.next
+        if is_inplace(first) and (None in places or places & {storage_of(value) for value in written(first)}):
+            return True
+    return False
+
+
 def drop_casts(node: Node) -> None:
     """``x.to(dtype)`` where x has the dtype: x."""
     if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
@@ -116,6 +138,23 @@ def cancel_transposes(node: Node) -> None:
         _erase(node)
 
 
+def gather_first(node: Node) -> None:
+    """``gather(silu(z))``, where nothing else reads ``silu(z)``: ``silu(gather(z))``, on fewer tokens."""
+    while node.target is OPS.gather and node.args[0].target in POINTWISE:  # type: ignore[union-attr]
+        applied: Node = node.args[0]  # type: ignore[assignment]
+        (read, *others) = applied.all_input_nodes
+        if others or len(applied.users) != 1 or _sizes(read) != _sizes(applied):
+            return
+        if _written_between(applied, node, read, node.args[1]):  # type: ignore[arg-type]
+            return
+        gathered = _insert(node, OPS.gather, read, *node.args[1:])
+        gathered.meta = dict(read.meta)
+        after = node.graph.node_copy(applied, lambda source, g=gathered: g)  # type: ignore[misc]
+        gathered.append(after)
+        _replace(node, after)
+        node = gathered
+
+
 def fuse_norm(node: Node) -> None:
     """``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)`` of h = x.float(): rms_norm(x, weight, eps).
 
@@ -130,10 +169,43 @@ def fuse_norm(node: Node) -> None:
     if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
         return
     h, eps = found
+    if weight is not None and _sizes(weight) != _sizes(h)[-1:]:  # type: ignore[arg-type]
+        return
     x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
+    if _written_between(x, node, x):  # type: ignore[arg-type]
+        return
     if _dtype(node) != _dtype(x):
         return  # without a weight, the cast back comes later and is where this is fused
     _replace(node, _insert(node, OPS.rms_norm, x, weight, eps))
+
+
+def fuse_gated_norm(node: Node) -> None:
+    """The norm after the scan of Mamba-2: gated_norm(x, z, weight, eps, groups).
+
+    ``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).view(y.shape)`` of ``h = y.view(..., groups, -1)`` and
+    ``y = x * silu(z)``.
+    """
+    if node.target not in MUL or len(node.args) != 2:
+        return
+    for weight, b in (node.args, reversed(node.args)):
+        if not isinstance(weight, Node) or not isinstance(b, Node) or _rank(weight) != 1:
+            continue
+        flat = _through_cast(b)
+        found = _norm_of(flat.args[0]) if flat.target in RESHAPES and isinstance(flat.args[0], Node) else None
+        if found is None or found[0].target not in RESHAPES or not isinstance(found[0].args[0], Node):
+            continue
+        (grouped, eps), y = found, found[0].args[0]
+        if y.target not in MUL or len(y.all_input_nodes) != 2 or _sizes(y) != _sizes(node):
+            continue
+        if _sizes(grouped)[:-2] != _sizes(y)[:-1]:
+            continue
+        x, gate = (_through_cast(arg) for arg in y.args)  # type: ignore[arg-type]
+        if gate.target is not F.silu or _dtype(node) != _dtype(x) or _sizes(weight) != _sizes(y)[-1:]:
+            continue
+        gate = _through_cast(gate.args[0])  # type: ignore[arg-type]
+        if _sizes(x) == _sizes(gate) == _sizes(y) and not any(_written_between(read, node, read) for read in (x, gate)):
+            _replace(node, _insert(node, OPS.gated_norm, x, gate, weight, eps, int(_sizes(grouped)[-2])))
+        return
 
 
 def _through_cast(node: Node) -> Node:
@@ -211,6 +283,8 @@ def fuse_residual(node: Node) -> None:
         if _sizes(residual) != _sizes(product):  # one of them is broadcast
             continue
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
+            continue
+        if _written_between(product, node, x):
             continue
         fresh = residual.target is OPS.gather and len(residual.users) == 1
         _replace(node, _insert(node, linear_onto, residual, x, product.args[1], fresh))

@@ -36,8 +36,11 @@ from simba_compile.passes.tokens import (
     inputs_with_tokens,
     is_inplace,
     is_tokenwise,
+    storage_of,
     suffix,
+    takes_sizes,
     value_of,
+    written,
 )
 
 OPS = torch.ops.simba
@@ -79,10 +82,19 @@ class _Pruning:
         self.experts: int | None = None  # the version inside a mixture of experts
         self.entries: set[Node] = set()  # keys and values that attention reads: as outputs, a cache's entries
         self.tokens: Node | None = None  # the full length as a number
+        self.derived: set[tuple[Node, int]] = set()  # those of `made` that `at` made
+        self.grad = torch.is_grad_enabled()
+        self.regions: list[tuple] = []  # the autocast regions and the like around the present node
+        self.modes: dict[Node, tuple] = {}  # node → `mode` where it stood
 
     @property
     def latest(self) -> int:
         return len(self.kept)
+
+    @property
+    def mode(self) -> tuple:
+        """What a node that is computed here is computed under."""
+        return self.grad, *self.regions
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
@@ -104,6 +116,7 @@ class _Pruning:
         if node.op == "output":
             self.out.node_copy(node, lambda source: self.at(source, 0))
             return
+        self._note_mode(node)
         if self.length.is_number(node):
             self.version[node] = 0  # written where it is used, for the version that it is used in
             return
@@ -116,8 +129,10 @@ class _Pruning:
         newest = max(versions, default=0)
         if self._among_experts(node, newest):
             return
-        if newest > 0 and is_inplace(node):
-            raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
+        if is_inplace(node):
+            if newest > 0:
+                raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
+            self._check_write(node)
         if newest == 0:
             self._emit(node, 0)
         elif self._reads_the_end(node):
@@ -134,9 +149,38 @@ class _Pruning:
         if self.pending is not None and node is self.plan.mixers[self.mixer].add:
             self._prune_layer(node)
 
-    def _emit(self, node: Node, version: int) -> None:
+    def _note_mode(self, node: Node) -> None:
+        """Follow ``no_grad``, autocast and the like. Copies made under one mode do not serve under another."""
+        before, name = self.mode, getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            self.grad = node.args[0]  # type: ignore[assignment]
+        elif name.startswith("_enter_"):
+            self.regions.append((name, node.args))
+        elif name.startswith("_exit_") and self.regions:
+            self.regions.pop()
+        if self.mode != before:
+            for key in self.derived:
+                del self.made[key]
+            self.derived.clear()
+        self.modes[node] = self.mode
+
+    def _check_write(self, node: Node) -> None:
+        """Pruned tokens read gathered copies and full-length values are computed late: none may be written to since."""
+        places = {storage_of(value) for value in written(node)} - {None}
+        for value, version in self.version.items():
+            if version > 0 and any(storage_of(source) in places for source in value.all_input_nodes):
+                raise Unprunable(self.mixer, f"{node.name} writes into what {value.name} has read for pruned tokens")
+
+    def _emit(self, node: Node, version: int, sized: bool = False) -> None:
         self.version[node] = version
-        self.made[node, version] = self.out.node_copy(node, lambda source: self.at(source, version))
+        self.made[node, version] = self._copy(node, version, sized)
+
+    def _copy(self, node: Node, version: int, sized: bool = False) -> Node:
+        """The node on inputs of this version. The length as an operand, and not as a size, stays the length."""
+        sized = sized or takes_sizes(node)
+        return self.out.node_copy(
+            node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)
+        )
 
     def _call(self, target: Any, *args: Any) -> Node:
         return self.out.call_function(target, args)
@@ -157,7 +201,7 @@ class _Pruning:
             self.experts = newest
         if self.experts is None:
             return False
-        self._emit(node, self.experts)
+        self._emit(node, self.experts, sized=True)
         if node.target is OPS.leave_experts:
             self.experts = None
         return True
@@ -251,6 +295,7 @@ class _Pruning:
             new = self._gather(node, have, version) if later else self._restore(node, version)
             new.meta = dict(node.meta)  # its sizes are those of the full length: only dtypes and ranks are read from here
             self.made[node, version] = new
+            self.derived.add((node, version))
         return self.made[node, version]
 
     def _number(self, node: Node, version: int) -> Node:
@@ -298,7 +343,9 @@ class _Pruning:
             return self._call(OPS.cache_entries, self.made[node, have], *where)
         if node.target in CONTRACT or not is_tokenwise(node, self.length):
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
-        return self.out.node_copy(node, lambda source: self.at(source, 0))
+        if self.modes[node] != self.mode:
+            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens outside of its no_grad or autocast")
+        return self._copy(node, 0)
 
     def _restore_stream(self, node: Node) -> Node:
         if self.length.of(node) != 1:

@@ -249,12 +249,33 @@ def is_inplace(node: Node) -> bool:
     target = node.target
     if node.op not in ("call_function", "call_method"):
         return False
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     name = target if isinstance(target, str) else target.__name__
     return name == "setitem" or target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def written(node: Node) -> list[Node]:
+    """What a node that `is_inplace` may write into: its first argument and ``out``; any argument of a custom operator."""
+    out = node.kwargs.get("out")
+    custom = isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.OpOverload)
+    values = [*(out if isinstance(out, list | tuple) else [out]), *(node.args if custom else node.args[:1])]
+    return [value for value in values if isinstance(value, Node)]
+
+
+def storage_of(node: Node) -> int | None:
+    """Which memory a value is in: views of one another have the same."""
+    value = value_of(node)
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def takes_sizes(node: Node) -> bool:
+    """Whether a number among the node's arguments is a size or a place: of pruned tokens, it is how many are left."""
+    return node.target in RESHAPES | VIEWS or node.target is operator.getitem
 
 
 def suffix(node: Node, length: Length) -> int | None:

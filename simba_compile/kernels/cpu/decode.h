@@ -59,3 +59,44 @@ int NAME(conv_update)(const ConvUpdateArgs *a, int threads) {
     }
   return 0;
 }
+
+/* Two rows of a state (p, n) at a time: they share what they load of B and C. */
+#define UPDATED 2
+int NAME(ssd_state_update)(const SsdUpdateArgs *a, int threads) {
+  const int64_t N = a->states, p = a->channels;
+  int many = a->batch * a->heads * p * N >= DECODE_GRAIN && threads > 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (many)
+  for (int64_t task = 0; task < a->batch * a->heads; task++) {
+    const int64_t b = task / a->heads, head = task % a->heads, group = head / (a->heads / a->groups);
+    const elem *x = (elem *)a->x + b * a->x_batch + head * a->x_head;
+    const elem *B = (elem *)a->B + b * a->B_batch + group * a->B_group;
+    const elem *C = (elem *)a->C + b * a->C_batch + group * a->C_group;
+    const REAL D = a->D ? ((REAL *)a->D)[head] : 0;
+    vec delta = splat(NAME(widen_one)(((elem *)a->dt)[b * a->dt_batch + head]));
+    if (a->dt_bias) delta += ((REAL *)a->dt_bias)[head];
+    if (a->softplus) softplus_all(&delta, 1);
+    const vec decay = exp2v(delta * ((REAL *)a->A)[head] * (REAL)LOG2E);
+    for (int64_t i = 0; i < p; i += LANES) { /* outputs that are stored together */
+      const int count = (int)(p - i < LANES ? p - i : LANES);
+      const vec rows = load(x + i, count), input = delta * rows;
+      vec y = splat(0);
+      for (int j = 0; j < count; j += UPDATED) {
+        const int size = count - j < UPDATED ? count - j : UPDATED;
+        REAL *h = (REAL *)a->state + (task * p + i + j) * N;
+        vec out[UPDATED] = {{0}};
+        for (int64_t n = 0; n < N; n += LANES) {
+          const int left = (int)(N - n < LANES ? N - n : LANES);
+          const vec b_n = load(B + n, left), c_n = load(C + n, left);
+          for (int r = 0; r < size; r++) {
+            vec next = decay * load_real_some(h + r * N + n, left) + b_n * input[j + r];
+            store_real_some(h + r * N + n, next, left);
+            out[r] += next * c_n;
+          }
+        }
+        for (int r = 0; r < size; r++) y[j + r] = sum_lanes(out[r]);
+      }
+      store((elem *)a->out + task * p + i, y + rows * D, count);
+    }
+  }
+  return 0;
+}

@@ -37,6 +37,10 @@ EXPORT(causal_conv1d_backward, ConvBackwardArgs)
 EXPORT(state_update, UpdateArgs)
 EXPORT(conv_update, ConvUpdateArgs)
 EXPORT(rms_norm, NormArgs)
+EXPORT(ssd_scan, SsdArgs)
+EXPORT(ssd_scan_backward, SsdBackwardArgs)
+EXPORT(ssd_influence, SsdInfluenceArgs)
+EXPORT(ssd_state_update, SsdUpdateArgs)
 
 static int best_level(void) {
 #if defined(__x86_64__)

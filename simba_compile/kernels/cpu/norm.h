@@ -1,27 +1,33 @@
-/* RMS norm of rows: out = weight * x / sqrt(mean(x²) + eps). */
+/* RMS norm of rows, group by group: out = weight * y / sqrt(mean(y²) + eps) with y = x, or x * silu(gate). */
 
 int NAME(rms_norm)(const NormArgs *a, int threads) {
+  const int64_t groups = a->group ? a->channels / a->group : 0, blocks = (a->group + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads) schedule(static) if (a->rows > 8)
   for (int64_t row = 0; row < a->rows; row++) {
-    const elem *x = (elem *)a->x + row * a->x_row;
-    vec even = splat(0), odd = splat(0);
-    int64_t d = 0;
-    for (; d + 2 * LANES <= a->channels; d += 2 * LANES) {
-      vec p = load(x + d, LANES), q = load(x + d + LANES, LANES);
-      even += p * p;
-      odd += q * q;
-    }
-    for (; d < a->channels; d += LANES) {
-      vec p = load(x + d, (int)(a->channels - d < LANES ? a->channels - d : LANES));
-      even += p * p;
-    }
-    REAL mean = sum_lanes(even + odd) / (REAL)a->channels;
-    REAL scale = (REAL)(1 / sqrt((double)mean + a->eps));
-    for (d = 0; d < a->channels; d += LANES) {
-      int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
-      vec y = load(x + d, count) * scale;
-      if (a->weight) y *= load_real_some((REAL *)a->weight + d, count);
-      store((elem *)a->out + row * a->channels + d, y, count);
+    vec y[blocks];
+    for (int64_t first = 0; first < groups * a->group; first += a->group) {
+      const elem *x = (elem *)a->x + row * a->x_row + first;
+      const elem *gate = (elem *)a->gate + row * a->gate_row + first;
+      vec sums[2] = {splat(0), splat(0)};
+      for (int64_t k = 0; k < blocks; k++) {
+        int count = NAME(lanes_left)(a->group - k * LANES);
+        vec p = load(x + k * LANES, count);
+        if (a->gate) {
+          vec g = load(gate + k * LANES, count);
+          p *= g * sigmoidv(g);
+        }
+        sums[k & 1] += p * p;
+        y[k] = p;
+      }
+      REAL mean = sum_lanes(sums[0] + sums[1]) / (REAL)a->group;
+      REAL scale = (REAL)(1 / sqrt((double)mean + a->eps));
+      for (int64_t k = 0; k < blocks; k++) {
+        int count = NAME(lanes_left)(a->group - k * LANES);
+        int64_t d = first + k * LANES;
+        vec p = y[k] * scale;
+        if (a->weight) p *= load_real_some((REAL *)a->weight + d, count);
+        store((elem *)a->out + row * a->channels + d, p, count);
+      }
     }
   }
   return 0;

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 typedef struct { void *data; int64_t batch, token; } View3;      /* (batch, token, channel or state) */
+typedef struct { void *data; int64_t batch, token, head; } View4; /* (batch, token, head or group, channel or state) */
 
 typedef struct {
   int64_t batch, tokens, kept, channels, states, softplus, slice; /* slice: channels for one task */
@@ -67,12 +68,55 @@ typedef struct {
 } ConvUpdateArgs;
 
 typedef struct {
+  int64_t batch, tokens, kept, heads, channels, groups, states, softplus, block; /* channels: of a head; block: heads for one task */
+  double dt_min, dt_max;
+  View4 x;
+  View3 dt;                                                       /* (batch, token, head) */
+  View4 B, C;
+  const void *A, *D, *dt_bias;                                    /* (heads), compute type; D and dt_bias may be null */
+  const void *initial;                                            /* as state, or null: zeros */
+  const int64_t *index;                                           /* (batch, kept), or null: every token */
+  void *y;                                                        /* (batch, kept, heads, channels), compute type */
+  void *state;                                                    /* (batch, heads, channels, states), compute type */
+} SsdArgs;
+
+typedef struct {
+  SsdArgs forward;                                                /* y: the gradient of the output, read only */
+  const void *grad_state;                                         /* as state, or null */
+  void *dx, *ddt;                                                 /* (batch, tokens, heads[, channels]), element type */
+  double *dA, *dD, *dbias;                                        /* (batch, heads), zeros; dD and dbias may be null */
+  void *dB, *dC;                                                  /* (batch, parts of a group, tokens, groups, states), compute type */
+  void *dinitial;                                                 /* as state, or null */
+} SsdBackwardArgs;
+
+typedef struct {
+  int64_t batch, tokens, heads, channels, groups, states, softplus, pool, bias_in_decay;
+  double dt_min, dt_max;
+  View4 x;
+  View3 dt;
+  View4 B, C;
+  const void *A, *dt_bias;
+  double *out;                                                    /* (batch, tokens) */
+} SsdInfluenceArgs;
+
+typedef struct {
+  int64_t batch, heads, channels, groups, states, softplus;
+  void *state;                                                    /* (batch, heads, channels, states), compute type, updated */
+  const void *x, *dt, *B, *C;                                     /* (batch, heads, channels), (batch, heads), (batch, groups, states) */
+  int64_t x_batch, x_head, dt_batch, B_batch, B_group, C_batch, C_group;
+  const void *A, *D, *dt_bias;
+  void *out;                                                      /* (batch, heads, channels) */
+} SsdUpdateArgs;
+
+typedef struct {
   int64_t rows, channels;
   double eps;
   const void *x;
   int64_t x_row;
   const void *weight;                                             /* (channels), compute type, or null */
   void *out;                                                      /* (rows, channels) */
+  const void *gate;                                               /* (rows, channels), or null */
+  int64_t gate_row, group;                                        /* each so many channels are normalised by themselves */
 } NormArgs;
 
 typedef struct {

@@ -53,10 +53,17 @@ INLINE vec NAME(narrow_vec)(wide w) {
 INLINE vec NAME(larger)(vec a, vec b) { return select((a > b) | (a != a), a, b); }
 #define larger NAME(larger)
 
-INLINE vec NAME(load)(const REAL *p) { vec v; __builtin_memcpy(&v, p, sizeof v); return v; }
-INLINE void NAME(store)(REAL *p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
-#define load_real NAME(load)
-#define store_real NAME(store)
+/* Held between two limits; NaN stays. */
+INLINE vec NAME(limited)(vec a, double low, double high) {
+  a = select(a < splat((REAL)low), splat((REAL)low), a);
+  return select(a > splat((REAL)high), splat((REAL)high), a);
+}
+#define limited NAME(limited)
+
+INLINE vec NAME(load_whole)(const REAL *p) { vec v; __builtin_memcpy(&v, p, sizeof v); return v; }
+INLINE void NAME(store_whole)(REAL *p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+#define load_real NAME(load_whole)
+#define store_real NAME(store_whole)
 
 INLINE vec NAME(load_some)(const REAL *p, int count) {
   vec v = {0};

@@ -1,0 +1,183 @@
+"""``simba families``: one model of each Mamba-based family, side by side with Hugging Face, in one run."""
+
+import datetime
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import simba_compile
+from simba_compile.cli import machine, models
+from simba_compile.cli.bench import KEEP, compile_model
+from simba_compile.cli.bench_report import DENSE, EAGER, INDUCTOR, PRUNED
+from simba_compile.cli.show import Steps, clock, times
+from simba_compile.cli.timing import seconds, side_by_side
+
+SLOW_REPEATS = 2  # of Hugging Face's own
+_ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 4}
+_SSD = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 64}
+_LAYERS = ["mamba", "attention", "mamba", "mamba"] * 2
+_SMALL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 8192}
+
+# Name → class of transformers and the fields of its configuration. The first two have the sizes that targets are set for.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2-130m": (
+        "Mamba2",
+        {"hidden_size": 768, "num_hidden_layers": 24, "state_size": 128, "head_dim": 64, "num_heads": 24, "n_groups": 1}
+        | {"vocab_size": 50280, "tie_word_embeddings": True},
+    ),
+    "bamba-150m": (
+        "Bamba",
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 32000}
+        | {"tie_word_embeddings": True}
+        | {"attn_layer_indices": [3, 7, 11, 15], "num_attention_heads": 12, "num_key_value_heads": 4}
+        | {"mamba_n_heads": 24, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128},
+    ),
+    "falcon_mamba": ("FalconMamba", _SMALL | {"state_size": 16}),
+    "jamba": (
+        "Jamba",
+        _SMALL | _ATTENTION | {"attn_layer_period": 4, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "zamba": (
+        "Zamba",
+        _SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8, "attn_layer_period": 4, "attn_layer_offset": 1}
+        | {"mamba_dt_rank": 32},
+    ),
+    "zamba2": (
+        "Zamba2",
+        _SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8, "layers_block_type": ["mamba", "hybrid"] * 4}
+        | {"num_mem_blocks": 1, "mamba_headdim": 64, "n_mamba_heads": 16, "mamba_ngroups": 1, "mamba_d_state": 64},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        _SMALL | _ATTENTION | _SSD | {"layer_types": _LAYERS, "shared_intermediate_size": 1024}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "falcon_h1": ("FalconH1", _SMALL | _ATTENTION | _SSD | {"head_dim": 64, "mamba_d_ssm": 1024}),
+    "nemotron_h": (
+        "NemotronH",
+        {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 8192, "layers_block_type": [*_LAYERS[:4], "moe"] * 2}
+        | _ATTENTION | {"head_dim": 64, "mamba_num_heads": 16, "mamba_head_dim": 64, "n_groups": 1, "ssm_state_size": 64}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+        | {"moe_shared_expert_intermediate_size": 512},
+    ),
+}  # fmt: skip
+
+
+def random_model(name: str) -> PreTrainedModel:
+    """A model of `MODELS` with random weights, the same ones each time."""
+    family, fields = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def run(names: list[str], tokens: int, repeats: int, inductor: list[str], out: Path, command: str) -> None:
+    """See `simba_compile.cli.families`."""
+    models.quiet()
+    results: dict[str, Any] = {
+        "machine": machine.describe(),
+        "settings": {"tokens": tokens, "repeats": repeats, "keep": KEEP},
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "models": {},
+    }
+    with tempfile.TemporaryDirectory() as empty, torch.no_grad(), Steps(2 * len(names)) as steps:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        for name in names:
+            steps.next(f"{name}: compiling")
+            torch._dynamo.reset()
+            model = random_model(name)
+            ids = models.random_ids(model.config.vocab_size, tokens)
+            results["models"][name] = measure(model, ids, repeats, name in inductor, lambda what: steps.next(what))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "families.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "families.md").write_text(markdown(results))
+    show(results)
+
+
+def measure(
+    model: PreTrainedModel, ids: Tensor, repeats: int, inductor: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Time a prompt up to the logits of the next token: Hugging Face eager (and with Inductor), ours dense and pruned.
+
+    Returns
+    -------
+    dict
+        For each contender its `Timing` as data, with "compile" in seconds where it was compiled; "parameters"; "mixers",
+        "pruning" and "dense because" as `explain` has them.
+    """
+    call: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    report = simba_compile.explain(model, ids, options={"keep": KEEP}, **call)
+    torch._dynamo.reset()
+    calls: dict[str, Callable[[], object]] = {EAGER: functools.partial(model, ids, **call)}
+    first: dict[str, float] = {}
+    for name in [*([INDUCTOR] if inductor else []), DENSE, PRUNED]:
+        calls[name] = functools.partial(compile_model(name, model), ids, **call)
+        first[name] = seconds(calls[name])
+    say(f"{model.config.model_type}: timing")
+    slow = min(repeats, SLOW_REPEATS)
+    timings = side_by_side(calls, {name: repeats if name in (DENSE, PRUNED) else slow for name in calls})
+    data: dict[str, Any] = {name: timing.to_dict() for name, timing in timings.items()}
+    for name, taken in first.items():
+        data[name]["compile"] = max(0.0, taken - timings[name].median)
+    return data | {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "mixers": len(report.mixers),
+        "pruning": sum(mixer.tokens_out < mixer.tokens_in for mixer in report.mixers),
+        "dense because": sorted({mixer.reason for mixer in report.mixers if mixer.reason}),
+    }
+
+
+HEADINGS = ["", "parameters", "mixers", "prune", "HF eager", "HF Inductor", "ours, keep 1.0", "ours, keep 0.1"]
+HEADINGS += ["over eager", "over Inductor", "over keep 1.0"]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The table, a row for each model."""
+    table = []
+    for name, data in results["models"].items():
+        pruned = data[PRUNED]["median"]
+        medians = [data[contender]["median"] if contender in data else None for contender in (EAGER, INDUCTOR, DENSE)]
+        table.append(
+            [name, f"{data['parameters'] / 1e6:.0f} M", str(data["mixers"]), str(data["pruning"])]
+            + ["" if median is None else clock(median) for median in medians]
+            + [clock(pruned)]
+            + ["" if median is None else f"{median / pruned:.2f}×" if i == 2 else times(median / pruned)
+               for i, median in enumerate(medians)]
+        )  # fmt: skip
+    return table
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report as a Markdown page."""
+    about, settings = results["machine"], results["settings"]
+    lines = [
+        "# simba families",
+        f"A prompt of {settings['tokens']} tokens up to the next token's logits, batch 1, float32, random weights; medians "
+        f"of runs in turns. {about['cpu']} ({about['instructions']}), {about['threads']} threads, torch {about['torch']}, "
+        f"transformers {about['transformers']}. `{results['command']}`, {results['date']}.",
+    ]
+    ruler = ["---"] + ["---:"] * (len(HEADINGS) - 1)
+    lines.append("\n".join("| " + " | ".join(cells) + " |" for cells in [HEADINGS, ruler, *rows(results)]))
+    return "\n\n".join(lines) + "\n"
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the report."""
+    table = Table()
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if i else "left")
+    for cells in rows(results):
+        table.add_row(*cells)
+    Console().print(table)

@@ -1,0 +1,27 @@
+"""The Triton kernels for CUDA and ROCm, one file for each operator: kernel, launcher, and how its configuration is chosen.
+
+A launcher has the name and the signature of its operator. Importing this package needs triton; `ops` does so when a tensor
+on a GPU first asks for it. float32, bfloat16 and float16 in and out, float32 inside; any strides.
+"""
+
+from collections.abc import Callable
+
+from simba_compile.kernels.gpu import conv, gather, influence, norm, scan, scan_backward, select, ssd, ssd_influence, state
+
+KERNELS: dict[str, Callable] = {
+    launcher.__name__: launcher
+    for launcher in (
+        influence.influence,
+        ssd_influence.ssd_influence,
+        select.select,
+        gather.gather,
+        scan.selective_scan,
+        scan_backward.selective_scan_backward,
+        ssd.ssd_scan,
+        conv.causal_conv1d,
+        conv.causal_conv1d_backward,
+        conv.conv_update,
+        state.state_update,
+        norm.rms_norm,
+    )
+}

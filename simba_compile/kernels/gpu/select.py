@@ -1,0 +1,79 @@
+"""The k best tokens of every sequence, in their order (`simba_compile.kernels.ops.select`).
+
+A radix search: eight passes over a sequence each fix eight bits of its k-th largest score, a last pass writes the positions.
+One program does a whole sequence, so that it is one launch and nothing waits for the host. Scores of a sequence (8 bytes a
+token) stay in the second-level cache between the passes. `torch.topk` does not promise which of equal scores it takes, and a
+sort by score, then another back into order, is some twenty launches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simba_compile.kernels.gpu import runtime
+
+ALWAYS = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # ranks above every score
+NOT_A_NUMBER = tl.constexpr(0x7FFFFFFFFFFFFFFE)
+
+
+@triton.jit
+def _keys(scores, t, tokens, first, last):
+    """Scores as integers in their order; NaN above all numbers, the protected ends above NaN."""
+    valid = t < tokens
+    score = tl.load(scores + t, mask=valid, other=0.0)
+    bits = tl.where(score == 0, 0.0, score).to(tl.int64, bitcast=True)  # one zero, not two
+    key = bits ^ ((bits >> 63) & ALWAYS)
+    key = tl.where(score != score, NOT_A_NUMBER, key)
+    return tl.where(valid & ((t < first) | (t >= tokens - last)), ALWAYS, key)
+
+
+@triton.jit
+def _select(scores, index, tokens, k, first, last, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * tokens
+    index += row * k
+    digits = tl.arange(0, 256)
+
+    # `prefix`: the bits of the k-th largest key that are known, those below 0; `wanted`: its rank among keys that have them.
+    prefix, wanted, equal = tl.zeros([], tl.int64), k, tokens
+    for i in range(8):
+        shift = 56 - 8 * i
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, tokens, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            unsigned = _keys(scores, t, tokens, first, last) ^ (-ALWAYS - 1)
+            # All bits above the digit agree. A shift by 64 is undefined, so it is made in two steps.
+            alike = (((unsigned ^ prefix) >> shift) >> 8) & ((1 << (8 * i)) - 1) == 0
+            digit = ((unsigned >> shift) & 255).to(tl.int32)
+            counts += tl.histogram(digit, 256, mask=(t < tokens) & alike)
+        at_least = tl.cumsum(counts, 0, reverse=True)
+        digit = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1  # the largest digit with `wanted` keys from it on
+        equal = tl.sum(tl.where(digits == digit, counts, 0), 0)
+        wanted -= tl.sum(tl.where(digits == digit, at_least, 0), 0) - equal
+        prefix |= digit.to(tl.int64) << shift
+    threshold = prefix ^ (-ALWAYS - 1)
+
+    # Of the `equal` keys at the threshold the last `wanted` stay.
+    written, passed = 0, wanted - equal
+    for start in range(0, tokens, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        key = _keys(scores, t, tokens, first, last)
+        tie = ((t < tokens) & (key == threshold)).to(tl.int32)
+        late = passed + tl.cumsum(tie, 0) > 0
+        keep = ((t < tokens) & ((key > threshold) | ((tie == 1) & late))).to(tl.int32)
+        at = written + tl.cumsum(keep, 0) - 1
+        tl.store(index + at, t.to(tl.int64), mask=keep == 1)
+        written += tl.sum(keep, 0)
+        passed += tl.sum(tie, 0)
+
+
+def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
+    """See `simba_compile.kernels.ops.select`."""
+    batch, tokens = scores.shape
+    index = scores.new_empty((batch, k), dtype=torch.int64)
+    if index.numel():
+        # Large blocks, for a program has a sequence to itself; no larger than what 16 warps keep in registers.
+        scores = scores.to(torch.float64).contiguous()
+        runtime.launch(_select, (batch,), scores, index, tokens, k, first, last, BLOCK=4096, num_warps=16)
+    return index

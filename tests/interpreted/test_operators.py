@@ -1,0 +1,253 @@
+"""Every Triton kernel but the scan's, in Triton's interpreter, against its definition in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import Source, assert_influence_near, assert_near, layouts, seeds, wide
+from torch import Tensor
+
+from simba_compile.kernels import reference
+from simba_compile.kernels.gpu import (
+    conv,
+    elementary,
+    gather,
+    influence,
+    norm,
+    runtime,
+    select,
+    ssd_influence,
+    state,
+)
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+NAN, INF = math.nan, math.inf
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of a logarithm of zero and the like
+dtypes, pools, flags = st.sampled_from(DTYPES), st.sampled_from(reference.POOLS), st.booleans()
+few = settings(max_examples=8)
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks in a short sequence: the interpreter takes a millisecond for a few operations."""
+    monkeypatch.setattr(influence, "CHUNK", 8)
+
+
+# --- elementary ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softplus(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, elementary.softplus(tl.load(x + at)))
+
+
+def test_softplus() -> None:
+    """To float32's last few bits, but for exp2's, which multiplies the rounding of its argument."""
+    x = torch.cat([torch.linspace(-80, 40, 1000), torch.tensor([0.0, -0.0, 1e-30, 88.0, 1e30, -1e30, INF, -INF])])
+    x = torch.nn.functional.pad(x, (0, 1024 - len(x)), value=NAN)
+    out = torch.empty_like(x)
+    runtime.launch(_softplus, (1,), x, out, BLOCK=1024)
+    exact = torch.where(x > 40, x.double(), torch.log1p(x.double().exp()))
+    off = ((out.double() - exact).abs() / (exact + 1e-36))[exact.isfinite()]
+    assert bool((off <= 3e-7 + 1e-7 * x[exact.isfinite()].abs().clamp(max=90)).all())
+    assert torch.equal(out[~exact.isfinite()].isnan(), exact[~exact.isfinite()].isnan()) and out[1006] == INF
+
+
+# --- influence -------------------------------------------------------------------------------------------------------
+
+
+def scored(source: Source, tokens: int, channels: int, states: int, bias: bool, softplus: bool) -> list[Any]:
+    """x, dt, A, B, C, dt_bias, softplus of one sequence."""
+    x, dt = source.pair((1, tokens), channels, channels)
+    B, C = source.pair((1, tokens), states, states)
+    A = -source.normal(channels, states, dtype=torch.float32).exp()
+    dt_bias = source.normal(channels, dtype=torch.float32) if bias else None
+    return [x, dt if softplus else dt / 4, A, B, C, dt_bias if softplus or dt_bias is None else dt_bias / 4, softplus]
+
+
+@few
+@given(seeds, dtypes, layouts, pools, st.integers(1, 27), st.integers(1, 140), st.integers(1, 5), flags, flags, flags)
+def test_influence(
+    seed: int, dtype: torch.dtype, layout: str, pool: str, tokens: int, channels: int, states: int,
+    bias: bool, softplus: bool, include: bool,
+) -> None:  # fmt: skip
+    """Near to the definition, whatever the sizes, layout and settings."""
+    args = scored(Source(seed, dtype, layout), tokens, channels, states, bias, softplus)
+    assert_influence_near(influence.influence(*args, pool, include), args, pool, include)
+
+
+@pytest.mark.parametrize("states", [16, 256])
+def test_influence_of_many_states(monkeypatch: pytest.MonkeyPatch, states: int) -> None:
+    """The state size of most models, and the largest."""
+    monkeypatch.setattr(influence, "CHUNK", 4)
+    args = scored(Source(states, torch.float32, "plain"), 4, 3, states, True, True)
+    assert_influence_near(influence.influence(*args, "max", True), args, "max", True)
+
+
+def test_influence_far_from_the_end() -> None:
+    """Behind a million tokens' steps each score is the definition's to 1e-6 of a step, where float32 would tie them all."""
+    x, dt, A = torch.ones(2, 40, 1), torch.full((2, 40, 1), 1e-3), torch.tensor([[-1.0]])
+    dt[:, -1] = torch.tensor([1e3, 1e6])[:, None]
+    score = influence.influence(x, dt, A, x, x, None, False, "max", True)[:, :32]  # the last tile has the million in float32
+    exact = reference.influence(*wide([x, dt, A, x, x, None, False]), "max", True)[:, :32]
+    torch.testing.assert_close(score, exact, rtol=0, atol=1e-6)
+    assert bool((score.diff(dim=1) > 5e-4).all()) and score[1, 0] < -9e5
+
+
+@pytest.mark.parametrize("where", ["x", "dt", "B"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_influence_shows_bad_numbers(where: str, bad: float) -> None:
+    """NaN where the definition has NaN, also at tokens whose states have faded away and are skipped."""
+    source = Source(1, torch.float32, "plain")
+    x, dt, A, B, C, _, _ = scored(source, 20, 5, 6, False, True)
+    dt, A = dt + 30, A - torch.arange(6)
+    {"x": x, "dt": dt, "B": B}[where][0, 3, 4] = bad
+    score = influence.influence(x, dt, A, B, C, None, True, "absmax", True)
+    exact = reference.influence(*wide([x, dt, A, B, C, None, True]), "absmax", True)
+    assert exact.isnan().any() or exact.isposinf().any()
+    torch.testing.assert_close(score, exact, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+@few
+@given(seeds, dtypes, pools, st.integers(1, 20), st.integers(1, 5), st.sampled_from([(1, 1), (2, 1), (4, 2)]), flags, flags)
+def test_ssd_influence(
+    seed: int, dtype: torch.dtype, pool: str, tokens: int, channels: int, shape: tuple[int, int],
+    softplus: bool, include: bool,
+) -> None:  # fmt: skip
+    """Near to the definition, in the log domain; B and x are pieces of one tensor."""
+    (heads, groups), source = shape, Source(seed, dtype, "pieces")
+    x, B = source.pair((1, tokens), heads * channels, groups * 3)
+    x, B = x.unflatten(2, (heads, channels)), B.unflatten(2, (groups, 3))
+    C, dt = source.normal(1, tokens, groups, 3), source.laid_out(1, tokens, heads)
+    A, bias = -source.normal(heads, dtype=torch.float32).exp(), source.normal(heads, dtype=torch.float32)
+    args = [x, dt, A, B, C, bias, softplus, 0.1, 1.5]
+    score = ssd_influence.ssd_influence(*args, pool, include)
+    exact = reference.ssd_influence(*wide(args), pool, include)
+    # B · C may cancel, to the rounding of its largest terms: compared where it does not.
+    product = (B.double() * C.double()[:, -1:]).sum(-1).abs() / (B.double() * C.double()[:, -1:]).abs().sum(-1)
+    clear = (product > 1e-2).all(-1)
+    torch.testing.assert_close(score[clear], exact[clear], rtol=1e-5, atol=1e-4)
+
+
+# --- select and gather -----------------------------------------------------------------------------------------------
+
+scores_ = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0 + 2**-52, 1e-320, -INF, INF, NAN, -NAN])
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_select(data: st.DataObject) -> None:
+    """The same tokens as sorting gives: ties, signed zeros, NaN, infinities, protected ends, k = 1, k = all."""
+    tokens = data.draw(st.integers(1, 30))
+    first = data.draw(st.integers(0, tokens))
+    last = data.draw(st.integers(0, tokens - first))
+    k = data.draw(st.integers(max(1, first + last), tokens) if max(1, first + last) < tokens else st.just(tokens))
+    scores = torch.tensor([data.draw(st.lists(scores_, min_size=tokens, max_size=tokens)) for _ in range(2)])
+    scores = scores.to(data.draw(st.sampled_from([torch.float64, torch.float32])))
+    assert torch.equal(select.select(scores, k, first, last), reference.select(scores, k, first, last))
+
+
+def test_select_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties and counts carry over from block to block."""
+    launch = runtime.launch
+    monkeypatch.setattr(runtime, "launch", lambda *args, **constants: launch(*args, **{**constants, "BLOCK": 64}))
+    scores = torch.randn(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(4).round()
+    assert torch.equal(select.select(scores, 77, 1, 1), reference.select(scores, 77, 1, 1))
+
+
+@few
+@given(seeds, layouts, st.integers(1, 2), st.integers(1, 40), st.integers(1, 70), st.sampled_from([*DTYPES, torch.int64]))
+def test_gather(seed: int, layout: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> None:
+    """Exact; also of one sequence for a whole batch, and of (batch, token) alone."""
+    source = Source(seed, torch.float32, layout)
+    x = source.laid_out(batch, tokens, channels).mul(100).to(dtype)
+    index = source.kept(2, tokens, max(1, tokens // 2))[:batch]
+    assert torch.equal(gather.gather(x, index, 1), reference.gather(x, index, 1))
+    assert torch.equal(gather.gather(x[..., 0], index, 1), reference.gather(x[..., 0], index, 1))
+    one = source.kept(3, tokens, tokens)
+    assert torch.equal(gather.gather(x[:1], one, 1), reference.gather(x[:1], one, 1))
+
+
+# --- convolution, norm, decoding -------------------------------------------------------------------------------------
+
+
+def filters(source: Source, channels: int, width: int, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution."""
+    return source.normal(channels, width), source.normal(channels) if bias else None
+
+
+@few
+@given(seeds, dtypes, layouts, st.integers(1, 70), st.integers(1, 70), st.integers(1, 5), flags, flags)
+def test_causal_conv1d(
+    seed: int, dtype: torch.dtype, layout: str, tokens: int, channels: int, width: int, bias: bool, silu: bool
+) -> None:
+    """Forward and backward, with sequences shorter than the window and longer than a tile."""
+    source = Source(seed, dtype, layout)
+    x, grad = source.pair((2, tokens), channels, channels)
+    weight, fixed = filters(source, channels, width, bias)
+    assert_near(conv.causal_conv1d(x, weight, fixed, silu), reference.causal_conv1d(*wide([x, weight, fixed]), silu))
+    got = conv.causal_conv1d_backward(grad, x, weight, fixed, silu)
+    exact = reference.causal_conv1d_backward(*wide([grad, x, weight, fixed]), silu)
+    for mine, theirs in zip(got, exact, strict=True):
+        assert_near(mine, theirs)
+
+
+@few
+@given(seeds, dtypes, layouts, st.integers(1, 150), st.integers(1, 5), flags, flags, st.sampled_from([None, torch.float32]))
+def test_conv_update(
+    seed: int, dtype: torch.dtype, layout: str, channels: int, width: int, bias: bool, silu: bool, kept: torch.dtype | None
+) -> None:
+    """The output, and the window moved in place, where that is in another dtype too."""
+    source = Source(seed, dtype, layout)
+    window = source.laid_out(2, channels, width).to(kept or dtype)
+    x = source.laid_out(2, channels)
+    weight, fixed = filters(source, channels, width, bias)
+    exact = window.double()
+    y = conv.conv_update(window, x, weight, fixed, silu)
+    assert_near(y, reference.conv_update(exact, *wide([x, weight, fixed]), silu))
+    assert torch.equal(window.double(), exact)
+
+
+@few
+@given(seeds, dtypes, layouts, st.sampled_from([(1, 1), (3, 16), (2, 5, 160), (2, 2, 3, 33), (7,)]), flags)
+def test_rms_norm(seed: int, dtype: torch.dtype, layout: str, shape: tuple[int, ...], weighted: bool) -> None:
+    """Rows of any length and number of axes."""
+    source = Source(seed, dtype, layout if len(shape) > 1 else "plain")
+    x = source.laid_out(*shape)
+    weight = source.normal(shape[-1], dtype=torch.float32) if weighted else None
+    assert_near(norm.rms_norm(x, weight, 1e-5), reference.rms_norm(*wide([x, weight]), 1e-5))
+
+
+def test_rms_norm_of_rows_longer_than_a_block() -> None:
+    """5000 entries: two rounds over the row."""
+    x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
+    assert_near(norm.rms_norm(x, None, 1e-5), reference.rms_norm(x.double(), None, 1e-5))
+
+
+@few
+@given(seeds, dtypes, layouts, st.integers(1, 140), st.sampled_from([1, 4, 5, 16, 256]), flags, flags, flags, flags)
+def test_state_update(
+    seed: int, dtype: torch.dtype, layout: str, channels: int, states: int,
+    skip: bool, gate: bool, bias: bool, softplus: bool,
+) -> None:  # fmt: skip
+    """The output, and the state moved on in place."""
+    source = Source(seed, dtype, layout)
+    x, z = source.pair((2,), channels, channels)
+    dt = source.laid_out(2, channels)
+    B, C = source.pair((2,), states, states)
+    A = -source.normal(channels, states, dtype=torch.float32).exp()
+    D, fixed = (source.normal(channels, dtype=torch.float32) if have else None for have in (skip, bias))
+    args = [x, dt if softplus else dt.abs(), A, B, C, D, z if gate else None, fixed if softplus else None, softplus]
+    held = source.laid_out(2, channels, states).float()
+    exact = held.double()
+    y = state.state_update(held, *args)
+    assert_near(y, reference.state_update(exact, *wide(args)))
+    assert_near(held, exact)

@@ -1,0 +1,155 @@
+"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``python tests/sanitize.py [seconds [seed]]``.
+
+Builds them as setup.py does, with both sanitizers, into a temporary folder, and calls every kernel through its binding, at
+every level that the CPU has, with random shapes (empty ones included), types, strides and indices, for so many seconds (60 by
+default). torch's tensors come from the sanitizer's allocator too, so that reading or writing next to one is seen. What is
+computed from strided and overlapping views must be what is computed from contiguous copies, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SANITIZERS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g1"
+ROOT = Path(__file__).parents[1]
+
+
+def build(folder: str) -> Path:
+    """The shared library, in this folder."""
+    flags = {"CFLAGS": SANITIZERS, "LDFLAGS": "-fsanitize=address,undefined", "CC": os.environ.get("CC", "gcc")}
+    places = ["--build-lib", folder, "--build-temp", folder]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--force", *places]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **flags}, check=True)
+    (library,) = Path(folder).rglob("_native*.so")
+    return library
+
+
+def drive(path: str, seconds: float, seed: int) -> None:
+    """Call every kernel until the time is up; runs in a process that has the sanitizers loaded."""
+    import ctypes
+    import random
+
+    import torch
+    from torch import Tensor
+
+    from simba_compile.kernels import native
+    from simba_compile.kernels.reference import POOLS
+
+    library = ctypes.CDLL(path)
+    native.library = functools.cache(lambda: library)
+    chance, end, calls = random.Random(seed), time.monotonic() + seconds, 0
+    torch.manual_seed(seed)
+
+    def view(*shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape whose memory ends where it ends, often with strides of its own."""
+        way = chance.choice(["plain", "turned", "cut", "sparse", "repeated"])
+        if way == "turned" and len(shape) > 1:
+            return torch.randn(*shape[:-2], shape[-1], shape[-2]).to(dtype).transpose(-1, -2)
+        if way == "cut":
+            wider = torch.randn(*(size + 1 for size in shape)).to(dtype)
+            return wider[tuple(slice(1, None) for _ in shape)]
+        if way == "sparse":
+            return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
+        if way == "repeated":
+            return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
+        return torch.randn(shape).to(dtype)
+
+    def plain(value: object) -> object:
+        return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+    while time.monotonic() < end:
+        levels = [library.simba_set_level(level) for level in (0, 1, 2)]
+        library.simba_set_level(chance.choice(levels))
+        torch.set_num_threads(chance.choice([1, 2, 3]))
+        dtype = chance.choice(list(native.DTYPES))
+        make = functools.partial(view, dtype=dtype)
+        batch, tokens = chance.choice([0, 1, 2, 3]), chance.choice([0, 1, 2, 15, 16, 17, 33, chance.randint(1, 90)])
+        channels = chance.choice([0, 1, 3, 4, 8, 15, 16, 17, 64, 65, chance.randint(1, 900)])
+        states = chance.choice([1, 2, 3, 4, 5, 8, 16, 17, native.MAX_STATES])
+        width = chance.choice([1, 2, 3, 4, 5, native.MAX_WIDTH])
+        maybe = lambda value: value if chance.random() < 0.5 else None  # noqa: E731
+        parameter = lambda *shape: view(*shape, dtype=chance.choice([dtype, torch.float32, torch.float64]))  # noqa: E731
+        x, dt, z = (make(batch, tokens, channels) for _ in range(3))
+        B, C = (make(batch, tokens, states) for _ in range(2))
+        A, D, bias = parameter(channels, states), maybe(parameter(channels)), maybe(parameter(channels))
+        z, softplus = maybe(z), chance.random() < 0.5
+        index = None
+        if tokens and chance.random() < 0.5:
+            index = torch.randint(0, tokens, (batch, chance.randint(1, 2 * tokens)))[:, :: chance.choice([1, 2])]
+        bad = None
+        if index is not None and index.numel() and chance.random() < 0.2:
+            bad = index.clone()
+            bad.view(-1)[chance.randrange(bad.numel())] = chance.choice([-1, tokens, 2**62, -(2**62)])
+        grad, grad_state = make(batch, tokens, channels), maybe(torch.randn(batch, channels, states))
+        one = lambda size: make(batch, size)  # noqa: E731
+        k = chance.randint(0, tokens)
+        first = chance.randint(0, k)
+        scores = torch.randn(batch, tokens, dtype=torch.float64).masked_fill_(torch.rand(batch, tokens) < 0.2, torch.nan)
+        weight = parameter(channels, width)
+        held = chance.choice([dtype, torch.float32, torch.float64])
+        cases = {
+            "selective_scan": (x, dt, A, B, C, D, z, bias, softplus, index),
+            "selective_scan_backward": (grad, grad_state, x, dt, A, B, C, D, z, bias, softplus),
+            "influence": (x, dt, A, B, C, bias, softplus, chance.choice(POOLS), chance.random() < 0.5),
+            "causal_conv1d": (x, weight, bias, softplus),
+            "causal_conv1d_backward": (grad, x, weight, bias, softplus),
+            "state_update": (
+                *(torch.randn(batch, channels, states, dtype=held), one(channels), one(channels), A, one(states)),
+                *(one(states), D, maybe(one(channels)), bias, softplus),
+            ),
+            "conv_update": (torch.randn(batch, channels, width, dtype=held), one(channels), weight, bias, softplus),
+            "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
+            "select": (scores, k, first, chance.randint(0, k - first)),
+        }
+        if index is not None:
+            cases["gather"] = (x if x.shape[2] < 2 or x.stride(2) == 1 else x.contiguous(), index)
+        for name, args in cases.items():
+            kernel = getattr(native, name)
+            results = kernel(*map(plain, args)), kernel(*args)
+            for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in results), strict=True):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{name}: strides change the result (seed {seed})"
+            calls += 2
+        for name, args in (("selective_scan", (*cases["selective_scan"][:-1], bad)), ("gather", (x.contiguous(), bad))):
+            if bad is not None and (name == "gather" or channels):
+                try:
+                    getattr(native, name)(*args)
+                except IndexError:
+                    calls += 1
+                else:
+                    assert not x.numel(), f"{name} took an index out of range (seed {seed})"
+    print(f"{calls} calls at {len(set(levels))} levels: nothing found")
+
+
+def main() -> int:
+    """Build, and drive in a process of its own."""
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 10**6
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(folder)
+        runtimes = [
+            subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+            for name in ("asan", "ubsan")
+        ]
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": " ".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python and torch keep what they have to the end
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+            "PYTHONMALLOC": "malloc",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, __file__, "--drive", str(library), str(seconds), str(seed)]
+        return subprocess.run(command, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--drive"]:
+        drive(sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))
+    else:
+        sys.exit(main())

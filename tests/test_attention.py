@@ -1,0 +1,106 @@
+"""Caches that fewer tokens have entered: the marks of pruned entries, and attention that passes over them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_ids, simba
+from families import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from simba_compile.kernels import reference
+from simba_compile.passes.attention import attention_over_cache
+
+OPS = torch.ops.simba
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_marks_survive_what_a_cache_does(dtype: torch.dtype) -> None:
+    positions = torch.tensor([[0, 3, 4], [1, 2, 5]])
+    kept = torch.randn(2, 2, 3, 4).to(dtype)
+    kept[0, 0, 0, 0] = torch.nan  # a NaN of the model's own is no mark
+    full = OPS.cache_entries(kept, positions, 6, 2)
+    gone = torch.ones(2, 6, dtype=torch.bool).scatter(1, positions, False)[:, None, :, None].expand(2, 2, 6, 4)
+    assert torch.equal(reference.is_marked(full), gone) and full[gone].isnan().all()
+    assert torch.equal(full.gather(2, positions[:, None, :, None].expand(2, 2, 3, 4)).isnan(), kept.isnan())
+    grown = torch.cat([full, kept[:, :, :1]], -2)
+    moved = copy.deepcopy(grown.index_select(0, torch.tensor([1, 0])).repeat_interleave(2, 0))[:, :, -7:].contiguous()
+    assert torch.equal(reference.is_marked(moved)[1::2, :, :6], gone.flip(0))
+    assert not reference.is_marked(moved[:, :, 6:]).any()
+    everywhere = torch.arange(3).expand(2, 3)  # opcheck takes no NaN in the result for equal
+    torch.library.opcheck(OPS.cache_entries, (kept.nan_to_num(), everywhere, 3, 2))
+
+
+@given(st.data())
+def test_attention_over_a_cache_is_attention_to_what_is_left(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    batch, tokens, queries = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9)), data.draw(st.integers(1, 3))
+    kept = data.draw(st.integers(1, tokens))
+    positions = torch.stack([torch.randperm(tokens)[:kept].sort().values for _ in range(batch)])
+    query = torch.randn(batch, 4, queries, 6, dtype=torch.float64)
+    key, value = torch.randn(2, batch, 2, kept, 6, dtype=torch.float64)
+    cached = [OPS.cache_entries(x, positions, tokens, 2) for x in (key, value)]
+    kind = data.draw(st.sampled_from(["none", "bool", "float"]))
+    mask = None
+    if kind != "none":
+        seen = torch.rand(batch, 1, queries, tokens) < 0.7
+        seen[..., positions[:, -1].max()] = True
+        mask = seen if kind == "bool" else torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    columns = positions[:, None, None].expand(-1, 1, queries, -1)
+    expected = F.scaled_dot_product_attention(
+        query, key, value, None if mask is None else mask.gather(3, columns), scale=0.3, enable_gqa=True
+    )
+    got = attention_over_cache(query, *cached, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    if kept < tokens and mask is None:  # what does not know the marks shows it
+        assert F.scaled_dot_product_attention(query, *cached, enable_gqa=True).isnan().all()
+
+
+def test_sequences_with_different_numbers_of_entries() -> None:
+    """As after a batch of caches was put together by hand; also where Inductor compiles it, and causal."""
+    key = torch.randn(2, 1, 5, 4)
+    full = torch.cat([OPS.cache_entries(key[:1, :, :3], torch.tensor([[0, 2, 4]]), 5, 2), key[1:]])
+    query = torch.randn(2, 1, 5, 4)
+    got = attention_over_cache(query, full, full, is_causal=True)
+    rows = key[:1, :, :3]
+    causal = torch.arange(5)[:, None] >= torch.tensor([0, 2, 4])
+    torch.testing.assert_close(got[:1], F.scaled_dot_product_attention(query[:1], rows, rows, causal))
+    torch.testing.assert_close(got[1:], F.scaled_dot_product_attention(query[1:], key[1:], key[1:], is_causal=True))
+    compiled = torch.compile(attention_over_cache, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query, full, full, is_causal=True), got)
+
+
+def test_eager_attention_shows_that_entries_are_missing() -> None:
+    """A pruned cache that the uncompiled model goes on from gives NaN, not tokens from a wrong context."""
+    model, ids = tiny_model("bamba"), random_ids(2, 40)
+    with torch.no_grad():
+        cache = simba(model, keep=0.3, min_tokens=4)(ids, use_cache=True).past_key_values
+        assert cache.get_seq_length() == 40  # positions and masks are made from it
+        assert model(ids[:, -1:], past_key_values=cache, position_ids=torch.tensor([[40]])).logits.isnan().all()
+
+
+def test_a_second_prompt_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
+    """It attends to what the first one kept, and all of its own tokens stay; without position_ids they are right too."""
+    model, ids = tiny_model("falcon_h1"), random_ids(2, 40)
+    one, two = tiny_model("falcon_h1"), ids[:, :7].flip(1)
+    compiled = simba(model, keep=0.3, min_tokens=4)
+
+    def last(*prompts: Tensor) -> Tensor:
+        cache = compiled(ids, use_cache=True).past_key_values
+        for prompt in prompts:
+            out = compiled(prompt, past_key_values=cache, use_cache=True)
+        return out.logits[:, -1]
+
+    with torch.no_grad():
+        together, apart = last(two), last(*two.split(1, 1))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    assert "goes on from a cache" in caplog.text
+    with torch.no_grad():
+        dense = one(torch.cat([ids, two], 1)).logits[:, -1]
+    assert not torch.allclose(dense, together, rtol=0.01)

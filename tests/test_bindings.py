@@ -1,0 +1,116 @@
+"""What the native kernels take on trust is refused by their bindings, argument by argument, before C sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simba_compile.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+
+X, A, B, V = torch.randn(2, 5, 7), -torch.rand(7, 3), torch.randn(2, 5, 3), torch.randn(7)
+ONE, NARROW, W = torch.randn(2, 7), torch.randn(2, 3), torch.randn(7, 4)
+INDEX = torch.tensor([[0, 2, 4], [1, 2, 3]])
+CALLS: dict[str, tuple[Any, ...]] = {
+    "selective_scan": (X, X, A, B, B, V, X, V, True, INDEX),
+    "selective_scan_backward": (X, torch.randn(2, 7, 3), X, X, A, B, B, V, X, V, True),
+    "influence": (X, X, A, B, B, V, True, "max", True),
+    "causal_conv1d": (X, W, V, True),
+    "causal_conv1d_backward": (X, X, W, V, True),
+    "state_update": (torch.randn(2, 7, 3), ONE, ONE, A, NARROW, NARROW, V, ONE, V, True),
+    "conv_update": (torch.randn(2, 7, 4), ONE, W, V, True),
+    "rms_norm": (X, V, 1e-5),
+    "gather": (X, INDEX),
+    "select": (torch.randn(2, 5), 3, 1, 1),
+}
+PARAMETERS = {id(value) for value in (A, V, W)}  # are cast, from any type
+STATES = {("state_update", 0), ("conv_update", 0), ("selective_scan_backward", 1)}  # too
+FINE = {  # what these take all the same
+    *(("causal_conv1d", 0, "axis 0 too long"), ("causal_conv1d", 0, "axis 1 too long")),
+    *(("causal_conv1d", 1, "axis 1 too long"), ("causal_conv1d_backward", 2, "axis 1 too long")),
+    *(("selective_scan", 9, "axis 1 too long"), ("gather", 1, "axis 1 too long")),
+    *(("gather", 0, "axis 1 too long"), ("gather", 0, "axis 2 too long"), ("gather", 0, "another rank")),
+    *(("gather", 0, "whole numbers"), ("select", 0, "whole numbers"), ("rms_norm", 0, "another rank")),
+    *(("select", 0, "axis 0 too long"), ("select", 0, "axis 1 too long")),
+    *(("rms_norm", 0, "axis 0 too long"), ("rms_norm", 0, "axis 1 too long")),
+}
+
+
+def spoiled(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor with something wrong about it."""
+    yield "elsewhere", value.to("meta")
+    yield "another rank", value[None]
+    yield "no axis", value.new_zeros(())
+    for axis in range(value.dim()):
+        sizes = list(value.shape)
+        sizes[axis] += 1
+        yield f"axis {axis} too long", torch.zeros(sizes, dtype=value.dtype)
+    yield "whole numbers", value.to(torch.int32)
+
+
+CASES = [
+    (name, place, what)
+    for name, args in CALLS.items()
+    for place, value in enumerate(args)
+    if isinstance(value, Tensor)
+    for what, _ in spoiled(value)
+    if (name, place, what) not in FINE
+    if what != "whole numbers" or not (id(value) in PARAMETERS or (name, place) in STATES)
+]
+
+
+@pytest.fixture
+def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C is not called."""
+
+    def call(name: str, *_: Any) -> None:
+        raise AssertionError(f"{name} was called")
+
+    monkeypatch.setattr(native, "_call", call)
+
+
+@pytest.mark.parametrize(("name", "place", "what"), CASES)
+def test_a_spoiled_argument_is_refused(name: str, place: int, what: str, unreached: None) -> None:
+    args = list(CALLS[name])
+    args[place] = dict(spoiled(args[place]))[what]
+    with pytest.raises((ValueError, IndexError)):
+        getattr(native, name)(*args)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_arguments_that_are_spoiled_are_right(name: str) -> None:
+    getattr(native, name)(*(value.clone() if isinstance(value, Tensor) else value for value in CALLS[name]))
+
+
+NUMBERS: dict[str, Callable[[], Any]] = {
+    "k beyond the tokens": lambda: native.select(torch.zeros(2, 5), 6, 0, 1),
+    "k below the ends": lambda: native.select(torch.zeros(2, 5), 2, 2, 1),
+    "negative ends": lambda: native.select(torch.zeros(2, 5), 3, -1, 1),
+    "negative k": lambda: native.select(torch.zeros(2, 5), -1, 0, 0),
+    "no such pool": lambda: native.influence(X, X, A, B, B, V, True, "mean", True),
+    "no states": lambda: native.influence(X, X, A[:, :0], B[..., :0], B[..., :0], V, True, "max", True),
+    "too many states": lambda: native.influence(X, X, A.expand(7, 3).repeat(1, 99), *[B.repeat(1, 1, 99)] * 2, V, True, "max", True),
+    "no width": lambda: native.causal_conv1d(X, W[:, :0], V, True),
+    "too wide": lambda: native.causal_conv1d(X, W.repeat(1, 17), V, True),
+    "scattered rows": lambda: native.gather(X.transpose(0, 2), INDEX.repeat(4, 1)[:7]),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_a_number_out_of_range_is_refused(case: str, unreached: None) -> None:
+    with pytest.raises(ValueError, match=r"expected|takes?|not in"):
+        NUMBERS[case]()
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**62, -(2**63)])
+@pytest.mark.parametrize("name", ["selective_scan", "gather"])
+def test_an_index_out_of_range_is_refused(name: str, bad: int) -> None:
+    index = INDEX.clone()
+    index[1, 1] = bad
+    with pytest.raises(IndexError, match=r"outside 0\.\.4"):
+        getattr(native, name)(*CALLS[name][:-1], index)

@@ -1,0 +1,215 @@
+"""Every Triton kernel, as its launcher starts it, compiled for real GPUs: it fits, nothing spills, hot loops are short."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+pytest.importorskip("triton")
+import triton_targets
+from triton_targets import TARGETS, check, record
+
+from simba_compile.kernels import gpu, ops
+from simba_compile.kernels.gpu import runtime
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+BATCH, TOKENS, CHANNELS, STATES = 2, 4096, 5120, 16  # the 2.8b model's widths
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """A tensor that has no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def scored(dtype: torch.dtype, pool: str, softplus: bool = True, bias: bool = True) -> tuple[Any, ...]:
+    """The arguments of `influence`."""
+    x, B, A = empty(BATCH, TOKENS, CHANNELS, dtype=dtype), empty(BATCH, TOKENS, STATES, dtype=dtype), (CHANNELS, STATES)
+    return x, x, empty(*A, dtype=F32), B, B, empty(CHANNELS, dtype=F32) if bias else None, softplus, pool, bias
+
+
+def step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
+    """The arguments of `state_update`."""
+    x, B, D = empty(BATCH, CHANNELS, dtype=dtype), empty(BATCH, states, dtype=dtype), empty(CHANNELS, dtype=F32)
+    state, A = empty(BATCH, CHANNELS, states, dtype=F32), empty(CHANNELS, states, dtype=F32)
+    return state, x, x, A, B, B, D, x, D, True
+
+
+def mamba2(dtype: torch.dtype, pool: str) -> tuple[Any, ...]:
+    """The arguments of `ssd_influence`: 80 heads of 64 channels, 128 states."""
+    x, dt, B = (empty(BATCH, TOKENS, *shape, dtype=dtype) for shape in ((80, 64), (80,), (1, 128)))
+    head = empty(80, dtype=F32)
+    return x, dt, head, B, B, head, True, 0.0, 1e6, pool, True
+
+
+def conv(dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `causal_conv1d`."""
+    return empty(BATCH, TOKENS, CHANNELS, dtype=dtype), empty(CHANNELS, 4, dtype=dtype), empty(CHANNELS, dtype=dtype), True
+
+
+def scan(dtype: torch.dtype, states: int, batch: int = 1, kept: int | None = None) -> tuple[Any, ...]:
+    """The arguments of `selective_scan`, which runs in chunks at batch 1."""
+    x, BC, D = empty(batch, TOKENS, CHANNELS, dtype=dtype), empty(batch, TOKENS, 2 * states, dtype=dtype), empty(CHANNELS, dtype=F32)
+    index = None if kept is None else empty(batch, kept, dtype=torch.int64)
+    return x, x, empty(CHANNELS, states, dtype=F32), BC[..., :states], BC[..., states:], D, x, D, True, index
+
+
+def scan_backward(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
+    """The arguments of `selective_scan_backward`."""
+    inputs = scan(dtype, states)
+    return inputs[0], empty(1, CHANNELS, states, dtype=F32), *inputs[:-1]
+
+
+def ssd_scan(dtype: torch.dtype, states: int, kept: int | None = None) -> tuple[Any, ...]:
+    """The arguments of `ssd_scan`: 80 heads of 64 channels."""
+    x, dt, B = (empty(BATCH, TOKENS, *shape, dtype=dtype) for shape in ((80, 64), (80,), (1, states)))
+    head, initial = empty(80, dtype=F32), empty(BATCH, 80, 64, states, dtype=F32)
+    index = None if kept is None else empty(BATCH, kept, dtype=torch.int64)
+    return x, dt, head, B, B, head, head, True, 0.0, 1e6, initial, index
+
+
+# Each operator with arguments that reach each of its configurations.
+CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
+    "influence-bf16": ("influence", lambda: scored(BF16, "max")),
+    "influence-fp32-l2": ("influence", lambda: scored(F32, "l2")),
+    "influence-no-softplus": ("influence", lambda: scored(BF16, "absmax", softplus=False, bias=False)),
+    "ssd_influence": ("ssd_influence", lambda: mamba2(BF16, "l2")),
+    "scan-bf16": ("selective_scan", lambda: scan(BF16, 16, kept=512)),
+    "scan-fp32": ("selective_scan", lambda: scan(F32, 16)),
+    "scan-64": ("selective_scan", lambda: scan(BF16, 64)),
+    "scan-256": ("selective_scan", lambda: scan(F32, 256, batch=128)),
+    "scan-backward-16": ("selective_scan_backward", lambda: scan_backward(BF16, 16)),
+    "scan-backward-64": ("selective_scan_backward", lambda: scan_backward(F32, 64)),
+    "ssd-bf16": ("ssd_scan", lambda: ssd_scan(BF16, 128, kept=512)),
+    "ssd-fp32": ("ssd_scan", lambda: ssd_scan(F32, 64)),
+    "select": ("select", lambda: (empty(BATCH, TOKENS, dtype=F64), 1024, 0, 1)),
+    "gather-rows": ("gather", lambda: (empty(BATCH, TOKENS, CHANNELS), empty(BATCH, 512, dtype=torch.int64), 1)),
+    "gather-numbers": ("gather", lambda: (empty(BATCH, TOKENS), empty(BATCH, 512, dtype=torch.int64), 1)),
+    "conv": ("causal_conv1d", lambda: conv(BF16)),
+    "conv-backward": ("causal_conv1d_backward", lambda: (empty(BATCH, TOKENS, CHANNELS), *conv(BF16))),
+    "conv-step": ("conv_update", lambda: (empty(1, CHANNELS, 4), empty(1, CHANNELS), *conv(BF16)[1:])),
+    "state-4": ("state_update", lambda: step(BF16, 4)),
+    "state-16": ("state_update", lambda: step(BF16, 16)),
+    "state-256": ("state_update", lambda: step(F32, 256)),
+    "norm-2560": ("rms_norm", lambda: (empty(BATCH, TOKENS, 2560), empty(2560), 1e-5)),
+    "norm-16": ("rms_norm", lambda: (empty(BATCH, TOKENS, 16), None, 1e-5)),
+}
+
+
+def test_every_operator_is_compiled() -> None:
+    """None is missing above."""
+    assert {name for name, _ in CASES.values()} == gpu.KERNELS.keys()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills(target: str, case: str) -> None:
+    """Inside the target's shared memory, with neither stack nor spilled registers."""
+    name, arguments = CASES[case]
+    check(target, record(gpu.KERNELS[name], *arguments()))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_loop_of_influence(dtype: torch.dtype) -> None:
+    """For each (token, channel, state): one exponential, three additions or products at most, half a load, no store.
+
+    The exponent is one product, its weighted sum one fused product; (A − m) once for the tokens of a tile, w once for its
+    channels. Loads: A once for four tokens, w once for eight channels.
+    """
+    pool = "max" if dtype == BF16 else "l2"  # as in CASES, so that it is not compiled again
+    built = check("sm_90", record(gpu.KERNELS["influence"], *scored(dtype, pool)))[-1]
+    loops = [loop for loop in built.loops() if loop["MUFU.EX2"] and loop["FFMA"] and not loop["MUFU.RCP"]]
+    states = max(loops, key=lambda loop: loop["MUFU.EX2"])
+    pairs = 4 * 128 // 32  # of token and channel, for each thread
+    assert states["MUFU.EX2"] == pairs
+    assert sum(states[name] for name in ("FFMA", "FMUL", "FADD")) <= 3 * pairs
+    assert _count(states, "LDG", "LDS", "LDL") <= pairs // 2 + 1  # and the number C_n
+    assert _count(states, "STG", "STS", "STL") == 0
+
+
+def test_loop_of_selective_scan() -> None:
+    """For each (token, channel, state): one exponential, three additions or products and two for its part of the sum over n.
+
+    What is done once for a token and channel (softplus, gate, D) stands beside: 24 for each of them, and 3 exponentials or
+    reciprocals. Loads: B and C as vectors of 4 from shared memory. Nothing is stored but y and, once for a group, B and C.
+    """
+    chunk, _, outputs = check("sm_90", record(gpu.KERNELS["selective_scan"], *scan(BF16, 16, kept=512)))
+    tokens, pairs = 4, 4 * 16  # of a group, for each thread
+    for built, arrays in ((chunk, 1), (outputs, 2)):
+        (loop,) = built.loops()
+        assert pairs <= _count(loop, "MUFU") <= pairs + 4 * tokens
+        assert _count(loop, "FFMA", "FMUL", "FADD") <= (2 + arrays) * pairs + (pairs // 2 if arrays == 2 else 0) + 24 * tokens
+        assert _count(loop, "LDS") <= arrays * pairs // 4
+        assert _count(loop, "LDG") <= 3 * tokens + 2 * arrays + 8
+        assert _count(loop, "STG", "STS", "STL") <= 2 * tokens
+
+
+def _count(loop: Counter[str], *prefixes: str) -> int:
+    return sum(count for name, count in loop.items() if name.startswith(prefixes))
+
+
+def test_spills_are_seen() -> None:
+    """Held to 32 registers the kernel spills, and the harness says so."""
+    launch = record(gpu.KERNELS["influence"], *scored(BF16, "max"))[-1]
+    launch.constants["maxnreg"] = 32
+    with pytest.raises(AssertionError, match="spills"):
+        check("sm_90", [launch])
+
+
+# --- what Inductor is shown ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken_for_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the CPU for a GPU of the H100's kind while a graph is traced; nothing runs on it."""
+    import triton
+
+    class Driver:
+        @staticmethod
+        def get_current_target() -> Any:
+            return triton_targets.TARGETS["sm_90"]
+
+    monkeypatch.setattr(ops, "GPU", "cpu")
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Driver())
+    yield
+    triton.runtime.driver._active = before
+
+
+def test_inductor_sees_the_kernels(taken_for_gpu: None) -> None:
+    """AOTAutograd's graph has the kernels' launches in place of our operators, and knows what each of them writes."""
+    simba = torch.ops.simba
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, A: Tensor, B: Tensor, window: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            scores = simba.influence(x, x, A, B, B, None, True, "max", True)
+            kept = simba.gather(x, simba.select(scores, 5, 0, 1), 1)
+            return simba.rms_norm(kept, None, 1e-5), simba.conv_update(window, x[:, -1], weight, None, True)
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        sizes = ((2, 40, 8), (8, 4), (2, 40, 4), (2, 8, 4), (8, 4))
+        graph = aot_export_module(Layer(), [torch.empty(size) for size in sizes], trace_joint=False)[0].graph
+    nodes = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(nodes) == 3 + 1 + 1 + 1 + 1
+    assert not [node for node in graph.nodes if "simba" in str(node.target)]
+    assert sorted(nodes[-1].kwargs["tensors_to_clone"]) == ["out", "state"]
+
+
+def test_launches_are_direct_outside_of_tracing() -> None:
+    """Plain tensors start the kernel itself: no detour by a graph's node."""
+    started = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            return lambda *args, **constants: started.append((grid, args, constants))
+
+    x = torch.zeros(3)
+    runtime.launch(Kernel(), (7,), x, 5, BLOCK=2)
+    assert started == [((7,), (x, 5), {"BLOCK": 2})]

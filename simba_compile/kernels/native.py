@@ -7,6 +7,7 @@ Everything that C takes on trust is checked or arranged here: device, dtype, sha
 import ctypes
 import importlib.util
 import logging
+import math
 from functools import cache
 
 import torch
@@ -325,7 +326,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     _expect("weight", weight, (x.shape[-1],), None)
     kind = compute_dtype(x.dtype)
     rows = _rows(x)
-    flat = rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
+    flat = rows if rows.dim() == 2 else rows.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     weight = _constant(weight, kind)
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.numel():

@@ -21,6 +21,7 @@ from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix,
 SCAN = torch.ops.simba.selective_scan
 CONV = torch.ops.simba.causal_conv1d
 ADDS = {operator.add, torch.add, "add"}
+SCALES = {operator.mul, torch.mul, "mul"}
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "index")
 
 
@@ -72,12 +73,10 @@ def _mixer(scan: Node) -> Mixer:
         _before(dt, lambda node: node.target in LINEAR | PRODUCTS),  # type: ignore[arg-type]
         None if conv is None else _before(conv.args[0], lambda node: node.target in LINEAR),  # type: ignore[arg-type]
     }
-    add = _after(out_proj or scan, lambda node: node.target in ADDS and len(node.all_input_nodes) == 2)
+    add = _after(out_proj or scan, lambda node: _residual(node, scan) is not None)
     residual, reason = None, "no residual add follows its output"
     if add is not None:
-        outside = [source for source in add.all_input_nodes if not _reaches(scan, source)]
-        residual = outside[0] if len(outside) == 1 else None
-        reason = "the add after its output has no operand that passes it by"
+        residual = _residual(add, scan)
     windows: list[Node] = []
     if conv is not None:
         uses = [user for source in _views_of(conv.args[0]) for user in source.users]  # type: ignore[arg-type]
@@ -99,6 +98,19 @@ def _mixer(scan: Node) -> Mixer:
         scoring_flops=4 * per_state,
         reason=None if residual is not None else reason,
     )
+
+
+def _residual(node: Node, scan: Node) -> Node | None:
+    """The operand of an add that passes the mixer by: what the mixer was made of, and not the output of another branch."""
+    if node.target not in ADDS or len(node.all_input_nodes) != 2:
+        return None
+    outside = [source for source in node.all_input_nodes if not _reaches(scan, source)]
+    if len(outside) != 1:
+        return None
+    origin = outside[0]
+    while origin.target in CASTS | SCALES and isinstance(origin.args[0], Node) and len(origin.all_input_nodes) == 1:
+        origin = origin.args[0]
+    return outside[0] if _reaches(origin, scan) else None
 
 
 def _weights(node: Node | None) -> int:

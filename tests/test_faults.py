@@ -130,7 +130,7 @@ print("finite", out.logits.isfinite().all().item())
 
 
 def test_caches_that_cannot_be_written() -> None:
-    """Not even by root: nothing can be made under a device, or in /proc. (torch itself wants its cache's folder to be there.)"""
+    """Not even by root: nothing can be made under a device, or in /proc."""
     nowhere = {"HOME": "/dev/null", "TORCHINDUCTOR_CACHE_DIR": "/proc", "TRITON_CACHE_DIR": "/dev/null/triton"}
     nowhere |= {"XDG_CACHE_HOME": "/dev/null/cache", "HF_HOME": "/dev/null/hf"}
     environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SELECTING, exact_casts
 from fuzz_models import APART, BREAKS, EITHER, ENDS, JOINS, LOOK, MIXERS, WRITES, Program, Seen, Statement, interpretations
-from hypothesis import HealthCheck, Phase, event, example, given, note, settings
+from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 

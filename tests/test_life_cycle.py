@@ -200,7 +200,8 @@ def test_one_model_with_several_options_in_one_process() -> None:
     for _ in range(2):  # compiled one after the other, then taking turns
         for call, options in zip(compiled, every, strict=True):
             expected = pruned_exactly(model, random_ids(2, 50), **options).logits
-            torch.testing.assert_close(logits(call).double(), expected.double(), rtol=0, atol=1e-5 * expected.abs().max().item())
+            size = expected.abs().max().item()
+            torch.testing.assert_close(logits(call).double(), expected.double(), rtol=0, atol=1e-5 * size)
 
 
 def test_hooks_see_restored_states() -> None:
@@ -215,4 +216,5 @@ def test_hooks_see_restored_states() -> None:
     assert len(seen) == 3
     for ours, theirs in zip(seen, expected.hidden_states, strict=False):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
-    torch.testing.assert_close(found.double(), expected.logits.double(), rtol=0, atol=1e-5 * expected.logits.abs().max().item())
+    size = expected.logits.abs().max().item()
+    torch.testing.assert_close(found.double(), expected.logits.double(), rtol=0, atol=1e-5 * size)

@@ -321,7 +321,9 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.rms_norm`."""
     if x.dtype not in DTYPES or x.dim() == 0:
-        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16.")
+        raise ValueError(
+            f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16."
+        )
     _expect("x", x, tuple(x.shape), None)
     _expect("weight", weight, (x.shape[-1],), None)
     kind = compute_dtype(x.dtype)

@@ -158,7 +158,7 @@ class _Pruning:
         places = {storage_of(value) for value in written(node)} - {None}
         for value, version in self.version.items():
             if version > 0 and any(storage_of(source) in places for source in value.all_input_nodes):
-                raise Unprunable(self.mixer, f"{node.name} writes in place into what {value.name} has read for pruned tokens")
+                raise Unprunable(self.mixer, f"{node.name} writes in place into what {value.name} read for pruned tokens")
 
     def _emit(self, node: Node, version: int) -> None:
         self.version[node] = version
@@ -289,7 +289,7 @@ class _Pruning:
         if node.target in CONTRACT or not is_tokenwise(node, self.length):
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
         if self.modes[node] != self.mode:
-            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens outside of the no_grad or autocast around it")
+            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens outside of its no_grad or autocast")
         return self._copy(node, 0)
 
     def _restore_stream(self, node: Node) -> Node:

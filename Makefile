@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench soak sanitize fuzz clean
 
 demo: .venv/installed
 	$(BIN)/simba demo
@@ -20,6 +20,16 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
+
+# What takes too long for every push: 10,000 calls, the kernels under sanitizers (gcc), and random models for as long as given.
+soak: .venv/installed
+	PYTHONPATH=tests $(BIN)/python tests/test_soak.py 10000
+
+sanitize: .venv/installed
+	$(BIN)/python tests/sanitize.py 300
+
+fuzz: .venv/installed
+	SIMBA_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics
 
 clean:
 	rm -rf .venv build *.egg-info simba_compile/kernels/_native*.so

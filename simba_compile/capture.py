@@ -204,10 +204,11 @@ def _lift_mamba_selective_scan(original: Callable) -> Callable:
 
 def _lift_mamba_selective_state_update(original: Callable) -> Callable:
     def mamba_selective_state_update(  # type: ignore[no-untyped-def]
-        state, hidden_states, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, **kwargs
+        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
     ):
         if not _lifting():
-            return original(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus, **kwargs)
+            given = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "z": z}
+            return original(state, hidden_states, dt, A, B, C, **given, **kwargs)
         return torch.ops.simba.state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
     return mamba_selective_state_update

@@ -411,6 +411,8 @@ class Interpreter:
             for one in (a, b):
                 if one.stream and not (one is b and name == "add the mapped"):
                     ways.append(Value(torch.where(self.mask(version), ways[0].full, one.full), version, True))
+        if version:  # or of restored values
+            ways.append(Value(ways[0].full, 0, ways[0].stream))
         return ways[self.choices.take(len(ways)) if len(ways) > 1 else 0]
 
     def mix(self, mixer: nn.Module, value: Value) -> tuple[Value, int]:

@@ -1,8 +1,8 @@
 """The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``python tests/sanitize.py [seconds [seed]]``.
 
 Builds them as setup.py does, with both sanitizers, into a temporary folder, and calls every kernel through its binding, at
-every level that the CPU has, with random shapes (empty ones included), types, strides and indices, for so many seconds (60 by
-default). torch's tensors come from the sanitizer's allocator too, so that reading or writing next to one is seen. What is
+every level that the CPU has, with random shapes (empty ones included), types, strides and indices, for so many seconds (60
+by default). torch's tensors come from the sanitizer's allocator too, so that reading or writing next to one is seen. What is
 computed from strided and overlapping views must be what is computed from contiguous copies, bit for bit.
 """
 
@@ -60,6 +60,12 @@ def drive(path: str, seconds: float, seed: int) -> None:
             return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
         return torch.randn(shape).to(dtype)
 
+    def maybe(value: Tensor) -> Tensor | None:
+        return value if chance.random() < 0.5 else None
+
+    def parameter(dtype: torch.dtype, *shape: int) -> Tensor:
+        return view(*shape, dtype=chance.choice([dtype, torch.float32, torch.float64]))
+
     def plain(value: object) -> object:
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
@@ -73,11 +79,9 @@ def drive(path: str, seconds: float, seed: int) -> None:
         channels = chance.choice([0, 1, 3, 4, 8, 15, 16, 17, 64, 65, chance.randint(1, 900)])
         states = chance.choice([1, 2, 3, 4, 5, 8, 16, 17, native.MAX_STATES])
         width = chance.choice([1, 2, 3, 4, 5, native.MAX_WIDTH])
-        maybe = lambda value: value if chance.random() < 0.5 else None  # noqa: E731
-        parameter = lambda *shape: view(*shape, dtype=chance.choice([dtype, torch.float32, torch.float64]))  # noqa: E731
         x, dt, z = (make(batch, tokens, channels) for _ in range(3))
         B, C = (make(batch, tokens, states) for _ in range(2))
-        A, D, bias = parameter(channels, states), maybe(parameter(channels)), maybe(parameter(channels))
+        A, D, bias = parameter(dtype, channels, states), maybe(parameter(dtype, channels)), maybe(parameter(dtype, channels))
         z, softplus = maybe(z), chance.random() < 0.5
         index = None
         if tokens and chance.random() < 0.5:
@@ -87,11 +91,11 @@ def drive(path: str, seconds: float, seed: int) -> None:
             bad = index.clone()
             bad.view(-1)[chance.randrange(bad.numel())] = chance.choice([-1, tokens, 2**62, -(2**62)])
         grad, grad_state = make(batch, tokens, channels), maybe(torch.randn(batch, channels, states))
-        one = lambda size: make(batch, size)  # noqa: E731
+        one = functools.partial(make, batch)
         k = chance.randint(0, tokens)
         first = chance.randint(0, k)
         scores = torch.randn(batch, tokens, dtype=torch.float64).masked_fill_(torch.rand(batch, tokens) < 0.2, torch.nan)
-        weight = parameter(channels, width)
+        weight = parameter(dtype, channels, width)
         held = chance.choice([dtype, torch.float32, torch.float64])
         cases = {
             "selective_scan": (x, dt, A, B, C, D, z, bias, softplus, index),
@@ -133,7 +137,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         library = build(folder)
         runtimes = [
-            subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], stdout=-1, text=True, check=True).stdout.strip()
             for name in ("asan", "ubsan")
         ]
         environment = {

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the native kerne
 
 X, A, B, V = torch.randn(2, 5, 7), -torch.rand(7, 3), torch.randn(2, 5, 3), torch.randn(7)
 ONE, NARROW, W = torch.randn(2, 7), torch.randn(2, 3), torch.randn(7, 4)
+WIDE = B.repeat(1, 1, 99)
 INDEX = torch.tensor([[0, 2, 4], [1, 2, 3]])
 CALLS: dict[str, tuple[Any, ...]] = {
     "selective_scan": (X, X, A, B, B, V, X, V, True, INDEX),
@@ -94,7 +95,7 @@ NUMBERS: dict[str, Callable[[], Any]] = {
     "negative k": lambda: native.select(torch.zeros(2, 5), -1, 0, 0),
     "no such pool": lambda: native.influence(X, X, A, B, B, V, True, "mean", True),
     "no states": lambda: native.influence(X, X, A[:, :0], B[..., :0], B[..., :0], V, True, "max", True),
-    "too many states": lambda: native.influence(X, X, A.expand(7, 3).repeat(1, 99), *[B.repeat(1, 1, 99)] * 2, V, True, "max", True),
+    "too many states": lambda: native.influence(X, X, A.expand(7, 3).repeat(1, 99), *[WIDE] * 2, V, True, "max", True),
     "no width": lambda: native.causal_conv1d(X, W[:, :0], V, True),
     "too wide": lambda: native.causal_conv1d(X, W.repeat(1, 17), V, True),
     "scattered rows": lambda: native.gather(X.transpose(0, 2), INDEX.repeat(4, 1)[:7]),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SELECTING, exact_casts
 from fuzz_models import APART, BREAKS, EITHER, ENDS, JOINS, LOOK, MIXERS, WRITES, Program, Seen, Statement, interpretations
-from hypothesis import HealthCheck, Phase, event, example, given, note, settings
+from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -55,6 +55,8 @@ class Watch:
                 return original(*args)
             place, axis = result.plan.length.find(result.dense.graph.find_nodes(op="placeholder"))
             tokens = args[place] if axis is None else args[place].shape[axis]
+            if tokens < result.plan.protect_first + result.plan.protect_last:  # never pruned, whatever is kept
+                return original(*args)
             return result.pruned(*args, *[tokens] * len(result.plan.pruning))
 
         return run
@@ -91,7 +93,7 @@ class Watch:
 def near(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
     """Equal to float64 rounding, which some of these models magnify."""
     return all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-7 * (1 + b.abs().max().item()))
+        a.shape == b.shape and bool(((a - b).abs() <= 1e-6 * b.abs() + 1e-7 * (1 + b.abs().max())).all())  # NaN: no
         for a, b in zip(ours, theirs, strict=True)
     )
 
@@ -179,7 +181,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=EXAMPLES or 12,
+    max_examples=EXAMPLES or 10,
     derandomize=not EXAMPLES,
     phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if EXAMPLES else [])],  # shrinking compiles for minutes
     suppress_health_check=list(HealthCheck),

@@ -125,3 +125,96 @@ def compile_and_answer(model: nn.Module, pipe: Connection) -> None:
     """What a spawned worker does."""
     model.compile(backend="simba", options=KEEP_FEW)
     answer(model, pipe)
+
+
+# --- training in several processes, dispatched models, hooks ----------------------------------------------------------
+
+
+def train_one_step(rank: int, folder: str) -> None:
+    """One of two processes: a step on its half of the batch, gradients averaged by DDP."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = tiny_model(dtype=torch.float64, layers=2).train()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    compiled = torch.compile(parallel, backend="simba", options=KEEP_FEW)
+    ids = random_ids(4, 40)[2 * rank : 2 * rank + 2]
+    out = compiled(ids, labels=ids)
+    out.loss.backward()
+    torch.save((out.logits.detach(), [parameter.grad for parameter in model.parameters()]), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_forward_and_backward(tmp_path: Path) -> None:
+    """Two gloo processes: each has the reference's logits, and both the mean of the halves' gradients."""
+    torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2)
+    model, ids = tiny_model(dtype=torch.float64, layers=2).train(), random_ids(4, 40)
+    results = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
+    for half, (found, _) in zip(ids.chunk(2), results, strict=True):
+        expected = pruned_exactly(model, half, **KEEP_FEW).logits
+        torch.testing.assert_close(found, expected.detach().to(found.dtype), rtol=0, atol=1e-5 * expected.abs().max().item())
+        loss = nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), half[:, 1:].flatten())
+        (loss / 2).backward()
+    for first, second, parameter in zip(results[0][1], results[1][1], model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        assert parameter.grad is not None
+        size = parameter.grad.abs().max().item()
+        torch.testing.assert_close(first, parameter.grad, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("compile_first", [False, True])
+def test_a_model_dispatched_by_accelerate(compile_first: bool) -> None:
+    """Its hooks stand around every forward."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model(layers=2)
+    expected = pruned_exactly(model, random_ids(2, 50), **KEEP_FEW).logits
+    if compile_first:
+        model.compile(backend="simba", options=KEEP_FEW)
+    dispatched = accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    if not compile_first:
+        dispatched.compile(backend="simba", options=KEEP_FEW)
+    torch.testing.assert_close(logits(dispatched), expected.float(), rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_weights_changed_in_place_are_seen() -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(model, **KEEP_FEW)
+    before = logits(compiled)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            layer.mixer.A_log.add_(0.5)
+            layer.mixer.in_proj.weight.mul_(0.7)
+    after = logits(compiled)
+    assert not torch.allclose(before, after)
+    expected = pruned_exactly(model, random_ids(2, 50), **KEEP_FEW).logits
+    torch.testing.assert_close(after.double(), expected.double(), rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_one_model_with_several_options_in_one_process() -> None:
+    model = tiny_model(dtype=torch.float64, layers=3)
+    every: list[dict[str, Any]] = [
+        KEEP_FEW,
+        {**KEEP_FEW, "placement": "layer"},
+        {"keep": 0.6, "schedule": "uniform", "min_tokens": 1, "pool": "l2"},
+    ]
+    compiled = [simba(model, **options) for options in every]
+    for _ in range(2):  # compiled one after the other, then taking turns
+        for call, options in zip(compiled, every, strict=True):
+            expected = pruned_exactly(model, random_ids(2, 50), **options).logits
+            size = expected.abs().max().item()
+            torch.testing.assert_close(logits(call).double(), expected.double(), rtol=0, atol=1e-5 * size)
+
+
+def test_hooks_see_restored_states() -> None:
+    """A forward hook on each block is shown what `output_hidden_states` shows: every position, whatever was pruned."""
+    model = tiny_model(dtype=torch.float64, layers=3)
+    seen: list[Tensor] = []
+    for block in model.backbone.layers:
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = pruned_exactly(model, random_ids(2, 50), **KEEP_FEW)
+    seen.clear()
+    found = logits(simba(model, fullgraph=False, **KEEP_FEW))
+    assert len(seen) == 3
+    for ours, theirs in zip(seen, expected.hidden_states, strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
+    size = expected.logits.abs().max().item()
+    torch.testing.assert_close(found.double(), expected.logits.double(), rtol=0, atol=1e-5 * size)

@@ -102,3 +102,12 @@ def test_unknown_names_come_with_the_nearest(given_name: str, meant: str) -> Non
 def test_names_that_are_no_text(name: Any) -> None:
     with pytest.raises(ValueError, match="is no option"):
         Options.from_mapping({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("every", 1), ("protect_first", 0), ("protect_last", 1), ("min_tokens", 1), ("seed", 0)]
+)
+def test_whole_numbers_start_at_their_least(name: str, least: int) -> None:
+    assert getattr(Options(**{name: least}), name) == least
+    with pytest.raises(ValueError, match=rf"option {name} is {least - 1}; it must be a whole number of at least {least}"):
+        Options(**{name: least - 1})

@@ -7,6 +7,7 @@ Everything that C takes on trust is checked or arranged here: device, dtype, sha
 import ctypes
 import importlib.util
 import logging
+import math
 from functools import cache
 
 import torch
@@ -333,7 +334,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int) -> Tensor:
     """See `simba_compile.kernels.ops.gated_norm`."""
     if x.dtype not in DTYPES or x.dim() == 0:
-        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64 or a half type.")
+        raise ValueError(
+            f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16."
+        )
     _expect("x", x, tuple(x.shape), None)
     channels = x.shape[-1]
     _expect("gate", gate, tuple(x.shape), None)
@@ -354,7 +357,7 @@ def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float
 def _flat(x: Tensor) -> Tensor:
     """The rows of a tensor as (row, channel), without a copy where it can be."""
     rows = _rows(x)
-    return rows if rows.dim() == 2 else rows.reshape(-1, x.shape[-1])
+    return rows if rows.dim() == 2 else rows.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from simba_compile.passes.scans import CONV, SCANS, arithmetic
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
 
 ADDS = {operator.add, torch.add, "add"}
+SCALES = {operator.mul, torch.mul, "mul"}
 
 
 @dataclasses.dataclass
@@ -86,7 +87,8 @@ def _mixer(scans: list[Node]) -> Mixer:
     projections = {_before(source, lambda node: node.target in weighted) for source in (B, dt)}  # type: ignore[arg-type]
     if conv is not None:
         projections.add(_before(conv.args[0], lambda node: node.target in weighted))  # type: ignore[arg-type]
-    add, residual = _residual(scan, out_proj or scan)
+    add = _after(out_proj or scan, lambda node: _residual(node, scan) is not None)
+    residual = None if add is None else _residual(add, scan)
     windows: list[Node] = []
     reason = None if residual is not None else "no residual add follows its output"
     if conv is not None:
@@ -112,15 +114,17 @@ def _mixer(scans: list[Node]) -> Mixer:
     )
 
 
-def _residual(scan: Node, start: Node) -> tuple[Node | None, Node | None]:
-    """The first add after the scan with an operand that passes the mixer by: one that the scan is made of."""
-    behind = start
-    while (add := _after(behind, lambda node: node.target in ADDS and len(node.all_input_nodes) == 2)) is not None:
-        outside = [source for source in add.all_input_nodes if not _reaches(scan, source)]
-        if len(outside) == 1 and _reaches(_views_of(outside[0])[-1], scan):
-            return add, outside[0]
-        behind = add  # what runs beside the mixer joins it here: attention, say
-    return None, None
+def _residual(node: Node, scan: Node) -> Node | None:
+    """The operand of an add that passes the mixer by: what the mixer was made of, and not the output of another branch."""
+    if node.target not in ADDS or len(node.all_input_nodes) != 2:
+        return None
+    outside = [source for source in node.all_input_nodes if not _reaches(scan, source)]
+    if len(outside) != 1:
+        return None
+    origin = outside[0]
+    while origin.target in CASTS | SCALES and isinstance(origin.args[0], Node) and len(origin.all_input_nodes) == 1:
+        origin = origin.args[0]
+    return outside[0] if _reaches(origin, scan) else None
 
 
 def _weights(node: Node | None) -> int:

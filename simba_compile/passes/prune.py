@@ -169,7 +169,7 @@ class _Pruning:
         places = {storage_of(value) for value in written(node)} - {None}
         for value, version in self.version.items():
             if version > 0 and any(storage_of(source) in places for source in value.all_input_nodes):
-                raise Unprunable(self.mixer, f"{node.name} writes into what {value.name} has read for pruned tokens")
+                raise Unprunable(self.mixer, f"{node.name} writes in place into what {value.name} read for pruned tokens")
 
     def _emit(self, node: Node, version: int, sized: bool = False) -> None:
         self.version[node] = version

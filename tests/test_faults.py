@@ -1,0 +1,161 @@
+"""What is missing or broken ends in a clear message and a working, slower path."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_ids, simba, tiny_model
+
+from simba_compile import capture
+from simba_compile.kernels import native
+
+ROOT = Path(__file__).parents[1]
+
+
+def put_library(path: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the native library stand in this place, or in none."""
+    spec = None if path is None else importlib.machinery.ModuleSpec("_native", None, origin=str(path))
+    find = importlib.util.find_spec
+    ours = "simba_compile.kernels._native"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: spec if name == ours else find(name, *rest))
+
+
+def shared(path: Path, source: str) -> Path:
+    """A shared library of this source."""
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "corrupted", "without OpenMP's runtime", "another one"])
+def test_a_library_that_cannot_be_used(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path: Path | None = tmp_path / "_native.so"
+    assert path is not None
+    if kind == "missing":
+        path = None
+    elif kind == "empty":
+        path.touch()
+    elif kind == "corrupted":
+        path.write_bytes(b"\x7fELF" + bytes(range(256)) * 20)
+    elif kind == "another one":
+        shared(path, "int nothing_of_ours;")
+    else:  # as torch without OpenMP would leave it
+        shared(path, "void simba_no_such_runtime(void); void simba_set_level(int l) { simba_no_such_runtime(); }")
+    with caplog.at_level(logging.WARNING, "simba_compile"):
+        put_library(path, monkeypatch)
+        assert native.library.__wrapped__() is None
+    (record,) = caplog.records
+    assert "plain torch runs in their place" in record.message
+    assert ("C compiler" if kind == "missing" else "do not load") in record.message
+
+
+def test_without_native_kernels_models_run_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(layers=2)
+    with torch.no_grad():
+        expected = simba(model, keep=0.2, min_tokens=4)(random_ids(2, 40)).logits
+        torch._dynamo.reset()
+        with caplog.at_level(logging.WARNING, "simba_compile"):
+            native.library.cache_clear()
+            try:
+                put_library(None, monkeypatch)
+                assert not native.available()
+                actual = simba(model, keep=0.2, min_tokens=4)(random_ids(2, 40)).logits
+            finally:
+                native.library.cache_clear()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    assert len([record for record in caplog.records if "plain torch runs" in record.message]) == 1
+
+
+COMPILERS = {
+    "none": "#!/bin/sh\nexit 1\n",
+    "without OpenMP": '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "cc: unsupported option -fopenmp" >&2; exit 1;; esac\n'
+    'for last; do :; done\ncase "$*" in *-shared*) exec cc "$@";; esac\nexec cc -O0 "$@" -O0\n',
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_installing_without_a_compiler_or_openmp_succeeds(kind: str, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILERS[kind])
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--force", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path]
+    environment = {**os.environ, "CC": str(compiler)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    built = list((tmp_path / "lib").rglob("_native*"))
+    if kind == "none":
+        assert not built
+        assert "building extension" in run.stderr and "failed" in run.stderr
+        return
+    assert "single thread" in run.stderr
+    (path,) = built
+    library = ctypes.CDLL(str(path))
+    assert library.simba_set_level(-1) == library.simba_set_level(99)  # an unknown level: the best there is
+
+
+def test_an_unknown_cpu_level_is_the_best_there_is() -> None:
+    library = native.library()
+    if library is None:
+        pytest.skip("the native kernels were not built")
+    best = library.simba_set_level(-1)
+    assert [library.simba_set_level(level) for level in (99, 3, best)] == [best] * 3
+    assert library.simba_set_level(0) == 0
+    assert library.simba_set_level(-1) == best
+
+
+READ_ONLY = """
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+torch.manual_seed(0)
+model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=32)).eval()
+with torch.no_grad():
+    out = torch.compile(model, backend="simba", options={"keep": 0.5, "min_tokens": 4})(torch.ones(2, 40, dtype=torch.int64))
+print("finite", out.logits.isfinite().all().item())
+"""
+
+
+def test_caches_that_cannot_be_written() -> None:
+    """Not even by root: nothing can be made under a device, or in /proc."""
+    nowhere = {"HOME": "/dev/null", "TORCHINDUCTOR_CACHE_DIR": "/proc", "TRITON_CACHE_DIR": "/dev/null/triton"}
+    nowhere |= {"XDG_CACHE_HOME": "/dev/null/cache", "HF_HOME": "/dev/null/hf"}
+    environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", READ_ONLY], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "finite True" in run.stdout
+
+
+def test_another_transformers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A family whose file has other functions, and one that isn't there: the others are lifted, and these stay dense."""
+    older = types.ModuleType("transformers.models.older.modeling_older")
+    monkeypatch.setitem(sys.modules, older.__name__, older)
+    monkeypatch.setattr(capture, "FAMILIES", ("older", "no_such_family"))
+    with caplog.at_level(logging.INFO, "simba_compile"):
+        capture.install(simba_backend())
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings and all("models of this family stay dense" in message for message in warnings)
+    assert any("mamba_selective_scan" in message for message in warnings)
+    assert any("no_such_family is not lifted" in record.message for record in caplog.records)
+
+
+def simba_backend() -> Any:
+    """The entry point."""
+    from simba_compile.backend import simba as backend
+
+    return backend

@@ -1,6 +1,6 @@
 """Each setting of a file of ``simba eval`` against the default one at the same keep, on the same sequences.
 
-    python benchmarks/against_defaults.py benchmarks/results/eval-text.jsonl
+python benchmarks/against_defaults.py benchmarks/results/eval-text.jsonl
 """
 
 import json

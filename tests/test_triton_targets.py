@@ -56,7 +56,8 @@ def conv(dtype: torch.dtype) -> tuple[Any, ...]:
 
 def scan(dtype: torch.dtype, states: int, batch: int = 1, kept: int | None = None) -> tuple[Any, ...]:
     """The arguments of `selective_scan`, which runs in chunks at batch 1."""
-    x, BC, D = empty(batch, TOKENS, CHANNELS, dtype=dtype), empty(batch, TOKENS, 2 * states, dtype=dtype), empty(CHANNELS, dtype=F32)
+    x, BC = empty(batch, TOKENS, CHANNELS, dtype=dtype), empty(batch, TOKENS, 2 * states, dtype=dtype)
+    D = empty(CHANNELS, dtype=F32)
     index = None if kept is None else empty(batch, kept, dtype=torch.int64)
     return x, x, empty(CHANNELS, states, dtype=F32), BC[..., :states], BC[..., states:], D, x, D, True, index
 
@@ -110,8 +111,10 @@ def test_every_operator_is_compiled() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_without_spills(target: str, case: str) -> None:
+def test_compiles_without_spills(target: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside the target's shared memory, with neither stack nor spilled registers."""
+    if target == "gfx942":
+        monkeypatch.setattr(torch.version, "hip", "6.4")  # what a launcher asks to know where it is
     name, arguments = CASES[case]
     check(target, record(gpu.KERNELS[name], *arguments()))
 
@@ -145,7 +148,8 @@ def test_loop_of_selective_scan() -> None:
     for built, arrays in ((chunk, 1), (outputs, 2)):
         (loop,) = built.loops()
         assert pairs <= _count(loop, "MUFU") <= pairs + 4 * tokens
-        assert _count(loop, "FFMA", "FMUL", "FADD") <= (2 + arrays) * pairs + (pairs // 2 if arrays == 2 else 0) + 24 * tokens
+        sums = 3 * pairs if built is chunk else 4.5 * pairs
+        assert _count(loop, "FFMA", "FMUL", "FADD") <= sums + 24 * tokens
         assert _count(loop, "LDS") <= arrays * pairs // 4
         assert _count(loop, "LDG") <= 3 * tokens + 2 * arrays + 8
         assert _count(loop, "STG", "STS", "STL") <= 2 * tokens

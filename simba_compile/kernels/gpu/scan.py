@@ -31,7 +31,7 @@ CARRY_CHUNKS, CARRY_BLOCK = 8, 128  # chunks that pass 2 takes at once, and stat
 
 @triton.jit
 def group_tokens(index, stride, first, end, GROUP: tl.constexpr):
-    """Where the tokens of a group stand in the sequence; past the end, the last token again, so that no load needs a mask."""
+    """Where the tokens of a group stand in the sequence; past the end, the last one again: no load needs a mask."""
     token = tl.minimum(first + tl.arange(0, GROUP), end - 1).to(tl.int64)
     if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
         token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
@@ -57,7 +57,7 @@ def load_group(rows, stride, tokens, live):
 
 @triton.jit
 def pick(group, j: tl.constexpr, GROUP: tl.constexpr):
-    """``group[j]`` along axis 0. That axis is in registers, so nothing of this is left in the machine code: x + -0.0 is x."""
+    """``group[j]`` along axis 0. The axis is in registers, and x + -0.0 is x: no instruction is left of this."""
     here = tl.arange(0, GROUP)[:, None, None] == j
     return tl.sum(tl.where(here, group, -0.0), axis=0)
 
@@ -78,13 +78,13 @@ def chunk_kernel(
     index, index_batch, index_token, sums, ends, channels, chunk, chunks,
     SOFTPLUS: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One whole chunk from a state of zero: ΣΔ to sums (batch, chunk, channel), its end state to ends (…, state, channel)."""
+    """One whole chunk from a state of zero: ΣΔ to sums (batch, chunk, channel), its end to ends (…, state, channel)."""
     batch, which, block = program_place(chunks, tl.cdiv(channels, CHANNELS))
     batch = batch.to(tl.int64)
     d, n = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PADDED)
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
-    both = live[None, :] if STATES == PADDED else live[None, :] & live_n[:, None]
+    both = live[None, :] & (n < STATES)[:, None]
     A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32) * LOG2E
     shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
     x += batch * x_batch + d.to(tl.int64) * x_channel
@@ -168,7 +168,7 @@ def scan_kernel(
     d, n = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PADDED)
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
-    both = live[None, :] if STATES == PADDED else live[None, :] & live_n[:, None]
+    both = live[None, :] & (n < STATES)[:, None]
     A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32) * LOG2E
     shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
     skip = None if D is None else tl.load(D + d, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -229,7 +229,7 @@ def scan_kernel(
 
 
 def tile_of(states: int) -> dict[str, int]:
-    """States, channels and tokens that a program's one warp holds: 16 states for each lane, which leaves 160 registers' room.
+    """States, channels and tokens that a program's one warp holds: 16 states for each lane, in about 160 registers.
 
     Up to 16 states (every published Mamba-1), a lane has all the states of its channel. With more, several lanes share a
     channel, and with groups of 2 tokens in place of 4 the registers suffice on every target.

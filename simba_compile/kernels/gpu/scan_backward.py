@@ -36,7 +36,7 @@ from simba_compile.kernels.gpu.scan import (
 )
 
 CHUNK = 16  # tokens
-GROUP = 2  # tokens of gradient_kernel, which holds a group's decays and states; for their registers, half the usual channels too
+GROUP = 2  # tokens of gradient_kernel: it holds a group's decays and states, so it takes half the usual channels, too
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def adjoint_kernel(
     d, n = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PADDED)
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
-    both = live[None, :] if STATES == PADDED else live[None, :] & live_n[:, None]
+    both = live[None, :] & (n < STATES)[:, None]
     A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32) * LOG2E
     shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
     dt += batch * dt_batch + d.to(tl.int64) * dt_channel
@@ -103,7 +103,7 @@ def gradient_kernel(
     d, n, row = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PADDED), tl.arange(0, GROUP)
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
-    both = live[None, :] if STATES == PADDED else live[None, :] & live_n[:, None]
+    both = live[None, :] & (n < STATES)[:, None]
     A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32)
     shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
     skip = None if D is None else tl.load(D + d, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -164,7 +164,7 @@ def gradient_kernel(
         states = (state,)  # before the group and after each of its tokens
         for j in tl.static_range(GROUP):
             state = tl.fma(pick(decay, j, GROUP), state, pick(wide_B, j, GROUP) * pick(step, j, GROUP))
-            states = states + (state,)
+            states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no other way)
         y, from_B, from_decay = tl.zeros_like(delta), tl.zeros_like(delta), tl.zeros_like(delta)
         rows_B, rows_C = tl.zeros([GROUP, PADDED], tl.float32), tl.zeros([GROUP, PADDED], tl.float32)
         for j in tl.static_range(GROUP - 1, -1, -1):
@@ -246,15 +246,16 @@ def selective_scan_backward(
             ends = torch.empty_like(starts)
             runtime.launch(
                 adjoint_kernel, (batch * (chunks - 1) * runtime.blocks_of(channels, tile["CHANNELS"]),),
-                dt, *dt.stride(), A, C, *C.stride(), z, *strides(z, 3), dt_bias, grad, *grad.stride(), grad_state, sums, ends,
-                tokens, channels, CHUNK, chunks, SOFTPLUS=softplus, **tile, num_warps=1,
+                dt, *dt.stride(), A, C, *C.stride(), z, *strides(z, 3), dt_bias,
+                grad, *grad.stride(), grad_state, sums, ends, tokens, channels, CHUNK, chunks,
+                SOFTPLUS=softplus, **tile, num_warps=1,
             )  # fmt: skip
             carry(A, sums, ends, reverse=True)
         runtime.launch(
             gradient_kernel, (batch * chunks * blocks,),
             x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, z, *strides(z, 3), dt_bias,
-            grad, *grad.stride(), grad_state, starts, ends, dx, ddt, dA, dB, dC, dD, dz, dbias, tokens, channels, CHUNK, chunks,
-            SOFTPLUS=softplus, **narrow, num_warps=1,
+            grad, *grad.stride(), grad_state, starts, ends, dx, ddt, dA, dB, dC, dD, dz, dbias,
+            tokens, channels, CHUNK, chunks, SOFTPLUS=softplus, **narrow, num_warps=1,
         )  # fmt: skip
     dD, dbias = (value.sum(0) if value.dim() == 2 else value for value in (dD, dbias))
     return dx, ddt, dA.sum(0).t().contiguous(), dB.sum(1).to(x.dtype), dC.sum(1).to(x.dtype), dD, dz, dbias

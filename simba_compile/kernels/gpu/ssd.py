@@ -1,4 +1,4 @@
-"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops_ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024, part 6).
+"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops_ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024).
 
 A head's decay is one number, so within a chunk of tokens the recurrence is a masked matrix product. With ``a_t`` the running
 sum of Δ A within the chunk:
@@ -7,8 +7,9 @@ sum of Δ A within the chunk:
 2. `_carry`: the true states after each chunk, in order;
 3. `_outputs`: ``y_t = Σ_{s≤t} (C_t · B_s) exp(a_t − a_s) Δ_s x_s + exp(a_t) h_start C_t + D x_t``.
 
-The factors of a product are in x's type (float32: three TF32 products for one, on NVIDIA), its sums in float32, as in
-mamba-ssm. C · B is computed anew for each head of a group: at 64 tokens it is a third of the products, and costs no memory.
+The factors of a product are in x's type, its sums in float32, as in mamba-ssm. Float32 keeps its precision: NVIDIA's tensor
+cores make one product of three in TF32, AMD's multiply float32. C · B is computed anew for each head of a group: at 64
+tokens it is a third of the products, and costs no memory.
 There is no kernel for the gradient: the operator's runs in plain torch, from `reference`.
 """
 
@@ -25,7 +26,8 @@ from simba_compile.kernels.gpu.elementary import LOG2E, step_size
 from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, group_tokens, strides
 
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
-BLOCK_P, BLOCK_N = 64, 64  # of a head's channels and states, at a time
+BLOCK = 64  # of a head's channels, and of its states, at a time
+FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
 
 
 @triton.jit
@@ -121,7 +123,6 @@ def _outputs(
     delta, decay = _steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since = tl.cumsum(decay, axis=0)  # from the chunk's start
     live = p < size
-    u = tl.load(x + at[:, None] * x_token + p[None, :] * x_p, mask=live[None, :], other=0.0)
 
     products = tl.zeros([CHUNK, CHUNK], tl.float32)
     carried = tl.zeros([CHUNK, BLOCK_P], tl.float32)
@@ -135,13 +136,15 @@ def _outputs(
         both = (n < states)[:, None] & live[None, :]
         state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         if chunk > 0:
-            state += tl.load(ends + ((batch * chunks + chunk - 1) * heads + head) * size * states + entry, mask=both, other=0.0)
+            place = (batch * chunks + chunk - 1) * heads + head
+            state += tl.load(ends + place * size * states + entry, mask=both, other=0.0)
         else:
             if initial is not None:
                 state += tl.load(initial + (batch * heads + head) * size * states + entry, mask=both, other=0.0)
         carried = tl.dot(c, state.to(c.dtype), carried, input_precision=PRECISION)
     between = tl.where(row[:, None] >= row[None, :], since[:, None] - since[None, :], float("-inf"))
     products *= tl.exp2(between) * delta[None, :]
+    u = tl.load(x + at[:, None] * x_token + p[None, :] * x_p, mask=live[None, :], other=0.0)
     out = tl.dot(products.to(u.dtype), u, carried * tl.exp2(since)[:, None], input_precision=PRECISION)
     if D is not None:
         out += u.to(tl.float32) * tl.load(D + head).to(tl.float32)
@@ -194,21 +197,21 @@ def ssd_scan(
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         out, last = mamba_chunk_scan_combined(
-            x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, initial_states=initial, dt_softplus=softplus, dt_limit=(dt_min, dt_max),
-            return_final_states=True,
+            x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, initial_states=initial, dt_softplus=softplus,
+            dt_limit=(dt_min, dt_max), return_final_states=True,
         )  # fmt: skip
         return out.float(), last.float()
     A, D, dt_bias, initial = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias), runtime.flat(initial)
-    chunks, share = runtime.blocks_of(tokens, CHUNK), heads // groups
-    block = {"BLOCK_P": max(16, min(BLOCK_P, runtime.power_of_two(size)))}
-    block["BLOCK_N"] = max(16, min(BLOCK_N, runtime.power_of_two(states)))
-    # Half types lose nothing to TF32. Float32 keeps its precision: in three TF32 products, on AMD by plain arithmetic.
-    precision = "tf32" if x.dtype != torch.float32 else "ieee" if torch.version.hip else "tf32x3"
+    chunk, widest = (FLOAT_CHUNK, FLOAT_BLOCK) if x.dtype == torch.float32 else (CHUNK, BLOCK)
+    chunks, share = runtime.blocks_of(tokens, chunk), heads // groups
+    block = {"BLOCK_P": max(16, min(widest, runtime.power_of_two(size)))}
+    block["BLOCK_N"] = max(16, min(widest, runtime.power_of_two(states)))
+    precision = "ieee" if torch.version.hip else "tf32x3"  # of float32; halves are exact factors
     sums = x.new_empty((batch, chunks, heads), dtype=torch.float32)
     ends = x.new_empty((batch, chunks, heads, size, states), dtype=torch.float32)
     grid = (batch * chunks * heads * runtime.blocks_of(size, block["BLOCK_P"]),)
     shape = (tokens, chunks, heads, share, size, states, dt_min, dt_max)
-    constants = {"SOFTPLUS": softplus, "CHUNK": CHUNK, **block, "PRECISION": precision, "num_warps": 4}
+    constants = {"SOFTPLUS": softplus, "CHUNK": chunk, **block, "PRECISION": precision, "num_warps": 8}
     runtime.launch(
         _chunk_states, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2),
         sums, ends, *shape, **constants,

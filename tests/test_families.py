@@ -184,6 +184,19 @@ def test_generate_without_padding(family: str, selected: list[Tensor]) -> None:
     assert torch.equal(written, expected)
 
 
+@pytest.mark.parametrize("family", ["jamba", "zamba"])
+def test_one_sequence(family: str, graphs: list[Transformed]) -> None:
+    """Batch and token axes of experts, and the heads of zamba, are told apart where the batch is a plain 1."""
+    model = tiny_model(family, torch.float64)
+    compiled = simba(model, **PRUNED)
+    with torch.no_grad(), exact(model):
+        expected = {length: pruned_forward(model, random_ids(1, length), None, **PRUNED) for length in (LENGTH, 57)}
+    for length, wanted in expected.items():
+        output = compiled(random_ids(1, length), output_hidden_states=True, use_cache=True)
+        assert_same_pass(output, wanted, tolerance(family))
+    assert len(graphs) == 1
+
+
 @each_new_family
 def test_keep_everything_is_hugging_face(family: str, selected: list[Tensor]) -> None:
     """In float32, through `generate`: hidden states of all positions, logits and tokens."""

@@ -191,7 +191,8 @@ def _lift_mamba_selective_scan(original: Callable) -> Callable:
         **kwargs,
     ):
         if not _lifting():
-            return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **kwargs)
+            scan = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+            return original(hidden_states, dt, A, B, C, **scan, return_last_state=return_last_state, **kwargs)
         _make_length_dynamic()
         x, step, b, c = hidden_states.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
         gate = None if z is None else z.transpose(1, 2)
@@ -231,10 +232,9 @@ def _lift_mamba2_chunk_scan(original: Callable) -> Callable:
         **kwargs,
     ):
         if not _lifting():
-            return original(
-                hidden_states, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit,
-                return_final_states, **kwargs,
-            )  # fmt: skip
+            scan = {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+            scan |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
+            return original(hidden_states, dt, A, B, C, chunk_size=chunk_size, **scan, **kwargs)
         _make_length_dynamic()
         low, high = dt_limit
         y, state = torch.ops.simba.ssd_scan(
@@ -251,7 +251,8 @@ def _lift_mamba2_selective_state_update(original: Callable) -> Callable:
     ):
         # A head's numbers come repeated for each of its channels.
         if not _lifting() or z is not None or A.stride()[1:] != (0, 0) or dt.stride(2) != 0:
-            return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **kwargs)
+            step = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+            return original(state, hidden_states, dt, A, B, C, **step, **kwargs)
         skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
         return torch.ops.simba.ssd_state_update(
             state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus

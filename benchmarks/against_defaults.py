@@ -1,6 +1,8 @@
 """Each setting of a file of ``simba eval`` against the default one at the same keep, on the same sequences.
 
 python benchmarks/against_defaults.py benchmarks/results/eval-text.jsonl
+
+Where the file has no default at that keep, the setting is left out.
 """
 
 import json

@@ -6,7 +6,7 @@ on a GPU first asks for it. float32, bfloat16 and float16 in and out, float32 in
 
 from collections.abc import Callable
 
-from simba_compile.kernels.gpu import conv, gather, influence, norm, select, ssd_influence, state
+from simba_compile.kernels.gpu import conv, gather, influence, norm, scan, scan_backward, select, ssd, ssd_influence, state
 
 KERNELS: dict[str, Callable] = {
     launcher.__name__: launcher
@@ -15,6 +15,9 @@ KERNELS: dict[str, Callable] = {
         ssd_influence.ssd_influence,
         select.select,
         gather.gather,
+        scan.selective_scan,
+        scan_backward.selective_scan_backward,
+        ssd.ssd_scan,
         conv.causal_conv1d,
         conv.causal_conv1d_backward,
         conv.conv_update,

@@ -1,0 +1,227 @@
+"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops_ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024).
+
+A head's decay is one number, so within a chunk of tokens the recurrence is a masked matrix product. With ``a_t`` the running
+sum of Δ A within the chunk:
+
+1. `_chunk_states`: each chunk from a state of zero, ``Σ_t exp(a_end − a_t) Δ_t x_t ⊗ B_t``, and its a_end;
+2. `_carry`: the true states after each chunk, in order;
+3. `_outputs`: ``y_t = Σ_{s≤t} (C_t · B_s) exp(a_t − a_s) Δ_s x_s + exp(a_t) h_start C_t + D x_t``.
+
+The factors of a product are in x's type, its sums in float32, as in mamba-ssm. Float32 keeps its precision: NVIDIA's tensor
+cores make one product of three in TF32, AMD's multiply float32. C · B is computed anew for each head of a group: at 64
+tokens it is a third of the products, and costs no memory.
+There is no kernel for the gradient: the operator's runs in plain torch, from `reference`.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simba_compile.kernels.gpu import runtime
+from simba_compile.kernels.gpu.elementary import LOG2E, step_size
+from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, group_tokens, strides
+
+CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
+BLOCK = 64  # of a head's channels, and of its states, at a time
+FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
+
+
+@triton.jit
+def _steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constexpr):
+    """Δ of a chunk's tokens (0 past the end), and the logarithms to base 2 of their decays."""
+    shift = None if bias is None else tl.load(bias + head).to(tl.float32)
+    delta = tl.clamp(step_size(tl.load(dt + at * stride), shift, SOFTPLUS), low, high)
+    delta = tl.where(inside, delta, 0.0)
+    return delta, delta * (tl.load(A + head).to(tl.float32) * LOG2E)
+
+
+@triton.jit
+def _chunk_states(
+    x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state, bias,
+    index, index_batch, index_token, sums, ends, tokens, chunks, heads, share, size, states, low, high,
+    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after one chunk from zero, to ends (batch, chunk, head, p, n), and the logarithm of its decay to sums."""
+    blocks = tl.cdiv(size, BLOCK_P)
+    program = tl.program_id(0)
+    block, head, chunk = program % blocks, program // blocks % heads, program // blocks // heads % chunks
+    batch = (program // blocks // heads // chunks).to(tl.int64)
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    x += batch * x_batch + head.to(tl.int64) * x_head
+    B += batch * B_batch + (head // share).to(tl.int64) * B_group
+    dt += batch * dt_batch + head.to(tl.int64) * dt_head
+    if index is not None:
+        index += batch * index_batch
+    start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
+    at = group_tokens(index, index_token, start, end, CHUNK)
+    inside = start + tl.arange(0, CHUNK) < end
+    delta, decay = _steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
+    total = tl.sum(decay, axis=0)
+    weight = delta * tl.exp2(total - tl.cumsum(decay, axis=0))
+    u = tl.load(x + at[None, :] * x_token + p[:, None] * x_p, mask=(p < size)[:, None], other=0.0)
+    place = (batch * chunks + chunk) * heads + head
+    tl.store(sums + place, total, mask=block == 0)
+    for first in range(0, states, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        b = tl.load(B + at[:, None] * B_token + n[None, :] * B_state, mask=(n < states)[None, :], other=0.0)
+        b = (b.to(tl.float32) * weight[:, None]).to(u.dtype)
+        state = tl.dot(u, b, input_precision=PRECISION)
+        where = ends + (place * size + p[:, None]) * states + n[None, :]
+        tl.store(where, state, mask=(p < size)[:, None] & (n < states)[None, :])
+
+
+@triton.jit
+def _carry(sums, ends, initial, chunks, heads, entries, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The states from zero in ends become the true ones; entries: p times n, of one head."""
+    blocks = tl.cdiv(entries, BLOCK)
+    program = tl.program_id(0)
+    head = program // blocks % heads
+    batch = (program // blocks // heads).to(tl.int64)
+    entry = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    live = entry < entries
+    step = tl.arange(0, CHUNKS)
+    state = tl.zeros([BLOCK], tl.float32)
+    if initial is not None:
+        state += tl.load(initial + (batch * heads + head) * entries + entry, mask=live, other=0.0).to(tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        row = (batch * chunks + first + step) * heads + head
+        mask = (first + step < chunks)[:, None] & live[None, :]
+        at = ends + row[:, None] * entries + entry[None, :]
+        decay = tl.exp2(tl.load(sums + row[:, None] + entry[None, :] * 0, mask=mask, other=0.0))
+        decays, adds = tl.associative_scan((decay, tl.load(at, mask=mask, other=0.0)), 0, compose)
+        adds += decays * state[None, :]
+        tl.store(at, adds, mask=mask)
+        state = tl.sum(tl.where(step[:, None] == CHUNKS - 1, adds, 0.0), axis=0)
+
+
+@triton.jit
+def _outputs(
+    x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state,
+    C, C_batch, C_token, C_group, C_state, D, bias, index, index_batch, index_token, initial, ends, y,
+    tokens, chunks, heads, share, size, states, low, high,
+    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one chunk and block of a head's channels."""
+    blocks = tl.cdiv(size, BLOCK_P)
+    program = tl.program_id(0)
+    block, head, chunk = program % blocks, program // blocks % heads, program // blocks // heads % chunks
+    batch = (program // blocks // heads // chunks).to(tl.int64)
+    p, row = block * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, CHUNK)
+    x += batch * x_batch + head.to(tl.int64) * x_head
+    B += batch * B_batch + (head // share).to(tl.int64) * B_group
+    C += batch * C_batch + (head // share).to(tl.int64) * C_group
+    dt += batch * dt_batch + head.to(tl.int64) * dt_head
+    if index is not None:
+        index += batch * index_batch
+    start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
+    at = group_tokens(index, index_token, start, end, CHUNK)
+    inside = start + row < end
+    delta, decay = _steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
+    since = tl.cumsum(decay, axis=0)  # from the chunk's start
+    live = p < size
+
+    products = tl.zeros([CHUNK, CHUNK], tl.float32)
+    carried = tl.zeros([CHUNK, BLOCK_P], tl.float32)
+    for first in range(0, states, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        mask = (n < states)[None, :]
+        c = tl.load(C + at[:, None] * C_token + n[None, :] * C_state, mask=mask, other=0.0)
+        b = tl.load(B + at[None, :] * B_token + n[:, None] * B_state, mask=(n < states)[:, None], other=0.0)
+        products = tl.dot(c, b, products, input_precision=PRECISION)
+        entry = p[None, :] * states + n[:, None]
+        both = (n < states)[:, None] & live[None, :]
+        state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        if chunk > 0:
+            place = (batch * chunks + chunk - 1) * heads + head
+            state += tl.load(ends + place * size * states + entry, mask=both, other=0.0)
+        else:
+            if initial is not None:
+                state += tl.load(initial + (batch * heads + head) * size * states + entry, mask=both, other=0.0)
+        carried = tl.dot(c, state.to(c.dtype), carried, input_precision=PRECISION)
+    between = tl.where(row[:, None] >= row[None, :], since[:, None] - since[None, :], float("-inf"))
+    products *= tl.exp2(between) * delta[None, :]
+    u = tl.load(x + at[:, None] * x_token + p[None, :] * x_p, mask=live[None, :], other=0.0)
+    out = tl.dot(products.to(u.dtype), u, carried * tl.exp2(since)[:, None], input_precision=PRECISION)
+    if D is not None:
+        out += u.to(tl.float32) * tl.load(D + head).to(tl.float32)
+    token = batch * tokens + start + row
+    tl.store(y + (token[:, None] * heads + head) * size + p[None, :], out, mask=inside[:, None] & live[None, :])
+
+
+@cache
+def _mamba_ssm_installed() -> bool:
+    return importlib.util.find_spec("mamba_ssm") is not None
+
+
+def prefers_mamba_ssm(x: Tensor, index: Tensor | None) -> bool:
+    """Whether mamba-ssm's kernels run instead: installed, no gather to fuse, and a call on real tensors.
+
+    While a graph is traced ours run, since Inductor can see into them.
+    """
+    return index is None and type(x) is Tensor and x.device.type == "cuda" and _mamba_ssm_installed()
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    initial: Tensor | None,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `simba_compile.kernels.ops_ssd.ssd_scan`."""
+    batch, tokens, heads, size = x.shape
+    groups, states = B.shape[2:]
+    runtime.expect(
+        dt=(dt, (batch, tokens, heads)), A=(A, (heads,)), B=(B, (batch, tokens, groups, states)), C=(C, tuple(B.shape)),
+        D=(D, (heads,)), dt_bias=(dt_bias, (heads,)), initial=(initial, (batch, heads, size, states)),
+    )  # fmt: skip
+    if index is not None:
+        tokens = index.shape[1]
+        runtime.expect(index=(index, (batch, tokens)))
+    y = x.new_empty((batch, tokens, heads, size), dtype=torch.float32)
+    if y.numel() == 0:
+        none = x.new_zeros((batch, heads, size, states), dtype=torch.float32)
+        return y, none if initial is None else none + initial
+    if prefers_mamba_ssm(x, index):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        out, last = mamba_chunk_scan_combined(
+            x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, initial_states=initial, dt_softplus=softplus,
+            dt_limit=(dt_min, dt_max), return_final_states=True,
+        )  # fmt: skip
+        return out.float(), last.float()
+    A, D, dt_bias, initial = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias), runtime.flat(initial)
+    chunk, widest = (FLOAT_CHUNK, FLOAT_BLOCK) if x.dtype == torch.float32 else (CHUNK, BLOCK)
+    chunks, share = runtime.blocks_of(tokens, chunk), heads // groups
+    block = {"BLOCK_P": max(16, min(widest, runtime.power_of_two(size)))}
+    block["BLOCK_N"] = max(16, min(widest, runtime.power_of_two(states)))
+    precision = "ieee" if torch.version.hip else "tf32x3"  # of float32; halves are exact factors
+    sums = x.new_empty((batch, chunks, heads), dtype=torch.float32)
+    ends = x.new_empty((batch, chunks, heads, size, states), dtype=torch.float32)
+    grid = (batch * chunks * heads * runtime.blocks_of(size, block["BLOCK_P"]),)
+    shape = (tokens, chunks, heads, share, size, states, dt_min, dt_max)
+    constants = {"SOFTPLUS": softplus, "CHUNK": chunk, **block, "PRECISION": precision, "num_warps": 8}
+    runtime.launch(
+        _chunk_states, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2),
+        sums, ends, *shape, **constants,
+    )  # fmt: skip
+    runtime.launch(
+        _carry, (batch * heads * runtime.blocks_of(size * states, CARRY_BLOCK),), sums, ends, initial,
+        chunks, heads, size * states, CHUNKS=CARRY_CHUNKS, BLOCK=CARRY_BLOCK, num_warps=1,
+    )  # fmt: skip
+    runtime.launch(
+        _outputs, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias,
+        index, *strides(index, 2), initial, ends, y, *shape, **constants,
+    )  # fmt: skip
+    return y, ends[:, -1].clone()

@@ -143,7 +143,7 @@ def test_loop_of_selective_scan() -> None:
     reciprocals. Loads: B and C as vectors of 4 from shared memory. Nothing is stored but y and, once for a group, B and C.
     """
     chunk, _, outputs = check("sm_90", record(gpu.KERNELS["selective_scan"], *scan(BF16, 16, kept=512)))
-    tokens, pairs = 4, 4 * 16  # of a group, for each thread
+    tokens, pairs = 2, 2 * 16  # of a group, for each thread
     for built, arrays in ((chunk, 1), (outputs, 2)):
         (loop,) = built.loops()
         assert pairs <= _count(loop, "MUFU") <= pairs + 4 * tokens

@@ -74,7 +74,7 @@ def test_no_chunks() -> None:
     device = torch.device("cpu")
     assert scan.split(264, 4096, 1, device) == (4096, 1)
     chunk, chunks = scan.split(1, 4096, 48, device)
-    assert chunks > 1 and chunk % 4 == 0 and (chunks - 1) * chunk < 4096 <= chunks * chunk
+    assert chunks > 1 and chunk % scan.GROUP == 0 and (chunks - 1) * chunk < 4096 <= chunks * chunk
     x = arguments(Source(2, torch.float32, "plain"), 5, 2, 2)
     whole = scan.selective_scan(*x)
     scan.MIN_CHUNK = 100  # the fixture puts it back

@@ -22,6 +22,7 @@ from torch import Tensor
 from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.gpu.elementary import LOG2E, silu, step_size
 
+GROUP = 2  # tokens that a program loads together, one group ahead of their use; with 4, the registers spill on sm_100
 MIN_CHUNK = 32  # tokens: below, a chunk's own start and end cost as much as its tokens
 CARRY_CHUNKS, CARRY_BLOCK = 8, 128  # chunks that pass 2 takes at once, and states that one of its programs carries
 
@@ -229,18 +230,12 @@ def scan_kernel(
 
 
 def tile_of(states: int) -> dict[str, int]:
-    """States, channels and tokens that a program's one warp holds: 16 states for each lane, in about 160 registers.
+    """States, channels and tokens that a program's one warp holds: 16 states for each lane, in about 120 registers.
 
-    Up to 16 states (every published Mamba-1), a lane has all the states of its channel. With more, several lanes share a
-    channel, and with groups of 2 tokens in place of 4 the registers suffice on every target.
+    Up to 16 states (every published Mamba-1), a lane has all the states of its channel; with more, several lanes share one.
     """
     padded = runtime.power_of_two(states)
-    return {
-        "STATES": states,
-        "PADDED": padded,
-        "CHANNELS": max(1, 32 * 16 // max(16, padded)),
-        "GROUP": 4 if padded <= 16 else 2,
-    }
+    return {"STATES": states, "PADDED": padded, "CHANNELS": max(1, 32 * 16 // max(16, padded)), "GROUP": GROUP}
 
 
 def split(batch: int, tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
@@ -254,7 +249,7 @@ def split(batch: int, tokens: int, blocks: int, device: torch.device) -> tuple[i
     if warps >= 2 * processors or tokens <= MIN_CHUNK:
         return tokens, 1
     chunk = torch.sym_max(MIN_CHUNK, runtime.blocks_of(tokens * warps, 16 * processors))
-    chunk = runtime.blocks_of(chunk, 4) * 4  # whole groups
+    chunk = runtime.blocks_of(chunk, GROUP) * GROUP
     return chunk, runtime.blocks_of(tokens, chunk)
 
 

@@ -36,7 +36,6 @@ from simba_compile.kernels.gpu.scan import (
 )
 
 CHUNK = 16  # tokens
-GROUP = 2  # tokens of gradient_kernel: it holds a group's decays and states, so it takes half the usual channels, too
 
 
 @triton.jit
@@ -117,11 +116,9 @@ def gradient_kernel(
 
     start = which * chunk
     end = tl.minimum(start + chunk, tokens)
-    begin, adjoint = tl.zeros([PADDED, CHANNELS], tl.float32), tl.zeros([PADDED, CHANNELS], tl.float32)
+    adjoint = tl.zeros([PADDED, CHANNELS], tl.float32)
     if starts is not None:  # more than one chunk
         place = batch * (chunks - 1) + which
-        has = both & (d < tl.where(which > 0, channels, 0))[None, :]
-        begin += tl.load(scattered(starts, ((place - 1) * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
         has = both & (d < tl.where(which < chunks - 1, channels, 0))[None, :]
         adjoint += tl.load(scattered(ends, (place * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
     if grad_state is not None:
@@ -133,7 +130,11 @@ def gradient_kernel(
     groups = tl.cdiv(end - start, GROUP)
     for i in range(groups):
         now = start + (groups - 1 - i) * GROUP
-        state = begin
+        state = tl.zeros([PADDED, CHANNELS], tl.float32)
+        if starts is not None:  # read again for each group: it is in the cache, and registers are few
+            before = batch * (chunks - 1) + which - 1
+            has = both & (d < tl.where(which > 0, channels, 0))[None, :]
+            state += tl.load(scattered(starts, (before * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
         for first in range(start, now, GROUP):  # to the start of this group
             at = group_tokens(None, 0, first, end, GROUP)
             delta = step_size(load_group(dt, dt_token, at, live), shift, SOFTPLUS)
@@ -166,14 +167,15 @@ def gradient_kernel(
             state = tl.fma(pick(decay, j, GROUP), state, pick(wide_B, j, GROUP) * pick(step, j, GROUP))
             states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no other way)
         y, from_B, from_decay = tl.zeros_like(delta), tl.zeros_like(delta), tl.zeros_like(delta)
-        rows_B, rows_C = tl.zeros([GROUP, PADDED], tl.float32), tl.zeros([GROUP, PADDED], tl.float32)
         for j in tl.static_range(GROUP - 1, -1, -1):
             here = row[:, None] == j
+            part = ((batch * blocks + block) * tokens + now + j) * STATES + n
+            mask_n = n < tl.where(now + j < end, STATES, 0)
             c, gradient = pick(wide_C, j, GROUP), pick(wide_g, j, GROUP)
             y = tl.where(here, tl.sum(states[j + 1] * c, axis=0)[None, :], y)
-            rows_C = tl.where(here, tl.sum(gradient * states[j + 1], axis=1)[None, :], rows_C)
+            tl.store(dC + part, tl.sum(gradient * states[j + 1], axis=1), mask=mask_n)
             adjoint = tl.fma(gradient, c, adjoint)
-            rows_B = tl.where(here, tl.sum(adjoint * pick(step, j, GROUP), axis=1)[None, :], rows_B)
+            tl.store(dB + part, tl.sum(adjoint * pick(step, j, GROUP), axis=1), mask=mask_n)
             from_B = tl.where(here, tl.sum(adjoint * pick(wide_B, j, GROUP), axis=0)[None, :], from_B)
             adjoint *= pick(decay, j, GROUP)
             through = adjoint * states[j]
@@ -196,10 +198,6 @@ def gradient_kernel(
         if z is not None:
             gradient_z = before_gate * y * share * (1 + gate * (1 - share))
             tl.store(scattered(dz, token * channels + d[None, :]), gradient_z.to(dz.dtype.element_ty), mask=mask)
-        part = ((batch * blocks + block) * tokens + now + row[:, None]) * STATES + n[None, :]
-        mask = inside & (n < STATES)[None, :]
-        tl.store(scattered(dB, part), rows_B, mask=mask)
-        tl.store(scattered(dC, part), rows_C, mask=mask)
     part = batch * chunks + which
     tl.store(scattered(dA, (part * STATES + n[:, None]) * channels + d[None, :]), sum_A, mask=both)
     if D is not None:
@@ -231,7 +229,7 @@ def selective_scan_backward(
     )  # fmt: skip
     A, D, dt_bias, grad_state = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias), runtime.flat(grad_state)
     tile = tile_of(states)
-    narrow = tile | {"GROUP": GROUP, "CHANNELS": max(1, tile["CHANNELS"] // 2)}
+    narrow = tile | {"CHANNELS": max(1, tile["CHANNELS"] // 4)}  # it holds a group's decays and states, besides
     blocks, chunks = runtime.blocks_of(channels, narrow["CHANNELS"]), runtime.blocks_of(tokens, CHUNK)
     dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
     dz = x.new_empty(0 if z is None else x.shape)

@@ -211,10 +211,10 @@ def ssd_scan(
     ends = x.new_empty((batch, chunks, heads, size, states), dtype=torch.float32)
     grid = (batch * chunks * heads * runtime.blocks_of(size, block["BLOCK_P"]),)
     shape = (tokens, chunks, heads, share, size, states, dt_min, dt_max)
-    constants = {"SOFTPLUS": softplus, "CHUNK": chunk, **block, "PRECISION": precision, "num_warps": 8}
+    constants = {"SOFTPLUS": softplus, "CHUNK": chunk, **block, "PRECISION": precision}
     runtime.launch(
         _chunk_states, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2),
-        sums, ends, *shape, **constants,
+        sums, ends, *shape, **constants, num_warps=4,
     )  # fmt: skip
     runtime.launch(
         _carry, (batch * heads * runtime.blocks_of(size * states, CARRY_BLOCK),), sums, ends, initial,
@@ -222,6 +222,6 @@ def ssd_scan(
     )  # fmt: skip
     runtime.launch(
         _outputs, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias,
-        index, *strides(index, 2), initial, ends, y, *shape, **constants,
+        index, *strides(index, 2), initial, ends, y, *shape, **constants, num_warps=8,
     )  # fmt: skip
     return y, ends[:, -1].clone()

@@ -63,8 +63,7 @@ _undo: list[Callable[[], None]] = []  # what `forget` calls
 
 
 def _unwrap(compiler_fn: Any) -> Any:
-    """The function behind the wrappers that torch.compile puts around a backend, DDP's splitting of graphs among them."""
-    compiler_fn = getattr(getattr(compiler_fn, "__self__", None), "backend_compile_fn", compiler_fn)
+    """The function behind the wrappers that torch.compile puts around a backend."""
     for attribute in ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__"):
         inner = getattr(compiler_fn, attribute, None)
         if inner is not None and inner is not compiler_fn:

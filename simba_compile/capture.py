@@ -74,7 +74,14 @@ def _unwrap(compiler_fn: Any) -> Any:
 @torch._dynamo.assume_constant_result
 def _lifting() -> bool:
     """Whether the backend that Dynamo traces for is ours."""
-    ours = _unwrap(InstructionTranslator.current_tx().output.compiler_fn) is _backend
+    compiler = InstructionTranslator.current_tx().output.compiler_fn
+    splitter = getattr(compiler, "__self__", None)  # DistributedDataParallel's: it cuts the graph before we would see it
+    if _unwrap(getattr(splitter, "backend_compile_fn", None)) is _backend:
+        log.warning(
+            "Under DistributedDataParallel the model stays dense, for Dynamo would cut its graph into pieces: set "
+            "torch._dynamo.config.optimize_ddp = False before compiling."
+        )
+    ours = _unwrap(compiler) is _backend
     if not ours:
         forget()  # a trace of ours that failed may have left something
     return ours

@@ -109,6 +109,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             ),
             "conv_update": (torch.randn(batch, channels, width, dtype=held), one(channels), weight, bias, softplus),
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
+            "gated_norm": (x, z, parameter(dtype, channels), 1e-5, chance.choice([1, 2]) if channels % 2 == 0 else 1),
             "select": (scores, k, first, chance.randint(0, k - first)),
         }
         if index is not None:

@@ -26,11 +26,12 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "state_update": (torch.randn(2, 7, 3), ONE, ONE, A, NARROW, NARROW, V, ONE, V, True),
     "conv_update": (torch.randn(2, 7, 4), ONE, W, V, True),
     "rms_norm": (X, V, 1e-5),
+    "gated_norm": (X, X, V, 1e-5, 1),
     "gather": (X, INDEX),
     "select": (torch.randn(2, 5), 3, 1, 1),
 }
 PARAMETERS = {id(value) for value in (A, V, W)}  # are cast, from any type
-STATES = {("state_update", 0), ("conv_update", 0), ("selective_scan_backward", 1)}  # too
+STATES = {("state_update", 0), ("conv_update", 0), ("selective_scan_backward", 1), ("gated_norm", 1)}  # too
 FINE = {  # what these take all the same
     *(("causal_conv1d", 0, "axis 0 too long"), ("causal_conv1d", 0, "axis 1 too long")),
     *(("causal_conv1d", 1, "axis 1 too long"), ("causal_conv1d_backward", 2, "axis 1 too long")),
@@ -38,6 +39,7 @@ FINE = {  # what these take all the same
     *(("gather", 0, "axis 1 too long"), ("gather", 0, "axis 2 too long"), ("gather", 0, "another rank")),
     *(("gather", 0, "whole numbers"), ("select", 0, "whole numbers"), ("rms_norm", 0, "another rank")),
     *(("select", 0, "axis 0 too long"), ("select", 0, "axis 1 too long")),
+    ("gated_norm", 0, "another rank"),
     *(("rms_norm", 0, "axis 0 too long"), ("rms_norm", 0, "axis 1 too long")),
 }
 

@@ -21,6 +21,8 @@ dtypes, flags = st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a short sequence: the interpreter takes a millisecond for a few operations."""
     monkeypatch.setattr(scan, "MIN_CHUNK", 4)
+    for module in (scan, ssd):
+        monkeypatch.setattr(module, "CARRY_CHUNKS", 2)
     monkeypatch.setattr(scan_backward, "CHUNK", 4)
     monkeypatch.setattr(ssd, "CHUNK", 16)
     monkeypatch.setattr(ssd, "FLOAT_CHUNK", 16)
@@ -58,7 +60,7 @@ def test_selective_scan(
     assert_scan(arguments(source, tokens, channels, states, rest, (tokens + 1) // 2 if indexed else None))
 
 
-@pytest.mark.parametrize(("tokens", "kept", "states"), [(1, None, 16), (9, 1, 4), (12, 12, 3), (8, None, 33)])
+@pytest.mark.parametrize(("tokens", "kept", "states"), [(1, None, 16), (9, 1, 4), (13, 13, 3), (8, None, 33)])
 def test_selective_scan_at_the_edges(tokens: int, kept: int | None, states: int) -> None:
     """One token, one kept token, all kept, whole chunks, a lane's states just too many."""
     assert_scan(arguments(Source(0, torch.float32, "plain"), tokens, 3, states, kept=kept))
@@ -94,10 +96,10 @@ def test_selective_scan_backward(
 
 
 def test_selective_scan_backward_over_chunks() -> None:
-    """Two blocks of channels, three chunks with a ragged end, everything given."""
+    """Two blocks of channels, four chunks with a ragged end, everything given."""
     source = Source(3, torch.float32, "pieces")
-    inputs = arguments(source, 9, 18, 5)[:-1]
-    assert_gradients([source.laid_out(1, 9, 18), source.normal(1, 18, 5), *inputs])
+    inputs = arguments(source, 13, 18, 5)[:-1]
+    assert_gradients([source.laid_out(1, 13, 18), source.normal(1, 18, 5), *inputs])
 
 
 def assert_gradients(args: list[Any]) -> None:

@@ -77,14 +77,19 @@ def _lifting() -> bool:
     compiler = InstructionTranslator.current_tx().output.compiler_fn
     splitter = getattr(compiler, "__self__", None)  # DistributedDataParallel's: it cuts the graph before we would see it
     if _unwrap(getattr(splitter, "backend_compile_fn", None)) is _backend:
-        log.warning(
-            "Under DistributedDataParallel the model stays dense, for Dynamo would cut its graph into pieces: set "
-            "torch._dynamo.config.optimize_ddp = False before compiling."
-        )
+        _warn_of_splitting()
     ours = _unwrap(compiler) is _backend
     if not ours:
         forget()  # a trace of ours that failed may have left something
     return ours
+
+
+@functools.cache
+def _warn_of_splitting() -> None:
+    log.warning(
+        "Under DistributedDataParallel the model stays dense, for Dynamo would cut its graph into pieces: set "
+        "torch._dynamo.config.optimize_ddp = False before compiling."
+    )
 
 
 @torch._dynamo.assume_constant_result
@@ -143,6 +148,12 @@ def _put_back(state: dict[str, Any], name: str, entry: Any) -> None:
         state[name] = entry
 
 
+def with_own_code(function: Any) -> Callable:
+    """The same function with a code object of its own: Dynamo keeps a limited number of compilations for each."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
 def forget() -> None:
     """Put back what `_make_length_dynamic` changed in Dynamo's records."""
     while _undo:
@@ -150,122 +161,104 @@ def forget() -> None:
 
 
 # --- the substitutes -------------------------------------------------------------------------------------------------
-# Each is traced by Dynamo in place of the Hugging Face function of its name; `original` is a copy of that function.
+# Dynamo traces each in place of the Hugging Face function of its name. They take that function's arguments.
 
 
-def _lift_causal_conv1d_fn(original: Callable) -> Callable:
-    def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
-        if not _lifting() or activation not in (None, "silu", "swish") or kwargs.get("seq_idx") is not None:
-            return original(hidden_states, weight, bias, activation, **kwargs)
-        _make_length_dynamic()
-        x = hidden_states.transpose(1, 2)
-        return torch.ops.simba.causal_conv1d(x, weight, bias, activation is not None).transpose(1, 2)
-
-    return causal_conv1d_fn
+def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
+    """The convolution of a prompt."""
+    if activation not in (None, "silu", "swish") or kwargs.get("seq_idx") is not None:
+        return NotImplemented
+    _make_length_dynamic()
+    x = hidden_states.transpose(1, 2)
+    return torch.ops.simba.causal_conv1d(x, weight, bias, activation is not None).transpose(1, 2)
 
 
-def _lift_causal_conv1d_update(original: Callable) -> Callable:
-    def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
-        if not _lifting() or activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1:
-            return original(hidden_states, conv_state, weight, bias, activation, **kwargs)
-        x = hidden_states.squeeze(2)
-        return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None).unsqueeze(2)
-
-    return causal_conv1d_update
+def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
+    """One step of the convolution."""
+    if activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1:
+        return NotImplemented
+    x = hidden_states.squeeze(2)
+    return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None).unsqueeze(2)
 
 
-def _lift_to_nothing(original: Callable) -> Callable:
-    """For a kernel that does a whole mixer: where it gives None, Hugging Face goes on to the convolution and the scan."""
-
-    def nothing(*args, **kwargs):  # type: ignore[no-untyped-def]
-        return None if _lifting() else original(*args, **kwargs)
-
-    return nothing
+def nothing(*args, **kwargs):  # type: ignore[no-untyped-def]
+    """A kernel that does a whole mixer: where it gives None, Hugging Face goes on to the convolution and the scan."""
+    return None
 
 
-def _lift_mamba_selective_scan(original: Callable) -> Callable:
-    def mamba_selective_scan(  # type: ignore[no-untyped-def]
-        hidden_states,
-        dt,
-        A,
-        B,
-        C,
-        D=None,
-        z=None,
-        delta_bias=None,
-        delta_softplus=False,
-        return_last_state=False,
-        **kwargs,
-    ):
-        if not _lifting():
-            scan = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
-            return original(hidden_states, dt, A, B, C, **scan, return_last_state=return_last_state, **kwargs)
-        _make_length_dynamic()
-        x, step, b, c = hidden_states.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-        gate = None if z is None else z.transpose(1, 2)
-        y, state = torch.ops.simba.selective_scan(x, step, A, b, c, D, gate, delta_bias, delta_softplus, None)
-        y = y.transpose(1, 2)
-        return (y, state) if return_last_state else y
-
-    return mamba_selective_scan
+def mamba_selective_scan(  # type: ignore[no-untyped-def]
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    **kwargs,
+):
+    """The scan of Mamba-1."""
+    _make_length_dynamic()
+    x, step, b, c = hidden_states.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+    gate = None if z is None else z.transpose(1, 2)
+    y, state = torch.ops.simba.selective_scan(x, step, A, b, c, D, gate, delta_bias, delta_softplus, None)
+    y = y.transpose(1, 2)
+    return (y, state) if return_last_state else y
 
 
-def _lift_mamba_selective_state_update(original: Callable) -> Callable:
-    def mamba_selective_state_update(  # type: ignore[no-untyped-def]
-        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
-    ):
-        if not _lifting():
-            given = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "z": z}
-            return original(state, hidden_states, dt, A, B, C, **given, **kwargs)
-        return torch.ops.simba.state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
-
-    return mamba_selective_state_update
+def mamba_selective_state_update(  # type: ignore[no-untyped-def]
+    state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
+):
+    """One step of the scan of Mamba-1."""
+    return torch.ops.simba.state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-def _lift_mamba2_chunk_scan(original: Callable) -> Callable:
-    def mamba2_chunk_scan(  # type: ignore[no-untyped-def]
-        hidden_states,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size,
-        D=None,
-        dt_bias=None,
-        initial_states=None,
-        dt_softplus=False,
-        dt_limit=(0.0, float("inf")),
-        return_final_states=False,
-        **kwargs,
-    ):
-        if not _lifting():
-            scan = {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
-            scan |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
-            return original(hidden_states, dt, A, B, C, chunk_size=chunk_size, **scan, **kwargs)
-        _make_length_dynamic()
-        low, high = dt_limit
-        y, state = torch.ops.simba.ssd_scan(
-            hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, low, high, initial_states, None
-        )
-        return (y, state) if return_final_states else y
-
-    return mamba2_chunk_scan
+def mamba2_chunk_scan(  # type: ignore[no-untyped-def]
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    dt_bias=None,
+    initial_states=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    **kwargs,
+):
+    """The scan of Mamba-2."""
+    _make_length_dynamic()
+    low, high = dt_limit
+    y, state = torch.ops.simba.ssd_scan(hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, low, high, initial_states, None)
+    return (y, state) if return_final_states else y
 
 
-def _lift_mamba2_selective_state_update(original: Callable) -> Callable:
-    def mamba2_selective_state_update(  # type: ignore[no-untyped-def]
-        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
-    ):
-        # A head's numbers come repeated for each of its channels.
-        if not _lifting() or z is not None or A.stride()[1:] != (0, 0) or dt.stride(2) != 0:
-            step = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
-            return original(state, hidden_states, dt, A, B, C, **step, **kwargs)
-        skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
-        return torch.ops.simba.ssd_state_update(
-            state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus
-        )
+def mamba2_selective_state_update(  # type: ignore[no-untyped-def]
+    state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
+):
+    """One step of the scan of Mamba-2."""
+    if z is not None or A.stride()[1:] != (0, 0) or dt.stride(2) != 0:  # a head's numbers come repeated for its channels
+        return NotImplemented
+    skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
+    return torch.ops.simba.ssd_state_update(state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus)
 
-    return mamba2_selective_state_update
+
+def _lift(ours: Callable) -> Callable[[Callable], Callable]:
+    """Put `ours` in a function's place where our backend compiles. A call that `ours` declines stays as it is."""
+
+    def substitute_of(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def substitute(*args, **kwargs):  # type: ignore[no-untyped-def]
+            result = ours(*args, **kwargs) if _lifting() else NotImplemented
+            return original(*args, **kwargs) if result is NotImplemented else result
+
+        return substitute
+
+    return substitute_of
 
 
 def _mark_experts(original: Callable) -> Callable:
@@ -281,14 +274,14 @@ def _mark_experts(original: Callable) -> Callable:
 
 
 LIFTS = {
-    "causal_conv1d_fn": _lift_causal_conv1d_fn,
-    "causal_conv1d_update": _lift_causal_conv1d_update,
-    "mamba_inner_fn": _lift_to_nothing,
-    "mamba_selective_scan": _lift_mamba_selective_scan,
-    "mamba_selective_state_update": _lift_mamba_selective_state_update,
-    "mamba2_chunk_scan": _lift_mamba2_chunk_scan,
-    "mamba2_selective_state_update": _lift_mamba2_selective_state_update,
-    "mamba2_split_conv1d_scan_combined": _lift_to_nothing,
+    "causal_conv1d_fn": _lift(causal_conv1d_fn),
+    "causal_conv1d_update": _lift(causal_conv1d_update),
+    "mamba_inner_fn": _lift(nothing),
+    "mamba_selective_scan": _lift(mamba_selective_scan),
+    "mamba_selective_state_update": _lift(mamba_selective_state_update),
+    "mamba2_chunk_scan": _lift(mamba2_chunk_scan),
+    "mamba2_selective_state_update": _lift(mamba2_selective_state_update),
+    "mamba2_split_conv1d_scan_combined": _lift(nothing),
 }
 
 

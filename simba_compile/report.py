@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.fx import GraphModule
 from torch.nn import Parameter
 
 from simba_compile.backend import simba
+from simba_compile.capture import with_own_code
 from simba_compile.passes import Transformed
 
 
@@ -146,8 +146,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = Non
     def call() -> Any:
         return model(*args, **kwargs)
 
-    # A code object of its own: Dynamo keeps a limited number of compilations for each.
-    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    fresh = with_own_code(call)
     torch.compile(fresh, backend=observing, options=dict(options or {}))()
     torch._dynamo.reset_code(fresh.__code__)
     return Report(tuple(rows), graphs)

@@ -180,6 +180,19 @@ def compiled(model: nn.Module, backend: str) -> nn.Module:
     return model if backend == "eager" else torch.compile(model, backend=backend, options=options)
 
 
+def add_model_and_optimizer(parser: argparse.ArgumentParser, width: int, layers: int) -> None:
+    """The options that every training has."""
+    add = parser.add_argument
+    add("--d-model", type=int, default=width)
+    add("--layers", type=int, default=layers)
+    add("--init-range", type=float, default=0.1, help="standard deviation of the first weights")
+    add("--optimizer", choices=("muon", "adamw"), default="muon")
+    add("--lr", type=float, default=4e-3, help="AdamW's peak learning rate")
+    add("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate")
+    add("--warmup", type=float, default=0.02, help="share of the budget of time or steps")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,18 +204,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, default=REPOSITORY / "build" / "python-bytes.pt", help="what a stopped run resumes")
     add("--start-from", type=Path, help="folder of a model to train on; its own training is not repeated (default: none)")
     add("--seed", type=int, default=0)
-    add("--d-model", type=int, default=192)
-    add("--layers", type=int, default=8)
-    add("--init-range", type=float, default=0.1, help="standard deviation of the first weights")
+    add_model_and_optimizer(parser, width=192, layers=8)
     add("--length", type=int, default=512, help="window length")
     add("--long-length", type=int, default=2048, help="window length of the last part")
     add("--long-share", type=float, default=0.2, help="share of the budget that the last part takes")
     add("--batch-bytes", type=int, default=4096, help="bytes in a step")
-    add("--optimizer", choices=("muon", "adamw"), default="muon")
-    add("--lr", type=float, default=4e-3, help="AdamW's peak learning rate")
-    add("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate")
-    add("--warmup", type=float, default=0.02, help="share of the budget")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--log-seconds", type=float, default=60.0, help="active time between two points of the curve")
     return parser.parse_args(argv)
 

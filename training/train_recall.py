@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from train_bytes import REPOSITORY, build_optimizers, compiled
+from train_bytes import REPOSITORY, add_model_and_optimizer, build_optimizers, compiled
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from simba_compile.analysis import recall
@@ -71,17 +71,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--backend", default="simba", help='backend of torch.compile, or "eager"')
     add("--output", type=Path, default=REPOSITORY / "models" / "recall", help="folder of the saved model")
     add("--seed", type=int, default=0)
-    add("--d-model", type=int, default=64)
-    add("--layers", type=int, default=3)
-    add("--init-range", type=float, default=0.1, help="standard deviation of the first weights")
+    add_model_and_optimizer(parser, width=64, layers=3)
     add("--length", type=int, default=96, help="longest context")
     add("--pairs", type=int, default=8, help="most pairs in a sequence")
     add("--batch-tokens", type=int, default=4096, help="tokens in a step")
-    add("--optimizer", choices=("muon", "adamw"), default="muon")
-    add("--lr", type=float, default=4e-3, help="AdamW's peak learning rate")
-    add("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate")
-    add("--warmup", type=float, default=0.02, help="share of the steps")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--log-steps", type=int, default=250, help="steps between two points of the curve")
     return parser.parse_args(argv)
 

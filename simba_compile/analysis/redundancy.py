@@ -1,7 +1,7 @@
 """How alike the states of adjacent tokens are, layer by layer (the paper's Figure 2)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from simba_compile.analysis.variants import ScanRead, record_scans
-from simba_compile.kernels.reference import ssd_step_size, step_size
+from simba_compile.kernels.reference import scan_states, ssd_states, ssd_step_size, step_size
 from simba_compile.options import Options
+from simba_compile.passes.scans import MAMBA1
 
 STRIDE = 8
 
@@ -69,35 +70,24 @@ def state_similarity(scan: ScanRead) -> Similarity:
 
     Walked token by token: all states at once would not fit.
     """
-    tokens = scan.arguments["x"].shape[1]
-    decay, entering = _recurrence(scan)
-    state = torch.zeros_like(entering(0))
+    states = _states(scan)
+    before = next(states)
     adjacent, unrelated = [], []
-    for t in range(tokens):
-        before = state
-        state = decay(t) * before + entering(t)
+    for t, state in enumerate(states):
         if t % STRIDE == STRIDE - 1:
             flat = state.flatten(1)
             adjacent.append(F.cosine_similarity(flat, before.flatten(1), dim=1).mean())
             unrelated.append(F.cosine_similarity(flat, flat.roll(1, 0), dim=1).mean())
+        before = state
     return Similarity(torch.stack(adjacent).mean().item(), torch.stack(unrelated).mean().item())
 
 
-def _recurrence(scan: ScanRead) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
-    """exp(Δ_t A) and Δ_t B_t x_t, as functions of t, to be multiplied and added to the state."""
+def _states(scan: ScanRead) -> Iterator[Tensor]:
+    """The scan's state before the first token and after each: (batch, channel or head and its channels, state)."""
     given = scan.arguments
-    if "dt_min" not in given:  # Mamba-1: (batch, channel, state)
+    if scan.kind is MAMBA1:
         delta = step_size(given["dt"], given["dt_bias"], given["softplus"])
-        u, A, B = (given[name].to(delta.dtype) for name in ("x", "A", "B"))
-        return (
-            lambda t: torch.exp(delta[:, t, :, None] * A),
-            lambda t: (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :],
-        )
-    # Mamba-2: (batch, head, channel of the head, state)
-    delta = ssd_step_size(given["dt"], given["dt_bias"], given["softplus"], (given["dt_min"], given["dt_max"]))
-    u, A = given["x"].to(delta.dtype), given["A"].to(delta.dtype)
-    B = given["B"].to(delta.dtype).repeat_interleave(u.shape[2] // given["B"].shape[2], 2)
-    return (
-        lambda t: torch.exp(delta[:, t] * A)[:, :, None, None],
-        lambda t: (delta[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None, :],
-    )
+    else:
+        delta = ssd_step_size(given["dt"], given["dt_bias"], given["softplus"], (given["dt_min"], given["dt_max"]))
+    u, A, B = (given[name].to(delta.dtype) for name in ("x", "A", "B"))
+    return scan_states(delta, u, A, B) if scan.kind is MAMBA1 else ssd_states(delta, u, A, B)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch.fx import GraphModule, Interpreter
 from transformers import PreTrainedModel
 
 from simba_compile.backend import simba
+from simba_compile.capture import with_own_code
 from simba_compile.options import Options
 from simba_compile.passes import Transformed
-from simba_compile.passes.plan import SCALE, shares
+from simba_compile.passes.plan import ratios_of
 from simba_compile.passes.scans import SCANS, Scan
 from simba_compile.report import mixer_rows
 
@@ -23,13 +23,12 @@ BATCH_TOKENS = 16384
 
 
 def _compiled(model: PreTrainedModel, backend: Callable) -> Callable:
-    """The model under this backend, with a code object of its own: Dynamo keeps a limited number of graphs for each."""
+    """The model under this backend, apart from what else was compiled of it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    return torch.compile(fresh, backend=backend)
+    return torch.compile(with_own_code(call), backend=backend)
 
 
 class Variants:
@@ -117,8 +116,7 @@ class Variants:
         if self.transformed is None or self.transformed.plan is None:
             raise RuntimeError("nothing that prunes has run yet: there is no plan to go by.")
         plan = self.transformed.plan
-        ratios = tuple(round(share * SCALE) for share in shares(options, len(plan.ratios)))
-        pruning = tuple(i for i, ratio in enumerate(ratios) if ratio < (SCALE, *ratios)[i])
+        ratios, pruning = ratios_of(options, len(plan.ratios))
         planned = dataclasses.replace(plan, ratios=ratios, pruning=pruning)
         rows = mixer_rows(dataclasses.replace(self.transformed, plan=planned), tokens)
         return sum(row.flops_pruned for row in rows) / sum(row.flops_dense for row in rows)
@@ -160,7 +158,7 @@ class _Recorder(Interpreter):
         return result
 
     def _scan(self, kind: Scan, args: tuple) -> ScanRead:
-        given = dict(zip(kind.arguments, args, strict=True))
+        given = kind.named(args)
         if given["index"] is not None:
             for name in kind.along_tokens:
                 if given[name] is not None:

@@ -20,7 +20,7 @@ import simba_compile
 from simba_compile.cli import machine, models
 from simba_compile.cli.bench import KEEP, compile_model
 from simba_compile.cli.bench_report import DENSE, EAGER, INDUCTOR, PRUNED
-from simba_compile.cli.show import Steps, clock, times
+from simba_compile.cli.show import Steps, clock, markdown_table, times
 from simba_compile.cli.timing import seconds, side_by_side
 
 SLOW_REPEATS = 2  # of Hugging Face's own
@@ -168,9 +168,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"of runs in turns. {about['cpu']} ({about['instructions']}), {about['threads']} threads, torch {about['torch']}, "
         f"transformers {about['transformers']}. `{results['command']}`, {results['date']}.",
     ]
-    ruler = ["---"] + ["---:"] * (len(HEADINGS) - 1)
-    lines.append("\n".join("| " + " | ".join(cells) + " |" for cells in [HEADINGS, ruler, *rows(results)]))
-    return "\n\n".join(lines) + "\n"
+    return "\n\n".join([*lines, markdown_table(HEADINGS, rows(results))]) + "\n"
 
 
 def show(results: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simba_compile.cli.show import clock, spread, times
+from simba_compile.cli.show import clock, markdown_table, spread, times
 
 EAGER = "HF eager"
 INDUCTOR = "HF Inductor"
@@ -120,9 +120,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The report as a Markdown page."""
     parts = ["# simba bench", "\n".join(f"- {line}" for line in facts(results))]
     for title, headings, rows in sections(results):
-        parts.append(f"## {title}")
-        ruler = ["---"] + ["---:"] * (len(headings) - 1)
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ruler, *rows]))
+        parts += [f"## {title}", markdown_table(headings, rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,6 +1,6 @@
 """What the commands print: progress on stderr, results on stdout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +46,12 @@ class Steps:
         self.done += 1
         if not self.console.is_terminal:
             self.console.print(f"[{self.done}/{self.total}] {what}", markup=False, highlight=False)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column on the left, the others on the right."""
+    ruler = ["---"] + ["---:"] * (len(headings) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ruler, *rows])
 
 
 def clock(seconds: float) -> str:

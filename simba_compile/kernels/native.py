@@ -94,6 +94,10 @@ def _expect(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torc
         )
 
 
+def _expect_on_cpu(name: str, value: Tensor) -> None:
+    _expect(name, value, tuple(value.shape), None)
+
+
 def _check_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None
 ) -> None:
@@ -106,7 +110,7 @@ def _check_scan(
     states = A.shape[1]
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states; the native kernels take 1 to {MAX_STATES}.")
-    _expect("x", x, (batch, tokens, channels), None)  # its device
+    _expect_on_cpu("x", x)
     _expect("dt", dt, (batch, tokens, channels), x.dtype)
     _expect("A", A, (channels, states), None)
     _expect("B", B, (batch, tokens, states), x.dtype)
@@ -238,7 +242,7 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, axes: str) -> No
         )
     if not 1 <= weight.shape[1] <= MAX_WIDTH:
         raise ValueError(f"weight has a width of {weight.shape[1]}; the native kernels take 1 to {MAX_WIDTH}.")
-    _expect("x", x, tuple(x.shape), None)
+    _expect_on_cpu("x", x)
     _expect("weight", weight, (x.shape[-1], weight.shape[1]), None)
     _expect("bias", bias, (x.shape[-1],), None)
 
@@ -337,7 +341,7 @@ def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float
         raise ValueError(
             f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16."
         )
-    _expect("x", x, tuple(x.shape), None)
+    _expect_on_cpu("x", x)
     channels = x.shape[-1]
     _expect("gate", gate, tuple(x.shape), None)
     _expect("weight", weight, (channels,), None)
@@ -369,7 +373,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
         )
     batch, tokens = x.shape[:2]
     kept = index.shape[1]
-    _expect("x", x, tuple(x.shape), None)
+    _expect_on_cpu("x", x)
     _expect("index", index, (index.shape[0], kept), torch.int64)
     if batch not in (1, index.shape[0]):
         raise ValueError(f"x has {batch} sequences and index {index.shape[0]}.")
@@ -390,7 +394,7 @@ def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
             f"scores is {tuple(scores.shape)}, k {k}, first {first}, last {last}; expected (batch, token) and "
             "first + last <= k <= tokens."
         )
-    _expect("scores", scores, tuple(scores.shape), None)
+    _expect_on_cpu("scores", scores)
     scores = scores.to(torch.float64).contiguous()
     out = torch.empty(scores.shape[0], k, dtype=torch.int64)
     if out.numel():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.native import DTYPES, _bits, _call, _constant, _expect, _pointer, _rows, _view
+from simba_compile.kernels.native import DTYPES, _bits, _call, _constant, _expect, _expect_on_cpu, _pointer, _rows, _view
 from simba_compile.kernels.reference import POOLS, compute_dtype
 
 BLOCK = 8  # heads of a task: their states stay in the second-level cache, and they share a group's packed B and C
@@ -22,7 +22,7 @@ def _check(
     groups, states = B.shape[2:]
     if groups < 1 or heads % groups or states < 1:
         raise ValueError(f"x has {heads} heads and B {groups} groups of {states} states; expected a multiple of the groups.")
-    _expect("x", x, tuple(x.shape), None)
+    _expect_on_cpu("x", x)
     _expect("dt", dt, (batch, tokens, heads), None)
     _expect("A", A, (heads,), None)
     _expect("B", B, (batch, tokens, groups, states), None)

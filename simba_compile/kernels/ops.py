@@ -468,10 +468,8 @@ def selective_scan(
 
 @fake("selective_scan")
 def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    index = rest[-1]
-    kept = x.shape[1] if index is None else index.shape[1]
     state = x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=compute_dtype(x.dtype))
-    return x.new_empty((x.shape[0], kept, x.shape[2])), state
+    return x.new_empty((x.shape[0], left(x, rest[-1]), x.shape[2])), state
 
 
 @operator(
@@ -501,8 +499,12 @@ def selective_scan_backward(
 @fake("selective_scan_backward")
 def _(grad: Tensor, grad_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     kind = compute_dtype(x.dtype)
-    dtypes = (x.dtype, x.dtype, kind, x.dtype, x.dtype, kind, x.dtype, kind)
-    inputs = (x, *rest[:7])
+    return empty_gradients((x, *rest[:7]), (x.dtype, x.dtype, kind, x.dtype, x.dtype, kind, x.dtype, kind))
+
+
+def empty_gradients(inputs: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
+    """The shapes of a scan's gradients: those of its inputs, and of size 0 for a missing one."""
+    x = inputs[0]
     return tuple(
         x.new_empty(0 if value is None else value.shape, dtype=dtype) for value, dtype in zip(inputs, dtypes, strict=True)
     )
@@ -513,23 +515,36 @@ def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, index)
 
 
-def _scan_backward(ctx: Any, grad: Tensor, grad_state: Tensor | None) -> tuple:
+def left(x: Tensor, index: Tensor | None) -> int:
+    """How many tokens a scan of `x` runs over."""
+    return x.shape[1] if index is None else index.shape[1]
+
+
+def kept_of(values: list[Tensor | None], index: Tensor | None) -> list[Any]:
+    """What a scan reads of inputs that have tokens."""
+    return [value if value is None or index is None else torch.ops.simba.gather(value, index, 1) for value in values]
+
+
+def gradients_of(
+    inputs: list[Tensor | None], grads: list[Tensor], index: Tensor | None, along_tokens: tuple[int, ...]
+) -> list[Tensor | None]:
+    """A scan's gradients as those of its inputs: in their dtypes, and among all tokens where the scan read some of them."""
+    found: list[Tensor | None] = []
+    for i, (value, grad) in enumerate(zip(inputs, grads, strict=True)):
+        if value is not None and index is not None and i in along_tokens:
+            grad = torch.ops.simba.scatter(torch.zeros_like(value), index, grad, 1)
+        found.append(None if value is None else grad.to(value.dtype))
+    return found
+
+
+def _scan_backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple:
     *inputs, index = ctx.saved_tensors
     x, dt, A, B, C, D, z, dt_bias = inputs
     if grad is None:
-        kept = x.shape[1] if index is None else index.shape[1]
-        grad = x.new_zeros((x.shape[0], kept, x.shape[2]))
-    along = [x, dt, B, C, z]
-    if index is not None:
-        along = [None if value is None else torch.ops.simba.gather(value, index, 1) for value in along]
-    u, step, b, c, gate = along
-    grads = list(torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, gate, dt_bias, ctx.softplus))
-    if index is not None:
-        for i in (0, 1, 3, 4, 6):
-            if inputs[i] is not None:
-                grads[i] = torch.ops.simba.scatter(torch.zeros_like(inputs[i]), index, grads[i], 1)
-    cast = [None if value is None else g.to(value.dtype) for value, g in zip(inputs, grads, strict=True)]
-    return *cast, None, None
+        grad = x.new_zeros((x.shape[0], left(x, index), x.shape[2]))
+    u, step, b, c, gate = kept_of([x, dt, B, C, z], index)
+    grads = torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, gate, dt_bias, ctx.softplus)
+    return *gradients_of(inputs, grads, index, (0, 1, 3, 4, 6)), None, None
 
 
 @operator("(Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor")

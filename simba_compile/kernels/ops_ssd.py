@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simba_compile.kernels import reference
-from simba_compile.kernels.ops import LIBRARY, fake, implementation, operator
+from simba_compile.kernels.ops import LIBRARY, empty_gradients, fake, gradients_of, implementation, kept_of, left, operator
 from simba_compile.kernels.reference import compute_dtype
 
 SSD_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
@@ -113,8 +113,8 @@ def ssd_scan(
 
 @fake("ssd_scan")
 def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    index, kind = rest[-1], compute_dtype(x.dtype)
-    y = x.new_empty((x.shape[0], x.shape[1] if index is None else index.shape[1], *x.shape[2:]), dtype=kind)
+    kind = compute_dtype(x.dtype)
+    y = x.new_empty((x.shape[0], left(x, rest[-1]), *x.shape[2:]), dtype=kind)
     return y, x.new_empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=kind)
 
 
@@ -163,10 +163,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     kind = compute_dtype(x.dtype)
     dtypes = (x.dtype, dt.dtype, kind, B.dtype, C.dtype, kind, kind, kind)
-    inputs = (x, dt, A, B, C, D, dt_bias, initial)
-    return tuple(
-        x.new_empty(0 if value is None else value.shape, dtype=dtype) for value, dtype in zip(inputs, dtypes, strict=True)
-    )
+    return empty_gradients((x, dt, A, B, C, D, dt_bias, initial), dtypes)
 
 
 def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -178,16 +175,13 @@ def _ssd_backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> t
     *inputs, initial, index = ctx.saved_tensors
     x, dt, A, B, C, D, dt_bias = inputs
     if grad is None:
-        grad = x.new_zeros((x.shape[0], x.shape[1] if index is None else index.shape[1], *x.shape[2:]))
-    u, step, b, c = (x, dt, B, C) if index is None else (torch.ops.simba.gather(v, index, 1) for v in (x, dt, B, C))
+        grad = x.new_zeros((x.shape[0], left(x, index), *x.shape[2:]))
+    u, step, b, c = kept_of([x, dt, B, C], index)
     *grads, dinitial = torch.ops.simba.ssd_scan_backward(
         grad, grad_state, u, step, A, b, c, D, dt_bias, ctx.softplus, ctx.dt_min, ctx.dt_max, initial
     )
-    if index is not None:
-        for i in (0, 1, 3, 4):
-            grads[i] = torch.ops.simba.scatter(torch.zeros_like(inputs[i]), index, grads[i], 1)
-    cast = [None if value is None else g.to(value.dtype) for value, g in zip(inputs, grads, strict=True)]
-    return *cast, None, None, None, None if initial is None else dinitial.to(initial.dtype), None
+    found = gradients_of(inputs, grads, index, (0, 1, 3, 4))
+    return *found, None, None, None, None if initial is None else dinitial.to(initial.dtype), None
 
 
 torch.library.register_autograd("simba::ssd_scan", _ssd_backward, setup_context=_ssd_setup, lib=LIBRARY)

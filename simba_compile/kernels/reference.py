@@ -28,7 +28,7 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
     return F.softplus(delta) if softplus else delta
 
 
-def _states(delta: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Iterator[Tensor]:
+def scan_states(delta: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Iterator[Tensor]:
     """The scan's state before the first token, and after each one: (batch, channel, state)."""
     state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     yield state
@@ -55,7 +55,7 @@ def selective_scan(
         z = None if z is None else gather(z, index)
     delta = step_size(dt, dt_bias, softplus)
     u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
-    states = _states(delta, u, A, B)
+    states = scan_states(delta, u, A, B)
     state, outputs = next(states), []
     for t, state in enumerate(states):
         outputs.append((state * C[:, t, None, :]).sum(-1))
@@ -86,7 +86,7 @@ def selective_scan_backward(
     u, g, a, b, c = (value.to(kind) for value in (x, grad, A, B, C))
     skip = u.new_zeros(u.shape[2]) if D is None else D.to(kind)
     tokens = u.shape[1]
-    states = list(_states(delta, u, a, b))
+    states = list(scan_states(delta, u, a, b))
     dz = None
     if z is not None:
         gate = z.to(kind)
@@ -352,6 +352,17 @@ def _of_heads(groups: Tensor, heads: int) -> Tensor:
     return groups.repeat_interleave(heads // groups.shape[-2], -2)
 
 
+def ssd_states(delta: Tensor, u: Tensor, A: Tensor, B: Tensor, initial: Tensor | None = None) -> Iterator[Tensor]:
+    """`scan_states` of Mamba-2: (batch, head, p, state)."""
+    b = _of_heads(B, u.shape[2])
+    state = u.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1]) if initial is None else initial.to(u.dtype)
+    yield state
+    decay, step = torch.exp(delta * A)[..., None, None], (delta[..., None] * u)[..., None]
+    for t in range(u.shape[1]):
+        state = decay[:, t] * state + step[:, t] * b[:, t, :, None]
+        yield state
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -370,13 +381,11 @@ def ssd_scan(
     if index is not None:
         x, dt, B, C = (gather(value, index) for value in (x, dt, B, C))
     delta = ssd_step_size(dt, dt_bias, softplus, (dt_min, dt_max))
-    u, A = x.to(delta.dtype), A.to(delta.dtype)
-    b, c = (_of_heads(value.to(delta.dtype), u.shape[2]) for value in (B, C))
-    state = u.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1]) if initial is None else initial.to(delta.dtype)
-    decay, step = torch.exp(delta * A)[..., None, None], (delta[..., None] * u)[..., None]
-    outputs = []
-    for t in range(u.shape[1]):
-        state = decay[:, t] * state + step[:, t] * b[:, t, :, None]
+    u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
+    c = _of_heads(C, u.shape[2])
+    states = ssd_states(delta, u, A, B, initial)
+    state, outputs = next(states), []
+    for t, state in enumerate(states):
         outputs.append((state * c[:, t, :, None]).sum(-1))
     y = torch.stack(outputs, 1) if outputs else u.clone()
     return (y if D is None else y + u * D.to(u.dtype)[:, None]), state
@@ -405,11 +414,8 @@ def ssd_scan_backward(
     u, g, a = x.to(kind), grad.to(kind), A.to(kind)
     b, c = (_of_heads(value.to(kind), heads) for value in (B, C))
     decay, step = torch.exp(delta * a)[..., None, None], delta[..., None] * u
-    state = u.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1]) if initial is None else initial.to(kind)
-    states = [state]
-    for t in range(tokens):
-        states.append(decay[:, t] * states[t] + step[:, t, :, :, None] * b[:, t, :, None])
-    adjoint = torch.zeros_like(state) if grad_state is None else grad_state.to(kind)
+    states = list(ssd_states(delta, u, a, B.to(kind), initial))
+    adjoint = torch.zeros_like(states[0]) if grad_state is None else grad_state.to(kind)
     dstep, db, dc, dlog = torch.zeros_like(u), torch.zeros_like(b), torch.zeros_like(c), torch.zeros_like(delta)
     for t in reversed(range(tokens)):
         adjoint = adjoint + g[:, t, :, :, None] * c[:, t, :, None]

@@ -32,43 +32,30 @@ def _arguments(node: Node) -> dict[str, Any]:
     return {**dict(zip(NAMES, node.args, strict=False)), **node.kwargs}
 
 
-class Attention:
-    """One attention of a graph.
+def why_not(node: Node, length: Length) -> str | None:
+    """Why an attention cannot run on kept tokens, where it cannot."""
+    arguments = _arguments(node)
+    for name in ("query", "key", "value"):
+        value = value_of(arguments[name])
+        if length.axis(value) != value.dim() - 2 or length.batch_axis(value) != 0:
+            return f"the {name} of attention does not have one row for each token: it is {list(value.shape)}"
+    mask = value_of(arguments.get("attn_mask"))
+    if mask is None or length.is_square(mask) or length.axis(mask) == mask.dim() - 1:
+        return None
+    return f"the mask of attention is {list(mask.shape)}"
 
-    Parameters
-    ----------
-    node : Node
-        See `is_attention`.
-    length : Length
-        The graph's.
-    """
 
-    def __init__(self, node: Node, length: Length) -> None:
-        self.arguments = _arguments(node)
-        self.length = length
-
-    @property
-    def reason(self) -> str | None:
-        """Why it cannot run on kept tokens, where it cannot."""
-        for name in ("query", "key", "value"):
-            node = self.arguments[name]
-            if self.length.of(node) != value_of(node).dim() - 2 or self.length.batch_axis(value_of(node)) != 0:
-                return f"the {name} of attention does not have one row for each token: it is {list(value_of(node).shape)}"
-        mask = self.arguments.get("attn_mask")
-        if mask is None or self.length.is_square(value_of(mask)) or self.length.of(mask) == value_of(mask).dim() - 1:
-            return None
-        return f"the mask of attention is {list(value_of(mask).shape)}"
-
-    def entries(self) -> set[Node]:
-        """The keys and values, and what they are views of: those of them that the graph returns go into a cache."""
-        found: set[Node] = set()
-        queue: list[Node] = [self.arguments["key"], self.arguments["value"]]
-        for node in queue:  # grows while it is walked
-            if node not in found and not is_one_result(node) and self.length.of(node) >= 0:
-                found.add(node)
-                if node.target in _SAME_DATA:
-                    queue += node.all_input_nodes
-        return found
+def entries(node: Node, length: Length) -> set[Node]:
+    """An attention's keys and values, and what they are views of: those that the graph returns go into a cache."""
+    arguments = _arguments(node)
+    found: set[Node] = set()
+    queue: list[Node] = [arguments["key"], arguments["value"]]
+    for source in queue:  # grows while it is walked
+        if source not in found and not is_one_result(source) and length.of(source) >= 0:
+            found.add(source)
+            if source.target in _SAME_DATA:
+                queue += source.all_input_nodes
+    return found
 
 
 # --- reading a cache -------------------------------------------------------------------------------------------------

@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.tokens import CASTS, RESHAPES, VIEWS, value_of
+from simba_compile.passes.tokens import CASTS, IN_PLACE, RESHAPES, VIEWS, value_of
 
-_OPERATORS: dict[Any, Any] = {
-    getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
-}
 _ALIASES: set[Any] = {*VIEWS, *RESHAPES, *CASTS, operator.getitem, "detach"}
 
 
@@ -45,7 +42,7 @@ def _keeps_dtype(node: Node) -> bool:
 def _plain(node: Node) -> Any:
     """What computes the same without writing, where the node writes in place."""
     if node.op == "call_function":
-        return _OPERATORS.get(node.target)
+        return IN_PLACE.get(node.target)
     name = node.target if node.op == "call_method" else None
     if isinstance(name, str) and name.endswith("_") and not name.endswith("__") and name != "copy_":
         return name[:-1] if hasattr(torch.Tensor, name[:-1]) else None

@@ -245,7 +245,7 @@ def fuse_gather(node: Node) -> None:
     if node.target not in SCANS:
         return
     kind = SCANS[node.target]  # type: ignore[index]
-    args = kind.named(node)
+    args = kind.named(node.args)
     gathers = [args[name] for name in kind.along_tokens if args[name] is not None]
     if not all(isinstance(g, Node) and g.target is OPS.gather and g.args[2] == 1 for g in gathers):
         return

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.scans import CONV, SCANS, arithmetic
+from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
 
 ADDS = {operator.add, torch.add, "add"}
@@ -74,7 +74,8 @@ def match(graph: Graph) -> list[Mixer]:
 
 
 def _convolution(scan: Node) -> Node | None:
-    return _before(scan.args[0], lambda node: node.target is CONV or node.target in SCANS, CONV)  # type: ignore[arg-type]
+    found = _before(scan.args[0], lambda node: node.target in CONTRACT)  # type: ignore[arg-type]
+    return found if found is not None and found.target is CONV else None  # else the scan of the layer before
 
 
 def _mixer(scans: list[Node]) -> Mixer:
@@ -98,7 +99,7 @@ def _mixer(scans: list[Node]) -> Mixer:
             reason = "the prompt is shorter than the convolution"
         elif length.of(conv) < 0:
             reason = "it goes on from a cache"
-    work = [arithmetic(head) for head in scans]
+    work = [_arithmetic(head) for head in scans]
     return Mixer(
         path=_path(scan),
         scans=scans,
@@ -127,6 +128,23 @@ def _residual(node: Node, scan: Node) -> Node | None:
     return outside[0] if _reaches(origin, scan) else None
 
 
+def _arithmetic(scan: Node) -> tuple[int, int]:
+    """Floating-point operations for one token that is scanned, and for one that is scored.
+
+    Mamba-1: for each state seven in the scan (Δ·A, exp, decay, two for B, two for C), four in the score (A·S, exp, two for
+    the sum). Mamba-2: five for each state (decay, two for B, two for C); the score takes a product C·B for each group, two
+    for each of its numbers, and three for each channel.
+    """
+    kind = SCANS[scan.target]  # type: ignore[index]
+    named = kind.named(scan.args)
+    if kind is MAMBA1:
+        states = value_of(named["A"]).numel()
+        return 7 * states, 4 * states
+    channels = value_of(named["x"]).shape[2:].numel()
+    groups = value_of(named["B"]).shape[2:]
+    return 5 * channels * groups[1], 2 * groups.numel() + 3 * channels
+
+
 def _weights(node: Node | None) -> int:
     """How many weights a projection or a convolution has."""
     if node is None:
@@ -146,10 +164,9 @@ def _path(node: Node) -> str:
     return name.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
 
 
-def _before(node: Node, wanted: Callable[[Node], bool], target: object = None) -> Node | None:
-    """The nearest wanted node among what `node` is made of, nearest inputs first; None where it is not of `target`."""
-    found = _search([node], lambda found: found.all_input_nodes, wanted)
-    return found if found is None or target is None or found.target is target else None
+def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
+    """The nearest wanted node among what `node` is made of, nearest inputs first."""
+    return _search([node], lambda found: found.all_input_nodes, wanted)
 
 
 def _after(node: Node, wanted: Callable[[Node], bool]) -> Node | None:

@@ -79,6 +79,12 @@ def shares(options: Options, mixers: int) -> list[float]:
     return [every[mixer // options.every * options.every] for mixer in range(mixers)]
 
 
+def ratios_of(options: Options, mixers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`Plan.ratios` and `Plan.pruning` of so many mixers."""
+    ratios = tuple(round(share * SCALE) for share in shares(options, mixers))
+    return ratios, tuple(i for i, ratio in enumerate(ratios) if ratio < (SCALE, *ratios)[i])
+
+
 def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | None:
     """The plan for a graph, or None where none of its mixers can prune (each says why in ``mixer.reason``)."""
     if not mixers:
@@ -88,14 +94,13 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
         for mixer in mixers:
             mixer.reason = f"the length is fixed at {length.symbol} in this graph"
         return None
-    ratios = tuple(round(share * SCALE) for share in shares(options, len(mixers)))
-    before = (SCALE, *ratios)
+    ratios, pruning = ratios_of(options, len(mixers))
     windows = {window for mixer in mixers for window in mixer.windows}
     read = [suffix(node, length) or 0 for node in graph.nodes if node not in windows]
     plan = Plan(
         mixers=tuple(mixers),
         ratios=ratios,
-        pruning=tuple(i for i, ratio in enumerate(ratios) if ratio < before[i]),
+        pruning=pruning,
         protect_first=options.protect_first,
         protect_last=max([options.protect_last, *read]),
         min_tokens=options.min_tokens,

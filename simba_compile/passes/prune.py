@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import Attention, is_attention
+from simba_compile.passes.attention import entries, is_attention, why_not
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream, uncast
-from simba_compile.passes.scans import SCANS
+from simba_compile.passes.scans import CONTRACT, SCANS
 from simba_compile.passes.tokens import (
-    CONTRACT,
     FLAT,
     NO_TOKENS,
     expression,
@@ -83,6 +82,7 @@ class _Pruning:
         self.entries: set[Node] = set()  # keys and values that attention reads: as outputs, a cache's entries
         self.tokens: Node | None = None  # the full length as a number
         self.derived: set[tuple[Node, int]] = set()  # those of `made` that `at` made
+        self.read: dict[int | None, Node] = {}  # memory that a value of pruned tokens was made of, and that value
         self.grad = torch.is_grad_enabled()
         self.regions: list[tuple] = []  # the autocast regions and the like around the present node
         self.modes: dict[Node, tuple] = {}  # node → `mode` where it stood
@@ -166,13 +166,18 @@ class _Pruning:
 
     def _check_write(self, node: Node) -> None:
         """Pruned tokens read gathered copies and full-length values are computed late: none may be written to since."""
-        places = {storage_of(value) for value in written(node)} - {None}
-        for value, version in self.version.items():
-            if version > 0 and any(storage_of(source) in places for source in value.all_input_nodes):
-                raise Unprunable(self.mixer, f"{node.name} writes in place into what {value.name} read for pruned tokens")
+        for place in {storage_of(value) for value in written(node)} - {None} & self.read.keys():
+            reader = self.read[place].name
+            raise Unprunable(self.mixer, f"{node.name} writes in place into what {reader} read for pruned tokens")
+
+    def _set_version(self, node: Node, version: int) -> None:
+        self.version[node] = version
+        if version > 0:
+            for source in node.all_input_nodes:
+                self.read.setdefault(storage_of(source), node)
 
     def _emit(self, node: Node, version: int, sized: bool = False) -> None:
-        self.version[node] = version
+        self._set_version(node, version)
         self.made[node, version] = self._copy(node, version, sized)
 
     def _copy(self, node: Node, version: int, sized: bool = False) -> Node:
@@ -189,10 +194,10 @@ class _Pruning:
 
     def _attend(self, node: Node, newest: int) -> None:
         """Attention among the kept tokens: queries, keys and values in the newest version, the mask's two axes as well."""
-        attention = Attention(node, self.length)
-        if attention.reason is not None:
-            raise Unprunable(self.mixer, attention.reason)
-        self.entries |= attention.entries()
+        reason = why_not(node, self.length)
+        if reason is not None:
+            raise Unprunable(self.mixer, reason)
+        self.entries |= entries(node, self.length)
         self._emit(node, newest)
 
     def _among_experts(self, node: Node, newest: int) -> bool:
@@ -233,7 +238,7 @@ class _Pruning:
 
     def _influence(self, scan: Node) -> Node:
         kind = SCANS[scan.target]  # type: ignore[index]
-        named = kind.named(scan)
+        named = kind.named(scan.args)
         scored = (named[name] for name in kind.scored)
         given = [self.at(value, self.latest) if isinstance(value, Node) else value for value in scored]
         return self._call(kind.influence, *given, self.options.pool, self.options.dt_bias == "include")
@@ -253,7 +258,7 @@ class _Pruning:
         whole = self.made[add, self.latest]
         assert kept is not None
         self.kept.append(kept)
-        self.version[add] = self.latest
+        self._set_version(add, self.latest)
         self.made[add, self.latest] = self._call(OPS.gather, whole, kept, self.length.of(add))
 
     def _positions(self, version: int) -> Node:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
+from simba_compile.passes.scans import CONTRACT
 
 NO_TOKENS = -1  # the value has no token axis
 UNCLEAR = -2  # it depends on the length in another way: shifted, or along two axes
@@ -139,10 +139,9 @@ VIEWS: set[Any] = {
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
 CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
-CONTRACT = {torch.ops.simba.causal_conv1d, torch.ops.simba.selective_scan, torch.ops.simba.ssd_scan}
-IN_PLACE: set[Any] = {
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ipow),
-}
+IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
+} | {operator.iand: operator.and_, operator.ior: operator.or_}
 
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:

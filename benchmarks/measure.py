@@ -1,0 +1,74 @@
+"""Measure, and write docs/benchmarks.md.
+
+    python benchmarks/measure.py                        # everything: about 20 minutes on two cores, 4 of them Inductor's
+    python benchmarks/measure.py --only growth,limits
+    python benchmarks/measure.py --quick                # does everything run? The numbers mean nothing
+
+The parts are `peers` (all contenders in turns), `quality` (the token reduction of another paper at equal FLOPs on the testbeds),
+`growth` (how cost grows) and `limits` (each stage against what the machine can do). Each writes benchmarks/results/PART.json; the
+page is made of all that are there.
+"""
+
+import dataclasses
+import datetime
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import growth
+import limits
+import page
+import peers
+import quality
+import torch
+import typer
+from rich.console import Console
+
+from simba_compile.cli import machine, models
+
+PARTS: dict[str, Any] = {"peers": peers, "quality": quality, "growth": growth, "limits": limits}
+ROOT = Path(__file__).parents[1]
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Parts, with commas; none: make the page again.")] = ",".join(PARTS),
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, written to build/benchmarks.")] = False,
+    skip_inductor: Annotated[bool, typer.Option("--skip-inductor", help="Compiling it takes minutes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. [default: benchmarks/results]")] = None,
+    document: Annotated[Path | None, typer.Option(help="The page. [default: docs/benchmarks.md]")] = None,
+) -> None:
+    """Measure the parts that are named, and make the page of all that was measured."""
+    chosen = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = sorted({*chosen} - {*PARTS})
+    if unknown:
+        raise typer.BadParameter(f"there is no {', '.join(unknown)}; the parts are {', '.join(PARTS)}.", param_hint="--only")
+    quickly = ROOT / "build/benchmarks"
+    out = out or (quickly if quick else ROOT / "benchmarks/results")
+    document = document or (quickly / "benchmarks.md" if quick else ROOT / "docs/benchmarks.md")
+    out.mkdir(parents=True, exist_ok=True)
+    models.quiet()
+    logging.getLogger("simba_compile").setLevel(logging.ERROR)  # the token reduction's pieces stay dense on purpose
+    console = Console(stderr=True)
+    for name in chosen:
+        part = PARTS[name]
+        settings = part.Settings.quick() if quick else part.Settings()
+        if name == "peers" and skip_inductor:
+            settings = dataclasses.replace(settings, inductor=False)
+        torch._dynamo.reset()
+        results = {
+            "machine": machine.describe(),
+            "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **part.measure(settings, lambda what: console.print(what, markup=False, highlight=False)),
+        }
+        (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in PARTS if (out / f"{name}.json").exists()}
+    page.write(document, found)
+    console.print(f"Written: {document}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

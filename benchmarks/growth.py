@@ -1,4 +1,4 @@
-"""How cost grows: with the prompt, the batch, what is kept, threads, the model's width and its depth; and what comes after."""
+"""How cost grows: with the prompt, the batch, what is kept, threads, the model's width and its depth; and decoding after."""
 
 import dataclasses
 import functools
@@ -31,9 +31,10 @@ class Settings:
     sizes : dict of str to dict
         Models' widths by name; the first is used wherever width is not what varies.
     few, many : int
-        Layers: `few` where a layer's cost is what is looked at (24 layers at 65,536 tokens take minutes), `many` where all count.
-    tokens : int
-        Length of the prompt, where it is not what varies.
+        Layers: `few` where a layer's cost is what is looked at (24 layers at 65,536 tokens take minutes), `many` where all
+        count.
+    tokens, batch_tokens : int
+        Length of the prompt, where it is not what varies; of each sequence of a batch.
     lengths, batches, threads, depths : tuple of int
     keeps : tuple of float
     prompts : tuple of int
@@ -95,8 +96,8 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     Returns
     -------
     dict
-        For each of "lengths", "batches", "keeps", "threads", "sizes", "depths" and "prompts" a list of rows: what varied, and
-        what was measured, a `Timing` as data in seconds.
+        For each of "lengths", "batches", "keeps", "threads", "sizes", "depths" and "prompts" a list of rows: what varied,
+        and what was measured, a `Timing` as data in seconds.
     """
     results: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
     with torch.no_grad():
@@ -194,10 +195,10 @@ def keeps(model: PreTrainedModel, settings: Settings, say: Callable[[str], None]
     say("growth: keeps")
     ids = models.random_ids(settings.first["vocab_size"], settings.tokens)
     torch._dynamo.reset()
-    calls = {
-        str(keep): functools.partial(torch.compile(model, backend="simba", options={"keep": keep}), ids, **CALL)
-        for keep in settings.keeps
-    }
+    calls = {}
+    for keep in settings.keeps:
+        options: dict[str, Any] = {"keep": keep}
+        calls[str(keep)] = functools.partial(torch.compile(model, backend="simba", options=options), ids, **CALL)
     timings = timed(calls, settings.repeats)
     return [{"keep": keep, "time": timings[str(keep)]} for keep in settings.keeps]
 

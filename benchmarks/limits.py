@@ -51,18 +51,21 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     Returns
     -------
     dict
-        "copy", bytes a second; "runs", for each dtype the `Timing`, as data, of ours dense and pruned and of the pruned one's
-        bare products; "stages", for each dtype and stage "seconds", "bytes", "products" (seconds of the bare products of its
-        shapes) and "flops" of these.
+        "copy", bytes a second; "runs", for each dtype the `Timing`, as data, of ours dense and pruned and of the pruned
+        one's bare products; "stages", for each dtype and stage "seconds", "bytes", "products" (seconds of the bare products
+        of its shapes) and "flops" of these.
     """
-    of_dtype = {name: models.random_mamba(settings.layers, settings.sizes).to(dtype) for name, dtype in DTYPES.items()}
+    of_dtype = {name: models.random_mamba(settings.layers, settings.sizes) for name in DTYPES}
+    for name, dtype in DTYPES.items():
+        of_dtype[name].to(dtype=dtype)  # type: ignore[call-arg]
     ids = models.random_ids(settings.sizes["vocab_size"], settings.tokens)
     mixers = simba_compile.explain(of_dtype["float32"], ids, options={"keep": KEEP}, **CALL).to_dict()["mixers"]
     torch._dynamo.reset()
     calls: dict[str, Callable[[], object]] = {}
     for name, typed in of_dtype.items():
         for keep in (1.0, KEEP):
-            compiled = torch.compile(typed, backend="simba", options={"keep": keep})
+            options: dict[str, Any] = {"keep": keep}
+            compiled = torch.compile(typed, backend="simba", options=options)
             calls[f"{name} keep {keep}"] = functools.partial(compiled, ids, **CALL)
         calls[f"{name} products"] = bare_products(typed, mixers)
     results: dict[str, Any] = {"settings": dataclasses.asdict(settings), "stages": {}}

@@ -4,9 +4,9 @@
     python benchmarks/measure.py --only growth,limits
     python benchmarks/measure.py --quick                # does everything run? The numbers mean nothing
 
-The parts are `peers` (all contenders in turns), `quality` (the token reduction of another paper at equal FLOPs on the testbeds),
-`growth` (how cost grows) and `limits` (each stage against what the machine can do). Each writes benchmarks/results/PART.json; the
-page is made of all that are there.
+The parts are `peers` (all contenders in turns), `quality` (another paper's token reduction at equal FLOPs, on the testbeds),
+`growth` (how cost grows) and `limits` (stages against what the machine can do). Each writes benchmarks/results/PART.json;
+the page is made of all that are there. It is no command of `simba`'s: the package stays free of other papers' methods.
 """
 
 import dataclasses

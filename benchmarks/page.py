@@ -32,9 +32,10 @@ def write(path: Path, found: dict[str, Results]) -> None:
     }
     parts = [
         "# Benchmarks",
-        "Made by `python benchmarks/measure.py`: text and tables too, so change `benchmarks/page.py`, not this page. Every section "
-        "says what measured it. Times are medians, with the fastest and the slowest run; contenders of a table ran in turns. Models "
-        "have random weights, float32 and batch 1 unless said otherwise; a prompt runs up to the logits of the next token.",
+        "Made by `python benchmarks/measure.py`: text and tables too, so change `benchmarks/page.py`, not this page. "
+        "Every section says what measured it. Times are medians, with the fastest and the slowest run; contenders of a "
+        "table ran in turns. Models have random weights, float32 and batch 1 unless said otherwise; a prompt runs up to "
+        "the logits of the next token.",
     ]
     for name, section in sections.items():
         if name in found:
@@ -45,8 +46,8 @@ def write(path: Path, found: dict[str, Results]) -> None:
 def _origin(results: Results) -> str:
     about = results["machine"]
     return (
-        f"*{about['cpu']} ({about['instructions']}), {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-        f"transformers {about['transformers']}; `{results['command']}`, {results['date']}.*"
+        f"*{about['cpu']} ({about['instructions']}), {about['cores']} cores, {about['threads']} threads, torch "
+        f"{about['torch']}, transformers {about['transformers']}; `{results['command']}`, {results['date']}.*"
     )
 
 
@@ -73,7 +74,7 @@ def peers(results: Results, path: Path) -> list[str]:
         for name, timing in timings.items()
     ]
     planned = [
-        f"at keep {keep}'s {plan['ratio']:.3f} ({plan['tokens'][-1]} of {settings['tokens']} tokens left at the end)"
+        f"{plan['ratio']:.3f} at the FLOPs of keep {keep} ({plan['tokens'][-1]} tokens are left at the end)"
         for keep, plan in results["reduction"]["keeps"].items()
     ]
     after = ", ".join(str(layer + 1) for layer in results["reduction"]["after layers"])
@@ -81,15 +82,16 @@ def peers(results: Results, path: Path) -> list[str]:
     return [
         "## Side by side with its peers",
         _origin(results),
-        f"One prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; same weights, same prompt.",
+        f"One prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; same weights, same "
+        "prompt.",
         markdown_table(["", "FLOPs of the mixers", "median", "spread", "runs", f"/ {least}"], rows),
-        f"“{BARE}” are those of {least}, alone. “Token reduction” is our own implementation, for measurement only, of the method of "
-        "*Rethinking Token Reduction for State Space Models* (EMNLP 2024): what was taken from the paper and what was chosen is "
-        "said in `benchmarks/token_reduction.py`. Its layers run through our backend at keep 1.0, so the same kernels work for "
-        "both methods; “none” is that without any reduction. It reduces after layers "
-        f"{after}; what each reduction leaves of the tokens is {', '.join(planned)}: the ratio at which mixers, similarities and "
-        "importances take as many operations as ours with its scores. Its similarities grow with the square of the tokens. What "
-        "compiling takes is in [bench.md](../benchmarks/results/bench.md).",
+        f"“{BARE}” are those of {least}, alone. “Token reduction” is our own implementation, for measurement only, of the "
+        "method of *Rethinking Token Reduction for State Space Models* (EMNLP 2024): what was taken from the paper and "
+        "what was chosen is said in `benchmarks/token_reduction.py`. Its layers run through our backend at keep 1.0, so "
+        f"the same kernels work for both methods; “none” is that without any reduction. It reduces after layers {after}, "
+        f"each time to this share of the tokens: {', '.join(planned)}. Those are the shares at which mixers, similarities "
+        "and importances take as many operations as ours with its scores. Its similarities grow with the square of the "
+        "tokens. What compiling takes is in [bench.md](../benchmarks/results/bench.md).",
         *(["\n".join(left_out)] if left_out else []),
     ]
 
@@ -117,10 +119,10 @@ def quality(results: Results, path: Path) -> list[str]:
     return [
         "### What it costs in quality, at equal FLOPs",
         _origin(results),
-        f"The testbeds of [results.md](results.md): bits per byte of the last {settings['last']} bytes of windows of held-out Python "
-        f"source (lower is better), and accuracy of recall in {settings['sequences']} sequences (higher is better). The positions "
-        "that are scored are protected in both methods. Intervals are 95%; the difference is paired, sequence by sequence. "
-        "Neither method was tuned to these models.",
+        f"The testbeds of [results.md](results.md): bits per byte of the last {settings['last']} bytes of windows of "
+        f"held-out Python source (lower is better), and accuracy of recall in {settings['sequences']} sequences (higher is "
+        "better). The positions that are scored are protected in both methods. Intervals are 95%; the difference is "
+        "paired, sequence by sequence. Neither method was tuned to these models.",
         markdown_table(headings, rows),
     ]
 
@@ -138,8 +140,8 @@ def growth(results: Results, path: Path) -> list[str]:
     parts = [
         "## How cost grows",
         _origin(results),
-        f"Where a layer's cost is what is looked at, the model has {few} (24 layers at 65,536 tokens would take minutes a run); where "
-        f"all layers count, {settings['many']}. Pruned is keep 0.1, medians of {settings['repeats']} runs.",
+        f"Where a layer's cost is what is looked at, the model has {few} (24 layers at 65,536 tokens would take minutes a "
+        f"run); where all layers count, {settings['many']}. Pruned is keep 0.1, medians of {settings['repeats']} runs.",
         f"![How cost grows]({picture.name})",
         "### With the prompt",
         _lengths(results["lengths"]),
@@ -157,7 +159,8 @@ def growth(results: Results, path: Path) -> list[str]:
         markdown_table(
             ["layers", "keep 1.0", "spread", "keep 0.1", "spread"],
             [
-                [str(row["layers"])] + [cell for name in (DENSE, PRUNED) for cell in (clock(row[name]["median"]), spread(row[name]))]
+                [str(row["layers"])]
+                + [cell for name in (DENSE, PRUNED) for cell in (clock(row[name]["median"]), spread(row[name]))]
                 for row in results["depths"]
             ],
         ),
@@ -165,7 +168,7 @@ def growth(results: Results, path: Path) -> list[str]:
         "Time to the first token includes writing the cache. Decoding goes on from the pruned states, greedily, "
         f"{settings['decoded']} steps; it never prunes, so its speed depends on neither the prompt nor keep.",
         markdown_table(
-            ["tokens of the prompt", "first token: keep 1.0", "keep 0.1", "then tokens a second: after keep 1.0", "after keep 0.1"],
+            ["tokens", "to the first token: keep 1.0", "keep 0.1", "then, tokens a second: keep 1.0", "keep 0.1"],
             [
                 [str(row["tokens"])]
                 + [clock(row[name]["first token"]["median"]) for name in (DENSE, PRUNED)]
@@ -209,10 +212,10 @@ def _linear(rows: list[Results]) -> str:
     first, last = next(row for row in rows if row["tokens"] >= min(1024, rows[-1]["tokens"])), rows[-1]
     each = [row[PRUNED]["median"] / row["tokens"] for row in (first, last)]
     return (
-        f"From {first['tokens']:,} to {last['tokens']:,} tokens, {last['tokens'] / first['tokens']:.0f} times as many, the pruned run "
-        f"takes {last[PRUNED]['median'] / first[PRUNED]['median']:.1f} times as long ({each[1] / each[0]:.2f} times for each token), "
-        f"and scoring, selecting and gathering go from {scoring(first):.1%} to {scoring(last):.1%} of it. Memory is the growth of the "
-        "peak over one prompt, in a process of its own."
+        f"From {first['tokens']:,} to {last['tokens']:,} tokens, {last['tokens'] / first['tokens']:.0f} times as many, the "
+        f"pruned run takes {last[PRUNED]['median'] / first[PRUNED]['median']:.1f} times as long ({each[1] / each[0]:.2f} "
+        f"times for each token), and scoring, selecting and gathering go from {scoring(first):.1%} to {scoring(last):.1%} "
+        "of it. Memory is the growth of the peak over one prompt, in a process of its own."
     )
 
 
@@ -244,7 +247,8 @@ def _both(rows: list[Results], heading: str, key: str) -> str:
 def _keeps(rows: list[Results]) -> str:
     dense = rows[0]["time"]["median"]
     cells = [
-        [str(row["keep"]), clock(row["time"]["median"]), spread(row["time"]), f"{dense / row['time']['median']:.2f}×"] for row in rows
+        [str(row["keep"]), clock(row["time"]["median"]), spread(row["time"]), f"{dense / row['time']['median']:.2f}×"]
+        for row in rows
     ]
     return markdown_table(["keep", "median", "spread", f"faster than keep {rows[0]['keep']}"], cells)
 
@@ -274,15 +278,17 @@ def limits(results: Results, path: Path) -> list[str]:
     parts = [
         "## How close to the limit",
         _origin(results),
-        f"A prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; {settings['repeats']} runs.",
+        f"A prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; {settings['repeats']} "
+        "runs.",
         markdown_table(headings, whole),
-        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and the matrix products alone are {ratios[1]:.2f} times as fast: that is "
-        "all that this processor's AVX-512 BF16 instructions give. A gain of 2.5 times, as issue 6 asks for, presupposes products that "
-        "gain far more, as on processors with AMX.",
-        "Each stage of the pruned run, all layers together, in runs of its graph node by node. Its limit is the longer one of its bare "
-        "matrix products (same shapes, nothing else) and of moving what it must read and write once at the speed of a copy, "
-        f"{results['copy'] / 1e9:.1f} GB/s here (read and written bytes of an array far larger than the caches). Scan and score are "
-        "bound by their exponentials, one for each token, channel and state, so memory is not what limits them.",
+        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and the matrix products alone are {ratios[1]:.2f} times as "
+        "fast: that is all that this processor's AVX-512 BF16 instructions give. A gain of 2.5 times, as issue 6 asks "
+        "for, presupposes products that gain far more, as on processors with AMX.",
+        "Each stage of the pruned run, all layers together, in runs of its graph node by node. Its limit is the longer "
+        "one of its bare matrix products (same shapes, nothing else) and of moving what it must read and write once at "
+        f"the speed of a copy, {results['copy'] / 1e9:.1f} GB/s here (read and written bytes of an array far larger than "
+        "the caches). Scan and score are bound by their exponentials, one for each token, channel and state, so memory is "
+        "not what limits them.",
         f"![How close to the limit]({picture.name})",
     ]
     for dtype, found in results["stages"].items():
@@ -295,9 +301,10 @@ def limits(results: Results, path: Path) -> list[str]:
                 clock(stage["products"]) if stage["products"] else "",
                 f"{stage['flops'] / stage['seconds'] / 1e9:.0f}" if stage["flops"] else "",
                 clock(stage["bytes"] / results["copy"]),
-                f"{stage['seconds'] / limit(stage, results['copy']):.2f}" if name != "other" and limit(stage, results["copy"]) else "",
+                f"{stage['seconds'] / limit(stage, results['copy']):.2f}",
             ]
             for name, stage in found.items()
+            if name != "other"
         ]
         headings = [f"{dtype}, keep 0.1", "time", "share", "bare products", "GFLOP/s", "memory", "time / limit"]
         parts.append(markdown_table(headings, rows))

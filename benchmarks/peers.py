@@ -39,7 +39,7 @@ class Settings:
     sizes: dict[str, Any] = dataclasses.field(default_factory=lambda: models.MAMBA_130M)
     layers: int = 24
     tokens: int = 2048
-    repeats: int = 7
+    repeats: int = 5
     slow_repeats: int = 2
     keeps: tuple[float, ...] = (0.5, 0.3, 0.1)
     inductor: bool = True
@@ -66,9 +66,9 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     Returns
     -------
     dict
-        "timings", a `Timing` for each contender as data; "shares", of the dense mixers' FLOPs; "reduction", for each keep the
-        ratio and the tokens after each layer of the other paper's method, and which layers "reduce"; "left out", contenders
-        that did not run, and why.
+        "timings", a `Timing` for each contender as data; "shares", of the dense mixers' FLOPs; "reduction", the places of
+        the other paper's method, and for each keep its ratio and the tokens after each layer; "left out", contenders that
+        did not run, and why.
     """
     call: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
     model = models.random_mamba(settings.layers, settings.sizes)
@@ -83,17 +83,17 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     if importlib.util.find_spec("mambapy") is None:
         left_out[MAMBAPY] = "not installed: pip install 'simba_compile[peers]'"
     else:
-        same = models.random_mamba(settings.layers, settings.sizes | {"use_mambapy": True})  # the same seed: the same weights
+        # The same seed, and so the same weights.
+        same = models.random_mamba(settings.layers, settings.sizes | {"use_mambapy": True})
         calls[MAMBAPY] = functools.partial(same, ids, **call)
 
-    reports = {
-        keep: simba_compile.explain(model, ids, options={"keep": keep}, **call) for keep in (1.0, *settings.keeps)
-    }
+    reports = {keep: simba_compile.explain(model, ids, options={"keep": keep}, **call) for keep in (1.0, *settings.keeps)}
     torch._dynamo.reset()
     dense = reports[1.0].flops_dense
     hidden, per_token = settings.sizes["hidden_size"], dense / settings.layers / settings.tokens
     shares = {ours(keep): report.flops_pruned / dense for keep, report in reports.items()}
     reducing, planned = TokenReduction(model), {}
+    shares[reduction(None)] = 1.0
     calls[reduction(None)] = functools.partial(reducing, ids, 1.0, 1)
     for keep in settings.keeps:
         ratio = ratio_at(reports[keep].flops_pruned, settings.tokens, settings.layers, 1, per_token, hidden)
@@ -105,7 +105,8 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         shares[reduction(keep)] = spent / dense
         planned[str(keep)] = {"ratio": ratio, "tokens": counts(settings.tokens, settings.layers, ratio, 1)}
     for keep in (1.0, *settings.keeps):
-        compiled = torch.compile(model, backend="simba", options={"keep": keep})
+        options: dict[str, Any] = {"keep": keep}
+        compiled = torch.compile(model, backend="simba", options=options)
         calls[ours(keep)] = functools.partial(compiled, ids, **call)
     calls[BARE] = bare_products(model, reports[min(settings.keeps)].to_dict()["mixers"])
 

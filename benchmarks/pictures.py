@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from simba_compile.cli.bench_report import DENSE, PRUNED
 from simba_compile.cli.plot import GRID, INK, MUTED
 
+SPREAD = ("median", "min", "max")
 LIGHT, DARK, SECOND = "#86aed4", "#12406f", "#c2662d"
 GROUPS = {  # of stages, from the bottom of a bar to its top
     "matrix products": (("in_proj", "x_proj", "dt_proj", "out_proj"), "#12406f"),
@@ -56,7 +57,7 @@ def growth(path: Path, results: dict[str, Any]) -> None:
 
     axes = panels[0, 0]
     _plain(axes, f"Time for each token, {settings['few']} layers, µs", "tokens of the prompt")
-    _lines(axes, tokens, by_length, lambda row, run: [run[key] / row["tokens"] * 1e6 for key in ("median", "min", "max")])
+    _lines(axes, tokens, by_length, lambda row, run: [run[key] / row["tokens"] * 1e6 for key in SPREAD])
     _ticks(axes, tokens)
 
     axes = panels[0, 1]
@@ -69,7 +70,9 @@ def growth(path: Path, results: dict[str, Any]) -> None:
     axes.set_xticks(range(len(tokens)), [f"{number:,}" for number in tokens])
     axes.set_ylim(0, 100)
     axes.grid(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1, handlelength=1)
+    axes.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1, handlelength=1
+    )
 
     axes = panels[0, 2]
     _plain(axes, "Growth of the peak of memory, MiB", "tokens of the prompt")
@@ -81,7 +84,7 @@ def growth(path: Path, results: dict[str, Any]) -> None:
     axes = panels[1, 0]
     batches = [row["batch"] for row in results["batches"]]
     _plain(axes, f"Time for each sequence of {settings['batch_tokens']} tokens, ms", "sequences in the batch")
-    _lines(axes, batches, results["batches"], lambda row, run: [run[key] / row["batch"] * 1e3 for key in ("median", "min", "max")])
+    _lines(axes, batches, results["batches"], lambda row, run: [run[key] / row["batch"] * 1e3 for key in SPREAD])
     _ticks(axes, batches)
 
     axes = panels[1, 1]
@@ -89,15 +92,17 @@ def growth(path: Path, results: dict[str, Any]) -> None:
     at = [row["keep"] for row in results["keeps"]]
     timings = [row["time"] for row in results["keeps"]]
     reach = [[run["median"] - run["min"] for run in timings], [run["max"] - run["median"] for run in timings]]
-    axes.errorbar(at, [run["median"] for run in timings], reach, color=DARK, marker="o", markersize=4, linewidth=1.5, capsize=2)
+    middle = [run["median"] for run in timings]
+    axes.errorbar(at, middle, reach, color=DARK, marker="o", markersize=4, linewidth=1.5, capsize=2)
     axes.set_xlim(0, 1.04)
     axes.set_ylim(bottom=0)
 
     axes = panels[1, 2]
     _plain(axes, "Compiling, s", "layers")
     layers = [row["layers"] for row in results["depths"]]
-    _lines(axes, layers, results["depths"], lambda row, run: [run[key] for key in ("median", "min", "max")])
+    _lines(axes, layers, results["depths"], lambda row, run: [run[key] for key in SPREAD])
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)

@@ -7,10 +7,10 @@ This is an implementation of our own, from the paper and from what its authors p
 Theirs:
 
 - a token's importance is the mean over channels of a layer's output, clipped at zero;
-- the less important half of the tokens is connected to the more important half, each token to the one that is most similar by
-  cosine; the most similar connections are reduced;
-- hybrid: in the layer's output some of the connected tokens are pruned and the others merged into what they are connected to;
-  in the residual stream all are merged; both with the same indices, and what stays keeps its order;
+- the less important half of the tokens is connected to the more important half, each token to the one that is most similar
+  by cosine; the most similar connections are reduced;
+- hybrid: in the layer's output some of the connected tokens are pruned and the others merged into what they are connected
+  to; in the residual stream all are merged; both with the same indices, and what stays keeps its order;
 - seven layers of 64, from the 13th to the 43rd, every fifth, reduce by one ratio; half of the leaving tokens are pruned and
   half merged; what is merged is averaged.
 
@@ -19,13 +19,15 @@ Ours, where nothing was said or the size is another:
 - which half is pruned: the less important one;
 - the layers that reduce stand at the same depths, as shares of the layers (`places`);
 - the last positions are protected, as our backend protects them: they are read, and take no part in the matching;
-- the ratio is the one at which mixers, similarities and importances take as many operations as ours with its scores (`ratio_at`).
+- the ratio is the one at which mixers, similarities and importances take as many operations as ours with its scores
+  (`ratio_at`).
 
-Between reductions the layers run through ``torch.compile(backend="simba", options={"keep": 1.0})``: the same kernels as ours.
+Between reductions layers run through ``torch.compile(backend="simba", options={"keep": 1.0})``: the same kernels as ours.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ from simba_compile.capture import with_own_code
 DEPTHS = tuple(depth / 64 for depth in (12, 17, 22, 27, 32, 37, 42))
 PRUNED = 0.5  # of the tokens that leave; the others are merged
 BATCH_TOKENS = 16384
+DENSE: dict[str, Any] = {"keep": 1.0}
 
 
 def places(layers: int) -> list[int]:
@@ -187,7 +190,7 @@ class TokenReduction:
         Tensor
             (batch, last, vocabulary).
         """
-        backbone = self.model.backbone
+        backbone: Any = self.model.backbone
         left = counts(ids.shape[1], self.layers, ratio, last)
         stream = backbone.embeddings(ids)
         for place, run in zip(places(self.layers), self.reducing, strict=True):
@@ -221,10 +224,10 @@ def _up_to_mixer(blocks: list[nn.Module]) -> Callable[[Tensor], tuple[Tensor, Te
     def run(stream: Tensor) -> tuple[Tensor, Tensor]:
         for block in before:
             stream = block(stream)
-        return stream, last.mixer(last.norm(stream))
+        return stream, last.mixer(last.norm(stream))  # type: ignore[operator]
 
     return run
 
 
 def _compiled(run: Callable) -> Callable:
-    return torch.compile(with_own_code(run), backend="simba", options={"keep": 1.0})
+    return torch.compile(with_own_code(run), backend="simba", options=DENSE)

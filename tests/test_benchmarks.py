@@ -1,4 +1,4 @@
-"""What `benchmarks/` measures with: another paper's token reduction, the clock of the stages, and the command at tiny sizes."""
+"""What `benchmarks/` measures with: another paper's token reduction, the clock of stages, and the command at tiny sizes."""
 
 import json
 from pathlib import Path

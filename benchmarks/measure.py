@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -31,6 +32,22 @@ from simba_compile.cli import machine, models
 
 PARTS: dict[str, Any] = {"peers": peers, "quality": quality, "growth": growth, "limits": limits}
 ROOT = Path(__file__).parents[1]
+
+
+def others() -> tuple[float, float] | None:
+    """Seconds that cores have run other processes so far, and that they could have run; None where Linux does not tell."""
+    try:
+        ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    busy, idle, second = sum(ticks) - ticks[3] - ticks[4], ticks[3] + ticks[4], os.sysconf("SC_CLK_TCK")
+    return busy / second - sum(os.times()[:4]), (busy + idle) / second
+
+
+def shared(begin: tuple[float, float], end: tuple[float, float] | None) -> float:
+    """The share of the cores that other processes took from one look to another: what a measurement was disturbed by."""
+    assert end is not None
+    return max(0.0, end[0] - begin[0]) / (end[1] - begin[1])
 
 
 def main(
@@ -62,8 +79,10 @@ def main(
             "machine": machine.describe(),
             "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **part.measure(settings, lambda what: console.print(what, markup=False, highlight=False)),
         }
+        begin = others()
+        results |= part.measure(settings, lambda what: console.print(what, markup=False, highlight=False))
+        results["others"] = None if begin is None else shared(begin, others())
         (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     found = {name: json.loads((out / f"{name}.json").read_text()) for name in PARTS if (out / f"{name}.json").exists()}
     page.write(document, found)

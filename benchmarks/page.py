@@ -44,10 +44,11 @@ def write(path: Path, found: dict[str, Results]) -> None:
 
 
 def _origin(results: Results) -> str:
-    about = results["machine"]
+    about, others = results["machine"], results["others"]
+    disturbed = "" if others is None else f"; other processes took {others:.1%} of the cores meanwhile"
     return (
         f"*{about['cpu']} ({about['instructions']}), {about['cores']} cores, {about['threads']} threads, torch "
-        f"{about['torch']}, transformers {about['transformers']}; `{results['command']}`, {results['date']}.*"
+        f"{about['torch']}, transformers {about['transformers']}; `{results['command']}`, {results['date']}{disturbed}.*"
     )
 
 

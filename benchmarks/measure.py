@@ -75,7 +75,7 @@ def main(
         if name == "peers" and skip_inductor:
             settings = dataclasses.replace(settings, inductor=False)
         torch._dynamo.reset()
-        results = {
+        results: dict[str, Any] = {
             "machine": machine.describe(),
             "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

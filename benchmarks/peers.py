@@ -28,7 +28,7 @@ class Settings:
         The model's widths.
     layers, tokens : int
     repeats, slow_repeats, mambapy_repeats : int
-        Runs of each contender; of Hugging Face's own, which take many seconds; of that with mambapy, which takes minutes.
+        Runs of each contender; of Hugging Face's own, which take many seconds; of that with mambapy, which takes longest.
     keeps : tuple of float
         What ours keeps. The other paper's reduction runs at the FLOPs of each.
     inductor : bool

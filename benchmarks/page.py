@@ -43,9 +43,9 @@ def write(path: Path, found: dict[str, Results]) -> None:
     path.write_text("\n\n".join(parts) + "\n")
 
 
-def _origin(results: Results) -> str:
+def _origin(results: Results, timed: bool = True) -> str:
     about, others = results["machine"], results["others"]
-    disturbed = "" if others is None else f"; other processes took {others:.1%} of the cores meanwhile"
+    disturbed = "" if others is None or not timed else f"; other processes took {others:.1%} of the cores meanwhile"
     return (
         f"*{about['cpu']} ({about['instructions']}), {about['cores']} cores, {about['threads']} threads, torch "
         f"{about['torch']}, transformers {about['transformers']}; `{results['command']}`, {results['date']}{disturbed}.*"
@@ -119,7 +119,7 @@ def quality(results: Results, path: Path) -> list[str]:
     headings = ["", "keep", "FLOPs", "dense", "ours", "token reduction", "reduction minus ours"]
     return [
         "### What it costs in quality, at equal FLOPs",
-        _origin(results),
+        _origin(results, timed=False),
         f"The testbeds of [results.md](results.md): bits per byte of the last {settings['last']} bytes of windows of "
         f"held-out Python source (lower is better), and accuracy of recall in {settings['sequences']} sequences (higher is "
         "better). The positions that are scored are protected in both methods. Intervals are 95%; the difference is "
@@ -231,7 +231,8 @@ def _linear(rows: list[Results]) -> str:
         f"From {first['tokens']:,} to {last['tokens']:,} tokens, {last['tokens'] / first['tokens']:.0f} times as many, the "
         f"pruned run takes {last[PRUNED]['median'] / first[PRUNED]['median']:.1f} times as long ({each[1] / each[0]:.2f} "
         f"times for each token), and scoring, selecting and gathering go from {scoring(first):.1%} to {scoring(last):.1%} "
-        "of it. Memory is the growth of the peak over one prompt, in a process of its own."
+        "of it. Memory is the growth of the peak over one prompt, in a process of its own; the first layer keeps all tokens, "
+        "so pruning does not lower the peak of a long prompt. “other” is the embedding and the head, which runs on one token."
     )
 
 
@@ -297,14 +298,14 @@ def limits(results: Results, path: Path) -> list[str]:
         f"A prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; {settings['repeats']} "
         "runs.",
         markdown_table(headings, whole),
-        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and the matrix products alone are {ratios[1]:.2f} times as "
-        "fast: that is all that this processor's AVX-512 BF16 instructions give. A gain of 2.5 times, as issue 6 asks "
-        "for, presupposes products that gain far more, as on processors with AMX.",
+        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and its matrix products alone {ratios[1]:.2f} times: what is "
+        "not a product gains less, so the products bound the gain. The 2.5 times that were aimed at presuppose products that "
+        "gain far more, as on processors with AMX.",
         "Each stage of the pruned run, all layers together, in runs of its graph node by node. Its limit is the longer "
         "one of its bare matrix products (same shapes, nothing else) and of moving what it must read and write once at "
         f"the speed of a copy, {results['copy'] / 1e9:.1f} GB/s here (read and written bytes of an array far larger than "
-        "the caches). Scan and score are bound by their exponentials, one for each token, channel and state, so memory is "
-        "not what limits them.",
+        "the caches). Scan and score compute an exponential for each token, channel and state: neither limit is theirs. The "
+        "selection reads a few kilobytes a layer.",
         f"![How close to the limit]({picture.name})",
     ]
     for dtype, found in results["stages"].items():

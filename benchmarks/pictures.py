@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from simba_compile.cli.bench_report import DENSE, PRUNED
 from simba_compile.cli.plot import GRID, INK, MUTED
@@ -102,7 +102,7 @@ def growth(path: Path, results: dict[str, Any]) -> None:
     layers = [row["layers"] for row in results["depths"]]
     _lines(axes, layers, results["depths"], lambda row, run: [run[key] for key in SPREAD])
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(layers)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)

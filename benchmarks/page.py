@@ -138,7 +138,7 @@ def _verdict(rows: list[Results]) -> str:
         better = 1 if row["unit"] == "accuracy" else -1  # of reduction minus ours, where the reduction is better
         signs.append(better if low > 0 else -better if high < 0 else 0)
     return (
-        f"Of {len(compared)} comparisons ours is better in {signs.count(-1)} the token reduction in {signs.count(1)}; in "
+        f"Of {len(compared)} comparisons ours is better in {signs.count(-1)}, the token reduction in {signs.count(1)}; in "
         f"{signs.count(0)} the interval of the difference holds 0."
     )
 
@@ -231,8 +231,9 @@ def _linear(rows: list[Results]) -> str:
         f"From {first['tokens']:,} to {last['tokens']:,} tokens, {last['tokens'] / first['tokens']:.0f} times as many, the "
         f"pruned run takes {last[PRUNED]['median'] / first[PRUNED]['median']:.1f} times as long ({each[1] / each[0]:.2f} "
         f"times for each token), and scoring, selecting and gathering go from {scoring(first):.1%} to {scoring(last):.1%} "
-        "of it. Memory is the growth of the peak over one prompt, in a process of its own; the first layer keeps all tokens, "
-        "so pruning does not lower the peak of a long prompt. “other” is the embedding and the head, which runs on one token."
+        "of it. Memory is the growth of the peak over one prompt, in a process of its own; the first layer keeps all "
+        "tokens, so pruning does not lower the peak of a long prompt. “other” is the embedding and the head, which runs "
+        "on one token."
     )
 
 
@@ -298,9 +299,9 @@ def limits(results: Results, path: Path) -> list[str]:
         f"A prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; {settings['repeats']} "
         "runs.",
         markdown_table(headings, whole),
-        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and its matrix products alone {ratios[1]:.2f} times: what is "
-        "not a product gains less, so the products bound the gain. The 2.5 times that were aimed at presuppose products that "
-        "gain far more, as on processors with AMX.",
+        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and its matrix products alone {ratios[1]:.2f} times: what "
+        "is not a product gains less, so the products bound the gain. The 2.5 times that were aimed at presuppose "
+        "products that gain far more, as on processors with AMX.",
         "Each stage of the pruned run, all layers together, in runs of its graph node by node. Its limit is the longer "
         "one of its bare matrix products (same shapes, nothing else) and of moving what it must read and write once at "
         f"the speed of a copy, {results['copy'] / 1e9:.1f} GB/s here (read and written bytes of an array far larger than "

@@ -6,7 +6,9 @@ from typing import Any
 
 import growth
 import measure
+import page
 import pytest
+import quality
 import stages
 import torch
 from hypothesis import given
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
 from simba_compile import explain
+from simba_compile.analysis.tasks import Text, TextTask
 
 LAYERS, HIDDEN = 4, 16
 
@@ -188,15 +191,27 @@ def test_the_command_refuses_a_part_that_is_not_there(tmp_path: Path) -> None:
         measure.main(only="speed", out=tmp_path, document=tmp_path / "page.md")
 
 
-def test_both_methods_are_scored_on_the_same_sequences(monkeypatch: pytest.MonkeyPatch, model: MambaForCausalLM) -> None:
+def test_both_methods_are_scored_on_the_same_sequences(model: MambaForCausalLM) -> None:
     """Where neither drops anything, the paired difference is nothing."""
-    import quality
-
-    from simba_compile.analysis.tasks import Text, TextTask
-
     text = torch.randint(32, (400,), generator=torch.Generator().manual_seed(3))
     task = TextTask(Text("random", text, torch.ones_like(text)), 4, 4, 32)
     [row] = quality.compare(model, task, "random", 32, (0.999,), 32, lambda what: None)
     assert row["ours"]["share"] == row["reduction"]["share"] == 1.0
     assert row["difference"] == pytest.approx((0.0, 0.0, 0.0), abs=1e-4)
     assert row["ours"]["mean"] == pytest.approx(row["dense"]["mean"], abs=1e-4)
+
+
+def test_the_page_says_which_method_is_better_how_often() -> None:
+    rows = [
+        {"unit": "bits per byte", "difference": (0.2, 0.1, 0.3)},  # more bits: ours is better
+        {"unit": "accuracy", "difference": (0.2, 0.1, 0.3)},
+        {"unit": "accuracy", "difference": (-0.2, -0.3, -0.1)},
+        {"unit": "accuracy", "difference": (0.0, -0.1, 0.1)},
+        {"unit": "accuracy", "difference": None},
+    ]
+    said = page._verdict(rows)
+    assert said.startswith("Of 4 comparisons ours is better in 2, the token reduction in 1; in 1 ")
+
+
+def test_what_other_processes_took() -> None:
+    assert measure.shared((10.0, 100.0), (13.0, 112.0)) == 0.25

@@ -63,7 +63,7 @@ def test_flops_are_the_mixers_and_the_similarities() -> None:
     assert flops(100, 4, 0.8, 1, 10.0, 8) == mixers + similarities + 2 * 8 * (99 + 79 + 63)
 
 
-@given(st.floats(0.0, 1.0))
+@given(st.floats(0.0, 0.95))
 def test_the_ratio_spends_the_budget_and_no_more(share: float) -> None:
     shape = (512, 24, 1, 1e6, 64)
     dense = flops(512, 24, 1.0, *shape[2:])
@@ -72,7 +72,7 @@ def test_the_ratio_spends_the_budget_and_no_more(share: float) -> None:
         assert flops(512, 24, 0.5, *shape[2:]) > share * dense
     else:
         assert flops(512, 24, ratio, *shape[2:]) <= share * dense
-        assert ratio > 0.999 or flops(512, 24, ratio + 0.005, *shape[2:]) > share * dense
+        assert flops(512, 24, ratio + 0.005, *shape[2:]) > share * dense
 
 
 # --- which tokens leave, and what becomes of them --------------------------------------------------------------------

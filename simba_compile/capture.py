@@ -2,8 +2,8 @@
 
 This is the only file that touches Dynamo's internals.
 
-*Lift.* Hugging Face keeps the convolution and the scan of every Mamba-based model in module-level functions.
-`torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The substitutes act
+*Lift.* Hugging Face and mamba_ssm keep the convolution and the scan of every Mamba-based model in module-level functions.
+`torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The `substitutes` act
 only where the backend that compiles is ours; for any other they run a copy of the original function, so that the graphs of
 other backends stay as they were. Eager mode is not touched.
 
@@ -160,7 +160,7 @@ def forget() -> None:
         _undo.pop()()
 
 
-# --- the substitutes -------------------------------------------------------------------------------------------------
+# --- lifting ---------------------------------------------------------------------------------------------------------
 
 
 def _lift(ours: Callable) -> Callable[[Callable], Callable]:

@@ -7,7 +7,6 @@ weights.
 
 from __future__ import annotations
 
-import copy
 import sys
 import types
 from typing import Any
@@ -102,7 +101,7 @@ def models(layer: str, fused: bool) -> tuple[nn.Module, nn.Module]:
     twin = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config, **special, **theirs))
     twin.double().eval()
     weights = {key.replace("embedding.", "embeddings."): value for key, value in model.state_dict().items()}
-    twin.load_state_dict(copy.deepcopy(weights))
+    twin.load_state_dict(weights)
     for module in [*twin.modules()]:
         for child_name, child in module.named_children():
             if "norm" in child_name:
@@ -129,9 +128,11 @@ def test_a_prompt(layer: str, fused: bool, paths: None, selected: list[Tensor], 
 
     logits.logsumexp(-1).sum().backward()
     expected.logits.logsumexp(-1).sum().backward()
-    for (name, weight), right in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert right.grad.any(), name
-        close(weight.grad, right.grad, 1e-5)
+    right = dict(twin.named_parameters())
+    for name, weight in model.named_parameters():
+        gradient = right[name.replace("embedding.", "embeddings.")].grad
+        assert gradient.any(), name
+        close(weight.grad, gradient, 1e-5)
 
 
 @each_path
@@ -155,14 +156,14 @@ def test_generation(layer: str, fused: bool, paths: None, selected: list[Tensor]
     assert torch.equal(torch.stack(written, 1), expected)
 
 
-@pytest.mark.parametrize("layer", SIZES)
-def test_a_mixer_alone(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_layer
+def test_a_mixer_alone(layer: str) -> None:
     """Without a residual stream there is nothing to prune: it runs dense, on our kernels."""
     model, twin = models(layer, fused=False)
     mixer, right = model.backbone.layers[0].mixer, twin.backbone.layers[0].mixer
     x = torch.randn(2, LENGTH, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
-        close(simba(mixer, **PRUNED)(x), right(x), 1e-6)  # Hugging Face scans in float32
+        close(simba(mixer, **PRUNED)(x), right(x), 1e-5)  # Hugging Face scans in float32
 
 
 # --- what stands in a function's place ----------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"A prompt of {settings['tokens']} tokens up to the next token's logits, batch 1, float32, random weights; medians "
         f"of runs in turns. {about['cpu']} ({about['instructions']}), {about['threads']} threads, torch {about['torch']}, "
         f"transformers {about['transformers']}; {' to '.join(sorted({dates[0], dates[-1]}))}, from {commands}.",
-        "Inductor compiles for this one length, with an empty cache; the column `compiling` has its time and ours (keep 0.1).",
+        "Inductor compiles for this one length, with an empty cache; `compiling` has its time and ours (keep 0.1).",
     ]
     return "\n\n".join([*lines, markdown_table(HEADINGS, rows(results))]) + "\n"
 

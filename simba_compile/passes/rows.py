@@ -37,7 +37,7 @@ def make_rows(graph: Graph) -> None:
 def swap_as_transpose(node: Node) -> None:
     """``x.permute(0, 2, 1)``: ``x.transpose(1, 2)``."""
     if _permutes(node, (0, 2, 1)):
-        node.target, node.args, node.kwargs = "transpose", (node.args[0], 1, 2), {}
+        node.op, node.target, node.args, node.kwargs = "call_method", "transpose", (node.args[0], 1, 2), {}
 
 
 def project_rows(node: Node) -> None:

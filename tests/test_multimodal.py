@@ -23,10 +23,15 @@ MEDIUM = VOCABULARY - 1  # the token in whose place an image or a sound stands
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
+def backbone_of(family: str) -> transformers.PreTrainedConfig:
+    """A text backbone's configuration. FalconH1 scales the embeddings that it looks up, and not those that it is given."""
+    return configuration(family, **({"embedding_multiplier": 1.0} if family == "falcon_h1" else {}))
+
+
 def llava(family: str) -> tuple[nn.Module, dict[str, Tensor], int]:
     """Any text backbone behind a CLIP tower."""
     vision = transformers.CLIPVisionConfig(**{**TOWER, "num_hidden_layers": 2}, image_size=16, patch_size=4)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=configuration(family), image_token_index=MEDIUM)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=backbone_of(family), image_token_index=MEDIUM)
     return transformers.LlavaForConditionalGeneration(config), {"pixel_values": torch.randn(2, 3, 16, 16)}, 16
 
 
@@ -36,7 +41,7 @@ def nemotron_h_omni(family: str) -> tuple[nn.Module, dict[str, Tensor], int]:
     vision |= {"image_size": 16, "max_img_size": 32, "num_cls_tokens": 1, "num_registers": 1, "model_type": "radio"}
     config = transformers.AutoConfig.for_model(
         "nemotron_h_omni",
-        text_config=configuration(family).to_dict(),
+        text_config=backbone_of(family).to_dict(),
         vision_config=vision | {"video_temporal_patch_size": 2},
         vision_hidden_size=16,
         projector_hidden_size=24,
@@ -52,7 +57,7 @@ def granite_speech(family: str) -> tuple[nn.Module, dict[str, Tensor], int]:
     encoder |= {"output_dim": 8, "conv_kernel_size": 3, "max_pos_emb": 16}
     projector = transformers.Blip2QFormerConfig(**TOWER, encoder_hidden_size=16)
     config = transformers.GraniteSpeechConfig(
-        text_config=configuration(family),
+        text_config=backbone_of(family),
         encoder_config=encoder,
         projector_config=projector,
         audio_token_index=MEDIUM,
@@ -106,7 +111,7 @@ def test_a_prompt(name: str, with_medium: bool, selected: list[Tensor]) -> None:
         dense = model(input_ids=ids, **given).logits
     hook.remove()
 
-    text = transformers.AutoModelForCausalLM.from_config(configuration(family))
+    text = transformers.AutoModelForCausalLM.from_config(backbone_of(family))
     compute_exactly(text)
     text.double().eval()
     whole = hasattr(backbone, "lm_head")

@@ -15,10 +15,13 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/simba bench
 
-# Editable, so that the native kernels stand beside the source; constraints.txt pins what was tested.
+# Editable, so that the native kernels stand beside the source; constraints.txt pins what was tested. mamba-ssm comes without
+# its CUDA extension, into a folder that only its own tests see (tests/test_mamba_ssm.py).
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard simba_compile/kernels/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation --no-deps --upgrade --target .venv/mamba_ssm mamba-ssm
 	touch $@
 
 # What takes too long for every push: 10,000 calls, the kernels under sanitizers (gcc), and random models for as long as given.

@@ -124,9 +124,13 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 8, "num_heads": 8, "vocab_size": 64}
     monkeypatch.setitem(bench_families.MODELS, "mamba2-130m", ("Mamba2", small))
-    result = simba("families", "--only", "mamba2-130m", "--tokens", 100, "--inductor", "", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    data = json.loads((tmp_path / "families.json").read_text())["models"]["mamba2-130m"]
+    monkeypatch.setitem(bench_families.MODELS, "falcon_mamba", ("FalconMamba", {**small, "expand": 2}))
+    for name in ("falcon_mamba", "mamba2-130m"):  # the second run keeps what the first has measured
+        result = simba("families", "--only", name, "--tokens", 100, "--skip-inductor", "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+    models = json.loads((tmp_path / "families.json").read_text())["models"]
+    assert [*models] == ["mamba2-130m", "falcon_mamba"]
+    data = models["mamba2-130m"]
     assert (data["mixers"], data["pruning"], data["dense because"]) == (2, 1, [])
     assert "over keep 1.0" in (tmp_path / "families.md").read_text()
     assert "mamba2-130m, bamba-150m" in refused("families", "--only", "mamba9")

@@ -148,12 +148,27 @@ def test_another_transformers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     functions = ("causal_conv1d_fn", "mamba_selective_scan")
     monkeypatch.setattr(capture, "FAMILIES", dict.fromkeys(("older", "no_such_family"), functions))
     monkeypatch.setattr(capture, "EXPERTS", ())
+    monkeypatch.setattr(capture, "PACKAGES", {})
     with caplog.at_level(logging.INFO, "simba_compile"):
         capture.install(simba_backend())
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings and all("models that use it stay dense" in message for message in warnings)
     assert any("mamba_selective_scan" in message for message in warnings)
     assert any("no_such_family is not lifted" in record.message for record in caplog.records)
+
+
+def test_a_broken_package(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """mamba_ssm without its CUDA extension, or with one of another torch: what is lifted of it is passed over."""
+    broken = {f"broken_{error}": f"raise {error}('no extension')" for error in ("ImportError", "RuntimeError")}
+    for name, code in broken.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(capture, "FAMILIES", {})
+    monkeypatch.setattr(capture, "EXPERTS", ())
+    monkeypatch.setattr(capture, "PACKAGES", {name: {} for name in broken})
+    with caplog.at_level(logging.INFO, "simba_compile"):
+        capture.install(simba_backend())
+    assert [record.message for record in caplog.records] == [f"{name} is not lifted: no extension" for name in broken]
 
 
 def simba_backend() -> Any:

@@ -131,10 +131,14 @@ def _is_transpose(node: Node) -> bool:
 
 
 def cancel_transposes(node: Node) -> None:
-    """``x.transpose(1, 2).transpose(1, 2)``: x."""
-    if _is_transpose(node) and isinstance(node.args[0], Node) and _is_transpose(node.args[0]):
-        source: Node = node.args[0].args[0]  # type: ignore[assignment]
-        node.replace_all_uses_with(source)
+    """``x.transpose(1, 2).transpose(1, 2)``, made contiguous in between or not: x."""
+    if not _is_transpose(node):
+        return
+    inner: Node = node.args[0]  # type: ignore[assignment]
+    while inner.target == "contiguous":
+        inner = inner.args[0]  # type: ignore[assignment]
+    if _is_transpose(inner):
+        node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
         _erase(node)
 
 

@@ -306,7 +306,7 @@ def install(backend: Callable) -> None:
 
 
 def _function_of(value: Any) -> types.FunctionType | None:
-    """The function that a module's name stands for: Hugging Face's `kernels`, where installed, calls it from an nn.Module."""
+    """The function that a module's name stands for. Hugging Face's `kernels`, where installed, calls it from a module."""
     if isinstance(value, torch.nn.Module):
         value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
     return value if isinstance(value, types.FunctionType) else None

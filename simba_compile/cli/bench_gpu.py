@@ -169,7 +169,8 @@ def supervise(command: Sequence[str], jobs: list[Job], budget: float, say: Calla
     say : callable
         Is told what is done now.
     """
-    end, about = time.monotonic() + budget, {}
+    end = time.monotonic() + budget
+    about: dict[str, Any] = {}
     worker: _Worker | None = None
     try:
         for job in jobs:

@@ -26,11 +26,11 @@ def markdown(results: dict[str, Any]) -> str:
         "decode": _decode,
         "profile": _profile,
     }
-    for kind, rows in tables.items():
+    for kind, rows_of in tables.items():
         done = [job for job in jobs if job["kind"] == kind and "result" in job]
         if done:
             heading, columns = HEADINGS[kind]
-            parts += [f"## {heading}", markdown_table(columns, rows(done))]
+            parts += [f"## {heading}", markdown_table(columns, rows_of(done))]
     errors = [job for job in jobs if job["kind"] == "correct" and "result" in job]
     if errors:
         rows = [[job["operator"], f"{job['result']['error']:.1e}"] for job in errors]

@@ -36,7 +36,7 @@ class Worker:
 
     def __init__(self, device: Device, runs: int) -> None:
         self.device, self.runs = device, runs
-        self.made: tuple[dict[str, int], PreTrainedModel] | None = None
+        self.made: tuple[dict[str, Any], PreTrainedModel] | None = None
         self.compiled: tuple[str, Callable[..., Any]] | None = None
 
     def do(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Worker:
         """One operator's time."""
         return bench_kernels.measure(operator, self.device, shape, self.runs)
 
-    def prefill(self, contender: str, model: dict[str, int], tokens: int) -> dict[str, Any]:
+    def prefill(self, contender: str, model: dict[str, Any], tokens: int) -> dict[str, Any]:
         """A prompt, up to the next token's logits: the first call with its compiling, runs, and growth of the memory."""
         forward = self._forward(contender, model)
         call = functools.partial(forward, self._ids(model, tokens), use_cache=False, logits_to_keep=1)
@@ -68,7 +68,7 @@ class Worker:
         timing = self.device.time(call, self.runs, 5.0)
         return {"timing": timing.to_dict(), "first": first, "memory_mib": memory}
 
-    def decode(self, contender: str, model: dict[str, int]) -> dict[str, Any]:
+    def decode(self, contender: str, model: dict[str, Any]) -> dict[str, Any]:
         """One decoding step as a CUDA graph; mamba-ssm's by its own loop, which captures one, too."""
         if contender == MAMBA_SSM:
             return {"timing": self._mamba_ssm_loop(model).to_dict()}
@@ -81,7 +81,7 @@ class Worker:
         step()
         return {"timing": self.device.time(step, self.runs, 3.0).to_dict()}
 
-    def profile(self, contender: str, model: dict[str, int], tokens: int) -> dict[str, Any]:
+    def profile(self, contender: str, model: dict[str, Any], tokens: int) -> dict[str, Any]:
         """What the score, the selection and the gathers take of a pruned prompt, and where the host waits for the device."""
         forward = self._forward(contender, model)
         call = functools.partial(forward, self._ids(model, tokens), use_cache=False, logits_to_keep=1)
@@ -90,7 +90,7 @@ class Worker:
         shares = {name: times.get(f"simba::{name}", 0.0) / times[RANGE] for name in SCORING}
         return {"shares": shares, "share": sum(shares.values()), "waits": waits}
 
-    def _model(self, sizes: dict[str, int]) -> PreTrainedModel:
+    def _model(self, sizes: dict[str, Any]) -> PreTrainedModel:
         if self.made is None or self.made[0] != sizes:
             self.made = self.compiled = None
             self.device.free()
@@ -99,7 +99,7 @@ class Worker:
                 self.made = sizes, MambaForCausalLM(MambaConfig(**sizes)).eval().to(torch.bfloat16)
         return self.made[1]
 
-    def _forward(self, contender: str, sizes: dict[str, int]) -> Callable[..., Any]:
+    def _forward(self, contender: str, sizes: dict[str, Any]) -> Callable[..., Any]:
         """The model as this contender runs it."""
         model, name = self._model(sizes), contender.removesuffix(f", {GRAPH}")
         if name == HF:
@@ -109,13 +109,14 @@ class Worker:
             if name == INDUCTOR:  # its best case: code for this length alone
                 self.compiled = name, torch.compile(model, backend="inductor", dynamic=False)
             else:
-                self.compiled = name, torch.compile(model, backend="simba", options={"keep": keep_of(name)})
+                options: dict[str, Any] = {"keep": keep_of(name)}
+                self.compiled = name, torch.compile(model, backend="simba", options=options)
         return self.compiled[1]
 
-    def _ids(self, sizes: dict[str, int], tokens: int) -> Tensor:
+    def _ids(self, sizes: dict[str, Any], tokens: int) -> Tensor:
         return models.random_ids(sizes["vocab_size"], tokens).to(self.device.name)
 
-    def _mamba_ssm_loop(self, sizes: dict[str, int]) -> Any:
+    def _mamba_ssm_loop(self, sizes: dict[str, Any]) -> Any:
         """mamba-ssm's own generation: one token's share of what 64 more tokens take."""
         from mamba_ssm.models.config_mamba import MambaConfig as Config
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -142,7 +143,7 @@ def main(device: str, runs: int) -> None:
     print(json.dumps({"machine": worker.device.describe()}), flush=True)
     for line in sys.stdin:
         try:
-            answer = {"result": worker.do(json.loads(line))}
+            answer: dict[str, Any] = {"result": worker.do(json.loads(line))}
         except Exception as error:  # the next one may well run
             answer = {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
         print(json.dumps(answer), flush=True)

@@ -15,6 +15,7 @@ record is put back once the graph is there (`forget`), so that other backends do
 import copy
 import functools
 import importlib
+import inspect
 import logging
 import sys
 import types
@@ -258,6 +259,13 @@ def install(backend: Callable) -> None:
         _substitute(module, lifts)
 
 
+def _function_of(value: Any) -> types.FunctionType | None:
+    """The function that a module's name stands for. Hugging Face's `kernels`, where installed, calls it from a module."""
+    if isinstance(value, torch.nn.Module):
+        value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
+    return value if isinstance(value, types.FunctionType) else None
+
+
 def _substitute(name: str, lifts: Mapping[str, Callable[[Callable], Callable]]) -> None:
     try:
         module = sys.modules.get(name) or importlib.import_module(name)
@@ -265,8 +273,8 @@ def _substitute(name: str, lifts: Mapping[str, Callable[[Callable], Callable]]) 
         log.info("%s is not lifted: %s", name, error)
         return
     for function, lift in lifts.items():
-        original = getattr(module, function, None)
-        if not isinstance(original, types.FunctionType):
+        original = _function_of(getattr(module, function, None))
+        if original is None:
             log.warning("%s has no function %s: models that use it stay dense.", name, function)
             continue
         substitute = torch.compiler.substitute_in_graph(original, skip_signature_check=True)

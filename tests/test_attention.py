@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simba_compile.kernels import reference
-from simba_compile.passes.attention import attention_over_cache
+from simba_compile.passes.attention import _attention_past, attention_over_cache
 
 OPS = torch.ops.simba
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +58,9 @@ def test_attention_over_a_cache_is_attention_to_what_is_left(data: st.DataObject
     )
     got = attention_over_cache(query, *cached, mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, expected, equal_nan=True)
+    marked = reference.is_marked(cached[0][:, 0, :, 0])
+    on_a_gpu = _attention_past(marked, query, *cached, mask, 0.0, False, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(on_a_gpu, expected, equal_nan=True)
     if kept < tokens and mask is None:  # what does not know the marks shows it
         assert F.scaled_dot_product_attention(query, *cached, enable_gqa=True).isnan().all()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import KEEP_FEW, random_ids, simba, tiny_model
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
+import simba_compile
 from simba_compile import capture
 
 WHOLE_MIXERS = {"mamba_inner_fn", "mamba2_split_conv1d_scan_combined"}
@@ -80,3 +84,43 @@ def test_the_fused_kernel_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert substitute(1, a=2) is None
     monkeypatch.setattr(capture, "_lifting", lambda: False)
     assert substitute(1, a=2) == "fused"
+
+
+def _as_the_hub_does(function: Callable) -> torch.nn.Module:
+    """How the package `kernels` wraps a function that it may exchange."""
+
+    class Func(torch.nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return func(*args, **kwargs)
+
+    func = function
+    return Func()
+
+
+@pytest.mark.parametrize("installed", ["mamba-ssm", "kernels"])
+def test_installed_kernels_are_lifted_too(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers found kernels when it was imported, our operators still stand in their place."""
+    from transformers.integrations import use_kernel_func_from_hub_with_fallback
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("another package's kernel was called")
+
+    package = types.ModuleType("mamba_ssm_of_a_test")
+    package.__dict__.update(dict.fromkeys(capture.FAMILIES["mamba"], never))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    for name in capture.FAMILIES["mamba"]:
+        function = capture._copy(getattr(modeling_mamba, name))
+        if installed == "kernels":
+            monkeypatch.setattr(modeling_mamba, name, _as_the_hub_does(function))
+        else:
+            wrap = use_kernel_func_from_hub_with_fallback(name, package.__name__)
+            monkeypatch.setattr(modeling_mamba, name, wrap(function))
+    lifts = {name: capture.LIFTS[name] for name in capture.FAMILIES["mamba"]}
+    capture._substitute(modeling_mamba.__name__, lifts)
+    model, ids = tiny_model(layers=2, hidden_size=8, state_size=4), random_ids(2, 40)
+    with torch.no_grad():
+        report = simba_compile.explain(model, ids, options=KEEP_FEW).to_dict()
+        compiled = simba(model, **KEEP_FEW)
+        out = compiled(ids, use_cache=True)
+        assert compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True).logits.isfinite().all()
+    assert [(mixer["tokens_in"], mixer["tokens_out"]) for mixer in report["mixers"]] == [(40, 40), (40, 8)]

@@ -49,6 +49,11 @@ def mamba2(dtype: torch.dtype, pool: str) -> tuple[Any, ...]:
     return x, dt, head, B, B, head, True, 0.0, 1e6, pool, True
 
 
+def normed(channels: int) -> tuple[Tensor, Tensor]:
+    """Gate and weight of `gated_norm`; the gate is a piece of a wider tensor."""
+    return empty(BATCH, TOKENS, 2 * channels)[..., :channels], empty(channels, dtype=F32)
+
+
 def conv(dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments of `causal_conv1d`."""
     return empty(BATCH, TOKENS, CHANNELS, dtype=dtype), empty(CHANNELS, 4, dtype=dtype), empty(CHANNELS, dtype=dtype), True
@@ -76,6 +81,12 @@ def ssd_scan(dtype: torch.dtype, states: int, kept: int | None = None) -> tuple[
     return x, dt, head, B, B, head, head, True, 0.0, 1e6, initial, index
 
 
+def ssd_step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
+    """The arguments of `ssd_state_update`."""
+    x, dt, B, head = empty(BATCH, 80, 64, dtype=dtype), empty(BATCH, 80), empty(BATCH, 1, states, dtype=dtype), empty(80)
+    return empty(BATCH, 80, 64, states, dtype=F32), x, dt, head, B, B, head, head, True
+
+
 # Each operator with arguments that reach each of its configurations.
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "influence-bf16": ("influence", lambda: scored(BF16, "max")),
@@ -89,6 +100,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan-backward-64": ("selective_scan_backward", lambda: scan_backward(F32, 64)),
     "ssd-bf16": ("ssd_scan", lambda: ssd_scan(BF16, 128, kept=512)),
     "ssd-fp32": ("ssd_scan", lambda: ssd_scan(F32, 64)),
+    "ssd-step-128": ("ssd_state_update", lambda: ssd_step(BF16, 128)),
+    "ssd-step-16": ("ssd_state_update", lambda: ssd_step(F32, 16)),
     "select": ("select", lambda: (empty(BATCH, TOKENS, dtype=F64), 1024, 0, 1)),
     "gather-rows": ("gather", lambda: (empty(BATCH, TOKENS, CHANNELS), empty(BATCH, 512, dtype=torch.int64), 1)),
     "gather-numbers": ("gather", lambda: (empty(BATCH, TOKENS), empty(BATCH, 512, dtype=torch.int64), 1)),
@@ -100,6 +113,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "state-256": ("state_update", lambda: step(F32, 256)),
     "norm-2560": ("rms_norm", lambda: (empty(BATCH, TOKENS, 2560), empty(2560), 1e-5)),
     "norm-16": ("rms_norm", lambda: (empty(BATCH, TOKENS, 16), None, 1e-5)),
+    "gated-norm": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1)),
+    "gated-norm-groups": ("gated_norm", lambda: (empty(BATCH, TOKENS, 4096), *normed(4096), 1e-5, 8)),
 }
 
 

@@ -48,12 +48,22 @@ def demo(
     run(model, file, tokens, large, plot)
 
 
+class Processor(enum.Enum):
+    """What `simba bench` runs on."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("benchmarks/results"),
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's own choice]")] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt.")] = 2048,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 24,
+    device: Annotated[Processor | None, typer.Option(help="[default: cuda where torch sees a GPU, else cpu]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figures, as JSON and Markdown.")] = Path("benchmarks/results"),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch, on the CPU. [default: torch's own choice]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt, on the CPU.")] = 2048,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model, on the CPU.")] = 24,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each contender; the slow ones get at most 3.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model and prompt: does everything run?")] = False,
     skip_inductor: Annotated[
@@ -62,15 +72,30 @@ def bench(
 ) -> None:
     """Time prompt and decoding side by side with Hugging Face, eager and compiled; measure memory.
 
-    The model has mamba-130m's width and random weights; batch 1, float32.
+    On the CPU the model has mamba-130m's width and random weights; batch 1, float32. On a GPU: every kernel against float64,
+    against a copy and against its peers, then models of mamba-130m's, 1.4b's and 2.8b's sizes at 2k, 8k and 32k tokens in
+    bfloat16, all within 8 minutes.
     """
+    import torch
+
+    command = shlex.join(["simba", *sys.argv[1:]])
+    has_gpu = torch.cuda.is_available()
+    if device is Processor.cuda and not has_gpu:
+        raise typer.BadParameter("torch sees no GPU here.", param_hint="--device")
+    if device is Processor.cuda or (device is None and has_gpu):
+        from simba_compile.cli import bench_gpu
+
+        inductor = not skip_inductor
+        on_gpu = bench_gpu.Settings
+        bench_gpu.run(on_gpu.quick("cuda", inductor) if quick else on_gpu.full("cuda", repeats, inductor), out, command)
+        return
     from simba_compile.cli.bench import Settings, run
 
     if quick:
         settings = Settings.quick(threads, not skip_inductor)
     else:
         settings = Settings(layers, tokens, repeats, threads, not skip_inductor)
-    run(settings, out, shlex.join(["simba", *sys.argv[1:]]))
+    run(settings, out, command)
 
 
 @app.command()

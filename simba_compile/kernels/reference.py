@@ -216,8 +216,7 @@ def token_scores(x: Tensor, k: int, criterion: str, seed: int = 0) -> Tensor:
         scores = torch.arange(tokens, dtype=torch.float64, device=x.device)
     elif criterion == "uniform":
         even = (torch.arange(1, k + 1, device=x.device) * tokens) // k - 1
-        scores = torch.zeros(tokens, dtype=torch.float64, device=x.device)
-        scores[even] = 1.0
+        scores = torch.zeros(tokens, dtype=torch.float64, device=x.device).scatter_(0, even, 1.0)
     else:
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(batch, tokens, dtype=torch.float64, generator=generator).to(x.device)

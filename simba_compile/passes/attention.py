@@ -95,7 +95,7 @@ def attention_over_cache(
         See PyTorch's function.
     """
     pruned = is_marked(key[:, 0, :, 0])
-    if not torch.compiler.is_compiling():
+    if key.device.type == "cpu" and not torch.compiler.is_compiling():  # what follows would wait for a GPU
         if not pruned.any():
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         counts = (~pruned).sum(1)
@@ -108,6 +108,20 @@ def attention_over_cache(
                 columns = left[:, None, None, :].expand(-1, *mask.shape[1:3], -1)
                 attn_mask = mask.gather(3, columns)
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+    return _attention_past(pruned, query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+
+
+def _attention_past(
+    pruned: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention with the entries that are `pruned`, (batch, token), masked: nothing depends on how many there are."""
     gone = pruned[:, None, :, None]
     key, value = (x.masked_fill(gone, 0) for x in (key, value))
     seen = ~pruned[:, None, None, :]

@@ -22,6 +22,7 @@ from simba_compile.kernels.gpu import (
     runtime,
     select,
     ssd_influence,
+    ssd_state,
     state,
 )
 
@@ -226,10 +227,35 @@ def test_rms_norm(seed: int, dtype: torch.dtype, layout: str, shape: tuple[int, 
     assert_near(norm.rms_norm(x, weight, 1e-5), reference.rms_norm(*wide([x, weight]), 1e-5))
 
 
-def test_rms_norm_of_rows_longer_than_a_block() -> None:
+@few
+@given(
+    seeds, dtypes, layouts, st.sampled_from([(3, 16), (2, 5, 36), (2, 2, 3, 12), (6,)]), st.sampled_from([1, 2, 3]), flags,
+    st.sampled_from([None, torch.float32]),
+)  # fmt: skip
+def test_gated_norm(
+    seed: int, dtype: torch.dtype, layout: str, shape: tuple[int, ...], groups: int,
+    weighted: bool, wider: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Groups of channels; the gate in a dtype of its own, as Mamba-2's scan gives float32."""
+    source = Source(seed, dtype, layout if len(shape) > 1 else "plain")
+    x, gate = source.pair(shape[:-1], shape[-1] // groups * groups, shape[-1] // groups * groups)
+    x = x if wider is None else x.to(wider)
+    weight = source.normal(x.shape[-1], dtype=torch.float32) if weighted else None
+    y = norm.gated_norm(x, gate, weight, 1e-5, groups)
+    assert y.dtype == x.dtype
+    assert_near(y, reference.gated_norm(*wide([x, gate, weight]), 1e-5, groups))
+
+
+def test_norms_of_rows_longer_than_a_block() -> None:
     """5000 entries: two rounds over the row."""
-    x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
+    x, gate = torch.randn(2, 2, 5000, generator=torch.Generator().manual_seed(0))
     assert_near(norm.rms_norm(x, None, 1e-5), reference.rms_norm(x.double(), None, 1e-5))
+    assert_near(norm.gated_norm(x, gate, None, 1e-5, 1), reference.gated_norm(x.double(), gate.double(), None, 1e-5, 1))
+
+
+def test_norm_wants_whole_groups() -> None:
+    with pytest.raises(ValueError, match="10 channels; expected a multiple of 3"):
+        norm.gated_norm(torch.ones(2, 10), torch.ones(2, 10), None, 1e-5, 3)
 
 
 @few
@@ -250,4 +276,28 @@ def test_state_update(
     exact = held.double()
     y = state.state_update(held, *args)
     assert_near(y, reference.state_update(exact, *wide(args)))
+    assert_near(held, exact)
+
+
+@few
+@given(
+    seeds, dtypes, layouts, st.sampled_from([(1, 1), (2, 1), (6, 2)]), st.integers(1, 40), st.sampled_from([1, 4, 5, 128]),
+    flags, flags, flags,
+)  # fmt: skip
+def test_ssd_state_update(
+    seed: int, dtype: torch.dtype, layout: str, heads: tuple[int, int], size: int, states: int,
+    skip: bool, bias: bool, softplus: bool,
+) -> None:  # fmt: skip
+    """The output, and the state moved on in place."""
+    (count, groups), source = heads, Source(seed, dtype, layout)
+    x, B = source.pair((2,), count * size, groups * states)
+    x, B, C = x.unflatten(1, (count, size)), B.unflatten(1, (groups, states)), source.laid_out(2, groups, states)
+    dt = source.laid_out(2, count)
+    A = -source.normal(count, dtype=torch.float32).exp()
+    D, fixed = (source.normal(count, dtype=torch.float32) if have else None for have in (skip, bias))
+    args = [x, dt if softplus else dt.abs(), A, B, C, D, fixed if softplus else None, softplus]
+    held = source.laid_out(2, count, size, states).float()
+    exact = held.double()
+    y = ssd_state.ssd_state_update(held, *args)
+    assert_near(y, reference.ssd_state_update(exact, *wide(args)))
     assert_near(held, exact)

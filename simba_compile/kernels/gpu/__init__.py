@@ -6,7 +6,19 @@ on a GPU first asks for it. float32, bfloat16 and float16 in and out, float32 in
 
 from collections.abc import Callable
 
-from simba_compile.kernels.gpu import conv, gather, influence, norm, scan, scan_backward, select, ssd, ssd_influence, state
+from simba_compile.kernels.gpu import (
+    conv,
+    gather,
+    influence,
+    norm,
+    scan,
+    scan_backward,
+    select,
+    ssd,
+    ssd_influence,
+    ssd_state,
+    state,
+)
 
 KERNELS: dict[str, Callable] = {
     launcher.__name__: launcher
@@ -22,6 +34,8 @@ KERNELS: dict[str, Callable] = {
         conv.causal_conv1d_backward,
         conv.conv_update,
         state.state_update,
+        ssd_state.ssd_state_update,
         norm.rms_norm,
+        norm.gated_norm,
     )
 }

@@ -1,46 +1,78 @@
-"""The RMS norm over the last axis (`simba_compile.kernels.ops.rms_norm`)."""
+"""The RMS norms over the last axis: `simba_compile.kernels.ops.rms_norm` and `gated_norm`."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from simba_compile.kernels.gpu import runtime
+from simba_compile.kernels.gpu.elementary import silu
+
+
+@triton.jit
+def _entries(x, gate, known):
+    """x, or x silu(gate), in float32."""
+    u = tl.load(x, mask=known, other=0.0).to(tl.float32)
+    if gate is not None:
+        u *= silu(tl.load(gate, mask=known, other=0.0).to(tl.float32))
+    return u
 
 
 @triton.jit
 def _rms_norm(
-    x, x_outer, x_inner, x_entry, weight, out, rows, inner, size, eps, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """BLOCK_R rows at once, BLOCK_N entries at a time; row r is x[r // inner, r % inner]."""
+    x, x_outer, x_inner, x_entry, gate, gate_outer, gate_inner, gate_entry, weight, out, rows, inner, size, groups, eps,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R rows at once, BLOCK_N entries at a time; a row is one group of x[r // inner, r % inner]."""
     r = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    row = x + r // inner * x_outer + r % inner * x_inner
+    whole, before = r // groups, r % groups * size
+    x += whole // inner * x_outer + whole % inner * x_inner + before * x_entry
+    if gate is not None:
+        gate += whole // inner * gate_outer + whole % inner * gate_inner + before * gate_entry
     squares = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, size, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N))[None, :]
-        u = tl.load(row + n * x_entry, mask=(r < rows) & (n < size), other=0.0).to(tl.float32)
+        u = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, (r < rows) & (n < size))
         squares += u * u
     scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / size + eps)
     for start in range(0, size, BLOCK_N):  # the second time from the cache
         n = (start + tl.arange(0, BLOCK_N))[None, :]
         valid = (r < rows) & (n < size)
-        y = tl.load(row + n * x_entry, mask=valid, other=0.0).to(tl.float32) * scale
+        y = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, valid) * scale
         if weight is not None:
-            y *= tl.load(weight + n, mask=n < size, other=0.0).to(tl.float32)
+            y *= tl.load(weight + before + n, mask=valid, other=0.0).to(tl.float32)
         tl.store(out + r * size + n, y, mask=valid)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.rms_norm`."""
+    return _norm(x, None, weight, eps, 1)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    """See `simba_compile.kernels.ops.gated_norm`."""
+    runtime.expect(gate=(gate, tuple(x.shape)))
+    return _norm(x, gate, weight, eps, groups)
+
+
+def _norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int) -> Tensor:
     runtime.expect(weight=(weight, (x.shape[-1],)))
+    if x.shape[-1] % groups:
+        raise ValueError(f"there are {x.shape[-1]} channels; expected a multiple of {groups} (the groups).")
     out = x.new_empty(x.shape)
     if x.numel():
-        rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-        count, size = rows.shape[0] * rows.shape[1], rows.shape[2]
+        rows, gates = _rows(x), None if gate is None else _rows(gate)
+        count, size = rows.shape[0] * rows.shape[1] * groups, rows.shape[2] // groups
         # A long row is one program's; of short ones (FalconMamba norms 16 numbers) it takes as many as make 1024 entries.
         block = min(runtime.power_of_two(size), 4096)
         group = max(1, 1024 // block)
         runtime.launch(
-            _rms_norm, (runtime.blocks_of(count, group),), rows, *rows.stride(), runtime.flat(weight), out,
-            count, rows.shape[1], size, eps, BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
+            _rms_norm, (runtime.blocks_of(count, group),),
+            rows, *rows.stride(), gates, *((0, 0, 0) if gates is None else gates.stride()), runtime.flat(weight), out,
+            count, rows.shape[1], size, groups, eps, BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
         )  # fmt: skip
     return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with three axes, the last of which is the one that is normed."""
+    return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])

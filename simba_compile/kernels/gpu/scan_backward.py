@@ -9,8 +9,8 @@ are cut into chunks of 16 tokens, as `scan` does it:
 1. `scan.chunk_states`: h before each chunk, in the order of time;
 2. `adjoint_kernel` and a carry against time: g after each chunk;
 3. `gradient_kernel`: each chunk on its own, group of tokens by group from its end. A group's states are computed again from
-   the chunk's start, since a decay cannot be undone: 3.5 further steps a token. States kept every 2 tokens would save them,
-   and take eight times the memory of those kept every 16.
+   the chunk's start, since a decay cannot be undone: 0, 2, … 14 further steps for a group of 2, so 3.5 a token. States kept
+   every 2 tokens would save them, and take eight times the memory of those kept every 16.
 
 B and C are shared by all channels and A, D and the bias by all tokens: every program writes its own part of their gradients,
 and torch adds the parts up, in the same order in every run.

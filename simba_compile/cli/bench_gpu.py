@@ -1,0 +1,278 @@
+"""``simba bench --device cuda``: kernels and models on a GPU, within a given time.
+
+The jobs run in a process of their own (`bench_gpu_worker`), one after the other, the most telling ones first. A job that
+fails is noted and the next one goes on; where the process dies (of a bad address on the GPU, say) or a job takes too long, a
+new process goes on with the job after it. What does not fit into the time that is left is skipped, with the reason.
+"""
+
+import dataclasses
+import datetime
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from simba_compile.cli import bench_gpu_report
+from simba_compile.cli.show import Steps
+
+HF, INDUCTOR, MAMBA_SSM, GRAPH = "HF", "HF Inductor", "mamba-ssm", "CUDA graph"
+OURS = ("simba keep 1.0", "simba keep 0.5", "simba keep 0.1")
+DENSE, PRUNED = OURS[0], OURS[-1]
+BUDGET = 480.0  # seconds for everything
+SHARE = 0.2  # of it that one job may take at most
+INDUCTOR_LAYERS = 2  # compiling the scan's loop over tokens takes Inductor minutes for a model of full depth
+WORKER = (sys.executable, "-m", "simba_compile.cli.bench_gpu_worker")
+
+Job = dict[str, Any]
+
+
+def keep_of(contender: str) -> float:
+    """The share that one of `OURS` keeps."""
+    return float(contender.split()[2].rstrip(","))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Parameters
+    ----------
+    device : {"cuda", "cpu"}
+        The CPU is there so that tests can run it all.
+    models : dict
+        Models by name, the smallest first: fields of Hugging Face's MambaConfig.
+    tokens : sequence of int
+        Lengths of prompts, rising.
+    kernels : dict
+        The shape of the timed kernels: "channels" and "states".
+    scans : sequence of (int, int)
+        Batch and tokens at which the scan and its score are timed.
+    runs : int
+        Of each contender.
+    inductor : bool
+        Whether Hugging Face's model compiled with Inductor takes part.
+    budget : float
+        Seconds.
+    megabytes : int
+        What is copied to measure the memory's bandwidth.
+    """
+
+    device: str
+    models: dict[str, dict[str, int]]
+    tokens: Sequence[int]
+    kernels: dict[str, int]
+    scans: Sequence[tuple[int, int]]
+    runs: int
+    inductor: bool
+    budget: float = BUDGET
+    megabytes: int = 1024
+
+    @classmethod
+    def full(cls, device: str, runs: int, inductor: bool) -> "Settings":
+        """The sizes of the published models."""
+        widths = {"mamba-130m": (768, 24), "mamba-1.4b": (2048, 48), "mamba-2.8b": (2560, 64)}
+        sizes = {name: model_of(hidden, layers, 50280) for name, (hidden, layers) in widths.items()}
+        scans = ((1, 2048), (1, 8192), (1, 65536), (8, 2048), (8, 8192), (8, 65536))
+        kernels = {"channels": 5120, "states": 16}
+        return cls(device, sizes, (2048, 8192, 32768), kernels, scans, runs, inductor)
+
+    @classmethod
+    def quick(cls, device: str, inductor: bool) -> "Settings":
+        """Sizes at which everything runs within a minute; the numbers mean nothing."""
+        kernels = {"channels": 64, "states": 16}
+        tiny = {"tiny": model_of(64, 2, 256)}
+        return cls(device, tiny, (64, 128), kernels, ((1, 64), (2, 128)), 2, inductor, megabytes=1)
+
+
+def model_of(hidden: int, layers: int, vocabulary: int) -> dict[str, int]:
+    """The fields of a Mamba's configuration."""
+    return {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "state_size": 16}
+
+
+def jobs_of(settings: Settings) -> list[Job]:
+    """Everything that is to be measured, the most telling first."""
+    from simba_compile.cli.bench_kernels import CASES
+
+    jobs: list[Job] = [{"kind": "copy", "megabytes": settings.megabytes}]
+    jobs += [{"kind": "correct", "operator": name} for name in CASES]
+    batch, tokens = settings.scans[1]
+    for name in CASES:
+        shapes = settings.scans if name in ("selective_scan", "influence") else [(batch, tokens)]
+        jobs += [{"kind": "kernel", "operator": name, "batch": b, "tokens": t, **settings.kernels} for b, t in shapes]
+    contenders = (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", OURS[1], HF)
+    names = list(settings.models)
+    for name in dict.fromkeys([names[0], names[-1], *names]):  # the ends of the range first
+        model = settings.models[name]
+        jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": settings.tokens[1]})
+        for contender in contenders:
+            jobs += [{"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in settings.tokens]
+        decoding = (PRUNED, HF, MAMBA_SSM) if settings.device == "cuda" else (PRUNED, HF)
+        jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in decoding]
+    if settings.inductor:
+        shallow = settings.models[names[0]] | {"num_hidden_layers": INDUCTOR_LAYERS}
+        some = {"kind": "prefill", "model": shallow, "tokens": settings.tokens[0]}
+        jobs += [some | {"contender": contender} for contender in (DENSE, PRUNED, HF, INDUCTOR)]
+    return jobs
+
+
+def run(settings: Settings, out: Path, command: str) -> None:
+    """See `simba_compile.cli.bench`."""
+    results = measure(settings)
+    results["command"] = command
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench-gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    page = bench_gpu_report.markdown(results)
+    (out / "bench-gpu.md").write_text(page)
+    console = Console()
+    console.print(page, markup=False, highlight=False)
+    console.print(f"Written: {out / 'bench-gpu.json'}, {out / 'bench-gpu.md'}", markup=False, highlight=False)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Measure everything that the budget allows.
+
+    Returns
+    -------
+    dict
+        "machine"; "settings"; "date"; "jobs": each with its "result", or the reason why it "failed" or was "skipped", and
+        its "seconds".
+    """
+    jobs = jobs_of(settings)
+    with Steps(len(jobs)) as steps:
+        machine = supervise([*WORKER, settings.device, str(settings.runs)], jobs, settings.budget, steps.next)
+    return {
+        "machine": machine,
+        "settings": dataclasses.asdict(settings),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "jobs": jobs,
+    }
+
+
+def supervise(command: Sequence[str], jobs: list[Job], budget: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Have a worker do the jobs, and note in each what came of it; gives what the worker says of its machine.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Starts a worker.
+    jobs : list of dict
+        Each gets "result", "failed" or "skipped", and "seconds" where it was begun.
+    budget : float
+        Seconds for all jobs.
+    say : callable
+        Is told what is done now.
+    """
+    end = time.monotonic() + budget
+    about: dict[str, Any] = {}
+    worker: _Worker | None = None
+    try:
+        for job in jobs:
+            left = end - time.monotonic()
+            reason = _too_long(job, jobs, left, SHARE * budget)
+            say(title(job) if reason is None else f"skipped: {title(job)}")
+            if reason is not None:
+                job["skipped"] = reason
+                continue
+            begin = time.monotonic()
+            if worker is None:
+                worker = _Worker(command)
+                about = (worker.answer(left) or {}).get("machine", about)
+            answer = worker.ask(job, min(end - time.monotonic(), SHARE * budget))
+            job["seconds"] = round(time.monotonic() - begin, 2)
+            if answer is None:
+                job["failed"] = worker.why()
+                worker.end()
+                worker = None
+            else:
+                job.update(answer)
+    finally:
+        if worker is not None:
+            worker.end()
+    return about
+
+
+def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None:
+    """Why a job is not begun: no time, or the same at a shorter length says that it would not end in time."""
+    if left <= 0:
+        return "no time was left"
+    same = [
+        other for other in jobs
+        if "result" in other and other["kind"] == job["kind"] == "prefill" and other["tokens"] < job["tokens"]
+        and all(other[name] == job[name] for name in ("contender", "model"))
+    ]  # fmt: skip
+    if same:
+        call = same[-1]["result"]["timing"]["median"]
+        expected = 3 * call * job["tokens"] / same[-1]["tokens"]  # it is called three times at least
+        if expected > min(left, most):
+            return f"expected to take {expected:.0f} s, after {call:.1f} s a call at {same[-1]['tokens']} tokens"
+    return None
+
+
+def title(job: Job) -> str:
+    """A job, to read."""
+    parts = [str(value) for name, value in job.items() if name in ("kind", "operator", "contender")]
+    if "model" in job:
+        parts.append(f"hidden {job['model']['hidden_size']}, {job['model']['num_hidden_layers']} layers")
+    return " ".join(parts) + (f", {job['tokens']} tokens" if "tokens" in job else "")
+
+
+class _Worker:
+    """A worker's process: what it is asked, and the JSON objects that it prints, each within a time."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self.answers: queue.Queue[str | None] = queue.Queue()
+        self.late = False
+        self.told = "it said nothing"  # the last line of its errors
+        self.threads = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            if line.startswith("{"):  # what libraries print is not for us
+                self.answers.put(line)
+        self.answers.put(None)
+
+    def _read_errors(self) -> None:
+        for line in self.process.stderr or ():
+            self.told = line.strip() or self.told
+
+    def ask(self, job: Job, seconds: float) -> dict[str, Any] | None:
+        """Hand over a job; the answer, or None where there is none in time."""
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+        except OSError:  # it is dead: so says the answer
+            pass
+        return self.answer(seconds)
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next object that it prints; None where there is none within the time, or none any more."""
+        try:
+            line = self.answers.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            self.late = True
+            return None
+        return None if line is None else json.loads(line)
+
+    def why(self) -> str:
+        """Why there was no answer."""
+        if self.late:
+            return "it took too long"
+        code = self.process.wait()
+        self.threads[1].join(1.0)
+        return f"its process ended with {code}: {self.told}"
+
+    def end(self) -> None:
+        """Stop the process."""
+        self.process.kill()
+        self.process.wait()

@@ -1,0 +1,116 @@
+"""What ``simba bench --device cuda`` measured, as a Markdown page."""
+
+from collections.abc import Callable
+from typing import Any
+
+from simba_compile.cli.show import clock, markdown_table, spread
+
+FASTER = "simba keep 0.1"  # whose speedups over the others are shown
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report: facts, one table for each kind of job, and what failed or was left out."""
+    about, jobs = results["machine"], results["jobs"]
+    bandwidth = next((job["result"]["rate"] for job in jobs if job["kind"] == "copy" and "result" in job), None)
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "cuda") if name in about)
+    copies = "a copy was not measured" if bandwidth is None else f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written"
+    facts = [
+        f"Device: {about.get('device', 'unknown')}; {copies}. {versions}.",
+        "Models have random weights, batch 1, bfloat16; a prompt is timed up to the next token's logits, without a cache.",
+        f"Command: `{results['command']}` ({results['date']}).",
+    ]
+    parts = ["# simba bench on a GPU", "\n".join(f"- {fact}" for fact in facts)]
+    tables: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
+        "kernel": lambda done: _kernels(done, jobs, bandwidth),
+        "prefill": _prefill,
+        "decode": _decode,
+        "profile": _profile,
+    }
+    for kind, rows_of in tables.items():
+        done = [job for job in jobs if job["kind"] == kind and "result" in job]
+        if done:
+            heading, columns = HEADINGS[kind]
+            parts += [f"## {heading}", markdown_table(columns, rows_of(done))]
+    errors = [job for job in jobs if job["kind"] == "correct" and "result" in job]
+    if errors:
+        rows = [[job["operator"], f"{job['result']['error']:.1e}"] for job in errors]
+        parts += ["## Off the definition in float64, as a share of the largest number", markdown_table(["", "off"], rows)]
+    missing = [(job, word, job[word]) for job in jobs for word in ("failed", "skipped") if word in job]
+    if missing:
+        parts += ["## Not measured", "\n".join(f"- {_name(job)}: {word}: {reason}" for job, word, reason in missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+HEADINGS = {
+    "kernel": (
+        "Kernels (bfloat16)",
+        ["", "batch", "tokens", "median", "GB/s", "of a copy's", "peer", "peer's median", "influence / scan"],
+    ),
+    "prefill": ("Prompts", ["", "", "tokens", "median", "spread", "first call", "memory", f"/ {FASTER}"]),
+    "decode": ("One decoding step as a CUDA graph", ["", "", "median", "spread"]),
+    "profile": (
+        "Within one pruned prompt",
+        ["", "tokens", "influence", "select", "gather", "together", "waits of the host for the device"],
+    ),
+}
+
+
+def _name(job: dict[str, Any]) -> str:
+    named = [str(job[name]) for name in ("kind", "operator", "contender", "tokens") if name in job]
+    return ", ".join(named + ([_model(job)] if "model" in job else []))
+
+
+def _model(job: dict[str, Any]) -> str:
+    return f"hidden {job['model']['hidden_size']}, {job['model']['num_hidden_layers']} layers"
+
+
+def _kernels(done: list[dict[str, Any]], jobs: list[dict[str, Any]], bandwidth: float | None) -> list[list[str]]:
+    scans = {
+        (job["batch"], job["tokens"]): job["result"]["timing"]["median"]
+        for job in done
+        if job["operator"] == "selective_scan"
+    }
+    rows = []
+    for job in done:
+        result, median = job["result"], job["result"]["timing"]["median"]
+        scan = scans.get((job["batch"], job["tokens"])) if job["operator"] == "influence" else None
+        peer = clock(result["peer_timing"]["median"]) if "peer_timing" in result else result.get("peer_failed", "")
+        rows.append([
+            job["operator"], str(job["batch"]), str(job["tokens"]), clock(median), f"{result['rate'] / 1e9:.0f}",
+            "" if bandwidth is None else f"{result['rate'] / bandwidth:.0%}", result.get("peer", ""), peer,
+            "" if scan is None else f"{median / scan:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _prefill(done: list[dict[str, Any]]) -> list[list[str]]:
+    ours = {
+        (_model(job), job["tokens"]): job["result"]["timing"]["median"]
+        for job in done
+        if job["contender"].startswith(FASTER)  # with CUDA graphs, where that was measured: it comes later
+    }
+    rows = []
+    for job in done:
+        result, base = job["result"], ours.get((_model(job), job["tokens"]))
+        median, memory = result["timing"]["median"], result["memory_mib"]
+        rows.append([
+            _model(job), job["contender"], str(job["tokens"]), clock(median), spread(result["timing"]),
+            clock(result["first"]), "" if memory is None else f"{memory:.0f} MiB",
+            "" if base is None else f"{median / base:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _decode(done: list[dict[str, Any]]) -> list[list[str]]:
+    timings = [(job, job["result"]["timing"]) for job in done]
+    return [[_model(job), job["contender"], clock(timing["median"]), spread(timing)] for job, timing in timings]
+
+
+def _profile(done: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for job in done:
+        result = job["result"]
+        waits = ", ".join(f"{name} {count}" for name, count in result["waits"].items()) or "none"
+        shares = [f"{result['shares'][name]:.1%}" for name in ("influence", "select", "gather")]
+        rows.append([_model(job), str(job["tokens"]), *shares, f"{result['share']:.1%}", waits])
+    return rows

@@ -1,0 +1,248 @@
+"""The operators by themselves, for ``simba bench --device cuda``: right, how fast, and beside whose kernels.
+
+A case is made twice: small, to be held against the definition in float64, and at full size, to be timed.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_compile.cli.device import Device
+from simba_compile.kernels import reference
+
+SMALL = {"batch": 2, "tokens": 100, "channels": 96, "states": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Parameters
+    ----------
+    operator : str
+        Of ``torch.ops.simba``.
+    args : tuple
+        Its arguments.
+    moved : int
+        Bytes that it has to read and write, each once.
+    peer : callable, optional
+        The same by another package's kernel; raises ImportError where that is not installed.
+    peer_name : str
+        The package and its function.
+    """
+
+    operator: str
+    args: tuple[Any, ...]
+    moved: int
+    peer: Callable[[], object] | None = None
+    peer_name: str = ""
+
+    def run(self) -> Any:
+        """Call the operator."""
+        return getattr(torch.ops.simba, self.operator)(*self.args)
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    """Bytes."""
+    return sum(value.numel() * value.element_size() for value in tensors if value is not None)
+
+
+def _peer(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(module), name)
+
+
+def _scan(batch: int, tokens: int, channels: int, states: int) -> tuple[Any, ...]:
+    """x, dt, A, B, C, D, z, dt_bias as a mixer makes them: x and z are halves of one projection, and so are B and C."""
+    x, z = torch.randn(batch, tokens, 2 * channels, dtype=torch.bfloat16).chunk(2, -1)
+    dt, BC = torch.randn_like(x), torch.randn(batch, tokens, 2 * states, dtype=torch.bfloat16)
+    A = -torch.rand(channels, states) * 15 - 1
+    return x, dt, A, *BC.chunk(2, -1), torch.ones(channels), z, torch.full((channels,), -4.0)
+
+
+def selective_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The dense scan, with skip, gate and softplus."""
+    x, dt, A, B, C, D, z, bias = inputs = _scan(batch, tokens, channels, states)
+    across = [value.transpose(1, 2).contiguous() for value in (x, dt, B, C, z)]
+
+    def peer() -> object:
+        u, delta, b, c, gate = across
+        run = _peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+        return run(u, delta, A, b, c, D, gate, bias, delta_softplus=True, return_last_state=True)
+
+    moved = size_of(*inputs) + size_of(x) + 4 * batch * channels * states
+    return Case("selective_scan", (*inputs, True, None), moved, peer, "mamba-ssm selective_scan_fn")
+
+
+def influence(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The score, pooled by its largest channel."""
+    x, dt, A, B, C, _, _, bias = _scan(batch, tokens, channels, states)
+    moved = size_of(x, dt, A, B, bias) + 8 * batch * tokens
+    return Case("influence", (x, dt, A, B, C, bias, True, "max", True), moved)
+
+
+def select(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """Half of the tokens."""
+    scores = torch.randn(batch, tokens, dtype=torch.float64)
+    return Case("select", (scores, tokens // 2, 0, 1), size_of(scores) + 8 * batch * (tokens // 2))
+
+
+def gather(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """Half of the rows of a residual stream."""
+    x = torch.randn(batch, tokens, channels // 2, dtype=torch.bfloat16)
+    index = torch.arange(0, tokens - 1, 2).expand(batch, -1).contiguous()
+    return Case("gather", (x, index, 1), 2 * size_of(x[:, : index.shape[1]]) + size_of(index))
+
+
+def causal_conv1d(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The convolution of four tokens with SiLU."""
+    x = torch.randn(batch, tokens, 2 * channels, dtype=torch.bfloat16)[..., :channels]
+    weight, bias = torch.randn(channels, 4, dtype=torch.bfloat16), torch.randn(channels, dtype=torch.bfloat16)
+
+    def peer() -> object:
+        return _peer("causal_conv1d", "causal_conv1d_fn")(x.transpose(1, 2), weight, bias, activation="silu")
+
+    moved = 2 * size_of(x) + size_of(weight, bias)
+    return Case("causal_conv1d", (x, weight, bias, True), moved, peer, "causal-conv1d causal_conv1d_fn")
+
+
+def rms_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The norm in front of a mixer."""
+    x, weight = torch.randn(batch, tokens, channels // 2, dtype=torch.bfloat16), torch.randn(channels // 2)
+    return Case("rms_norm", (x, weight, 1e-5), 2 * size_of(x) + size_of(weight))
+
+
+def state_update(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """One decoding step of the scan."""
+    x, dt, A, B, C, D, z, bias = (value[:, -1] if value.dim() == 3 else value for value in _scan(batch, 2, channels, states))
+    state = torch.randn(batch, channels, states)
+
+    def peer() -> object:
+        run = _peer("mamba_ssm.ops.triton.selective_state_update", "selective_state_update")
+        return run(state, x, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
+
+    moved = 2 * size_of(state) + size_of(x, dt, A, B, C, D, z, bias) + size_of(x)
+    return Case("state_update", (state, x, dt, A, B, C, D, z, bias, True), moved, peer, "mamba-ssm selective_state_update")
+
+
+def _ssd(batch: int, tokens: int, channels: int) -> tuple[Any, ...]:
+    """x, dt, A, B, C, D, dt_bias of Mamba-2: heads of 32 or 64 channels, one group of 128 states."""
+    size = 64 if channels % 64 == 0 else 32
+    heads = channels // size
+    x, B, C = torch.randn(batch, tokens, channels + 256, dtype=torch.bfloat16).split([channels, 128, 128], -1)
+    dt = torch.randn(batch, tokens, heads, dtype=torch.bfloat16)
+    groups = (value.unflatten(-1, (1, 128)) for value in (B, C))
+    A, bias = -torch.rand(heads) * 15 - 1, torch.full((heads,), -4.0)
+    return x.unflatten(-1, (heads, size)), dt, A, *groups, torch.ones(heads), bias
+
+
+def ssd_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The scan of Mamba-2."""
+    x, dt, A, B, C, D, bias = inputs = _ssd(batch, tokens, channels)
+
+    def peer() -> object:
+        run = _peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+        return run(x, dt, A, B, C, 256, D=D, dt_bias=bias, dt_softplus=True, return_final_states=True)
+
+    moved = size_of(*inputs) + 4 * x.numel() + 4 * batch * channels * 128
+    # With an index, so that it is our kernel: without one, the operator takes mamba-ssm's where that is installed.
+    args = (x, dt, A, B, C, D, bias, True, 0.0, float("inf"), None, torch.arange(tokens).expand(batch, -1).contiguous())
+    return Case("ssd_scan", args, moved, peer, "mamba-ssm mamba_chunk_scan_combined")
+
+
+def ssd_influence(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The score of Mamba-2."""
+    x, dt, A, B, C, _, bias = _ssd(batch, tokens, channels)
+    moved = size_of(x, dt, A, B, bias) + 8 * batch * tokens
+    return Case("ssd_influence", (x, dt, A, B, C, bias, True, 0.0, float("inf"), "max", True), moved)
+
+
+def ssd_state_update(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """One decoding step of Mamba-2."""
+    x, dt, A, B, C, D, bias = (value[:, -1] if value.dim() >= 3 else value for value in _ssd(batch, 2, channels))
+    state = torch.randn(*x.shape, 128)
+    moved = 2 * size_of(state) + size_of(x, dt, A, B, C, D, bias) + size_of(x)
+    return Case("ssd_state_update", (state, x, dt, A, B, C, D, bias, True), moved)
+
+
+def gated_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The norm after the scan of Mamba-2."""
+    x, gate = torch.randn(batch, tokens, channels), torch.randn(batch, tokens, channels, dtype=torch.bfloat16)
+    weight = torch.randn(channels)
+    return Case("gated_norm", (x, gate, weight, 1e-5, 1), 2 * size_of(x) + size_of(gate, weight))
+
+
+CASES: dict[str, Callable[..., Case]] = {
+    maker.__name__: maker
+    for maker in (
+        selective_scan, influence, select, gather, causal_conv1d, rms_norm, state_update,
+        ssd_scan, ssd_influence, ssd_state_update, gated_norm,
+    )
+}  # fmt: skip
+
+
+def copy_bandwidth(device: Device, megabytes: int) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory: what a kernel can be held against."""
+    with device.on():
+        source = torch.empty(megabytes << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size_of(source) / device.time(lambda: target.copy_(source), 10, 1.0).median
+
+
+def error(name: str, device: Device) -> float:
+    """How far a small case is off its definition in float64, as a share of the largest number.
+
+    Of scores, as a share of the largest influence; of positions, the share that differs.
+    """
+    torch.manual_seed(0)
+    with device.on():
+        case = CASES[name](**SMALL)
+    exact_args = [_exact(value) for value in case.args]
+    actual, exact = case.run(), getattr(reference, name)(*exact_args)
+    pairs = zip(actual, exact, strict=True) if isinstance(exact, tuple) else [(actual, exact)]
+    worst = 0.0
+    for one, other in pairs:
+        one, other = one.cpu(), other.cpu()
+        if one.dtype == torch.int64:
+            worst = max(worst, (one != other).double().mean().item())
+            continue
+        one, other = one.double(), other.double()
+        if name.endswith("influence"):
+            one, other = ((score - other.max()).exp() for score in (one, other))
+        worst = max(worst, ((one - other).abs().max() / other.abs().max()).item())
+    return worst
+
+
+def _exact(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.cpu().double() if value.is_floating_point() else value.cpu()
+
+
+def measure(name: str, device: Device, shape: dict[str, int], runs: int) -> dict[str, Any]:
+    """Time an operator and its peer at one shape.
+
+    Returns
+    -------
+    dict
+        "timing"; "bytes", that it has to move, and "rate", of them a second; with a peer, "peer" (its name) and either
+        "peer_timing" or "peer_failed".
+    """
+    torch.manual_seed(0)
+    with device.on():
+        case = CASES[name](**shape)
+    case.run()
+    timing = device.time(case.run, runs, 2.0)
+    result: dict[str, Any] = {"timing": timing.to_dict(), "bytes": case.moved, "rate": case.moved / timing.median}
+    if case.peer is not None:
+        result["peer"] = case.peer_name
+        try:
+            case.peer()
+            result["peer_timing"] = device.time(case.peer, runs, 2.0).to_dict()
+        except Exception as failure:
+            result["peer_failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return result

@@ -5,6 +5,8 @@ training steps counts, and a step that took far longer than usual (the process w
 that was stopped goes on from its checkpoint when the same command is given again.
 
     python training/train_bytes.py --minutes 60
+
+``--start-from`` trains a model on. ``--autocast`` leaves the gradients as they are to a cosine of 0.9999.
 """
 
 import argparse

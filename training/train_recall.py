@@ -4,6 +4,8 @@ Every step draws new sequences: a length up to ``--length``, a number of pairs u
 at the end. Training stops after ``--steps``; scores of the saved model are of sequences with one query that were never seen.
 
     python training/train_recall.py
+    python training/train_recall.py --architecture mamba2 --output models/recall-mamba2
+    python training/train_recall.py --d-model 56 --output models/recall-small
 """
 
 import argparse

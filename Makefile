@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench soak sanitize fuzz clean
+.PHONY: demo test bench coverage soak sanitize fuzz mutate clean
 
 demo: .venv/installed
 	$(BIN)/simba demo
@@ -24,7 +24,13 @@ bench: .venv/installed
 		-c constraints.txt --no-build-isolation --no-deps --upgrade --target .venv/mamba_ssm mamba-ssm
 	touch $@
 
-# What takes too long for every push: 10,000 calls, the kernels under sanitizers (gcc), and random models for as long as given.
+coverage: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto --dist worksteal
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# What takes too long for every push: 10,000 calls, the kernels under sanitizers (gcc), random models, and a
+# sample of mutants of the passes and options (docs/testing.md).
 soak: .venv/installed
 	PYTHONPATH=tests $(BIN)/python tests/test_soak.py 10000
 
@@ -33,6 +39,9 @@ sanitize: .venv/installed
 
 fuzz: .venv/installed
 	SIMBA_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics
+
+mutate: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py mutants.jsonl --sample 200
 
 clean:
 	rm -rf .venv build *.egg-info simba_compile/kernels/_native*.so

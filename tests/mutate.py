@@ -1,4 +1,4 @@
-"""Mutation testing: ``python tests/mutate.py RESULTS [--sample N] [--seed S] [--limit SECONDS] [FILE ...]``.
+"""Mutation testing: ``python tests/mutate.py RESULTS [--files ...] [--tests ...] [--sample N] ...``.
 
 Changes one place of the passes or the options at a time (`mutants` lists how) and runs the tests that execute its line, the
 quickest first, until one fails. A mutant that no test notices shows a test that is missing, or code that makes no
@@ -32,7 +32,7 @@ import transformers.models.mamba.modeling_mamba  # noqa: F401  (loaded once, bef
 
 ROOT = Path(__file__).parents[1]
 FILES = ["simba_compile/options.py", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("simba_compile/passes/*.py"))]
-TESTS = ["test_options", "test_passes", "test_attention", "test_backend", "test_families", "test_fuzz"]
+TESTS = [f"tests/test_{name}.py" for name in ("options", "passes", "tokens", "attention", "backend", "families", "fuzz")]
 
 OTHER: dict[type, type] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
@@ -172,12 +172,12 @@ def run_tests(nodes: list[str], *plugins: Any) -> int:
     return int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:benchmark", *nodes], list(plugins)))
 
 
-def measure(path: Path) -> int:
-    """Run all tests once and write down, for each line of FILES, the tests that run it, the quickest first."""
+def measure(path: Path, tests: list[str]) -> int:
+    """Run the tests once and write down, for each line of FILES, the tests that run it, the quickest first."""
     cover = coverage.Coverage(data_file=None, include=[str(ROOT / file) for file in FILES], config_file=False)
     cover.start()
     recorder = Recorder(cover)
-    code = run_tests([f"tests/{name}.py" for name in TESTS], recorder)
+    code = run_tests(tests, recorder)
     cover.stop()
     data = cover.get_data()
     lines = {file: data.contexts_by_lineno(str(ROOT / file)) for file in FILES}
@@ -189,9 +189,10 @@ def main() -> None:
     """Measure, then go through the mutants."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("files", nargs="*", default=FILES)
+    parser.add_argument("--files", nargs="+", default=FILES, metavar="FILE")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random; else all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="TEST", help="those that may notice")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests for one mutant")
     given = parser.parse_args()
     os.chdir(ROOT)
@@ -200,7 +201,7 @@ def main() -> None:
     assert "simba_compile" not in sys.modules
     table = given.results.with_suffix(".lines.json")
     if not table.exists():
-        assert in_fork(lambda: measure(table), 10**5) == 0, "the tests do not pass"
+        assert in_fork(lambda: measure(table, given.tests), 10**5) == 0, "the tests do not pass"
     measured = json.loads(table.read_text())
     seconds: dict[str, float] = measured["seconds"]
     sources = {file: (ROOT / file).read_text() for file in given.files}

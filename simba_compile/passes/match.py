@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
-from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, PADS, PRODUCTS, Length, suffix, value_of
 
 ADDS = {operator.add, torch.add, "add"}
 SCALES = {operator.mul, torch.mul, "mul"}
@@ -95,7 +95,7 @@ def _mixer(scans: list[Node]) -> Mixer:
     if conv is not None:
         uses = [user for source in _views_of(conv.args[0]) for user in source.users]  # type: ignore[arg-type]
         windows = [user for user in uses if suffix(user, length)]
-        if any(user.target is torch.nn.functional.pad for user in uses):
+        if any(user.target in PADS for user in uses):
             reason = "the prompt is shorter than the convolution"
         elif length.of(conv) < 0:
             reason = "it goes on from a cache"

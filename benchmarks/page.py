@@ -322,7 +322,7 @@ def limits(results: Results, path: Path) -> list[str]:
                 f"{stage['seconds'] / limit(stage, results['copy']):.2f}",
             ]
             for name, stage in found.items()
-            if name != "other"
+            if name != "other" and limit(stage, results["copy"]) > 0  # a stage that did not run has none
         ]
         headings = [f"{dtype}, keep 0.1", "time", "share", "bare products", "GFLOP/s", "memory", "time / limit"]
         parts.append(markdown_table(headings, rows))

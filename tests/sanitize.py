@@ -40,7 +40,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
     import torch
     from torch import Tensor
 
-    from simba_compile.kernels import native, native_ssd
+    from simba_compile.kernels import native, native_linear, native_ssd
     from simba_compile.kernels.reference import POOLS
 
     library = ctypes.CDLL(path)
@@ -72,7 +72,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
     def kernel_of(name: str) -> Callable:
-        return getattr(native_ssd if name.startswith("ssd") else native, name)
+        return next(getattr(kernels, name) for kernels in (native, native_ssd, native_linear) if hasattr(kernels, name))
 
     def ssd_cases() -> dict[str, tuple[object, ...]]:
         """Calls of Mamba-2's kernels."""
@@ -99,6 +99,20 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "ssd_influence": (x, dt, A, B, C, bias, softplus, *limits, pool, in_decay),
             "ssd_state_update": (state, *step, D, bias, softplus),
         }
+
+    SIZES = (0, 1, 2), (1, 2, 4, 30, 90), (0, 1, 17, 90), (1, 17, 90)  # batch, tokens, depth, columns
+
+    def linear_case() -> tuple[object, ...]:
+        """x, weight, bias, add and index: a few rows and many, weights that fit a cache and that do not."""
+        batch, tokens, depth, columns = (chance.choice(sizes) for sizes in SIZES)
+        if chance.random() < 0.1:
+            depth = columns = 420
+        kept = chance.randint(1, tokens)
+        index = torch.randint(0, tokens, (batch, kept)) if chance.random() < 0.5 else None
+        rows = tokens if index is None else kept
+        add = make(batch, tokens, columns)
+        bias = maybe(parameter(dtype, columns))
+        return make(batch, rows, depth), make(columns, depth), bias, maybe(add) if index is None else add, index
 
     while time.monotonic() < end:
         levels = [library.simba_set_level(level) for level in (0, 1, 2)]
@@ -138,6 +152,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
             "gated_norm": (x, z, parameter(dtype, channels), 1e-5, chance.choice([1, 2]) if channels % 2 == 0 else 1),
             "select": (scores, k, first, chance.randint(0, k - first)),
+            "linear": linear_case(),
         }
         if index is not None:
             cases["gather"] = (x if x.shape[2] < 2 or x.stride(2) == 1 else x.contiguous(), index)
@@ -148,12 +163,12 @@ def drive(path: str, seconds: float, seed: int) -> None:
             for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in results), strict=True):
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{name}: strides change the result (seed {seed})"
             calls += 2
-        for name in ("selective_scan", "gather", "ssd_scan"):
+        for name in ("selective_scan", "gather", "ssd_scan", "linear"):
             *args, index = cases.get(name, [None])
             if index is None or not index.numel() or chance.random() > 0.2:
                 continue
             bad = index.contiguous().clone()
-            tokens = args[0].shape[1]
+            tokens = args[3 if name == "linear" else 0].shape[1]
             bad.view(-1)[chance.randrange(bad.numel())] = chance.choice([-1, tokens, 2**62, -(2**62)])
             try:
                 kernel_of(name)(*args, bad)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.tokens import PADS, PRODUCTS, expression, value_of
+from simba_compile.passes.tokens import PRODUCTS, expression, value_of
 
 OPS = torch.ops.simba
 RESHAPE = {"reshape", "view"}
+PAD = {F.pad, torch._C._nn.pad}
 
 
 def make_rows(graph: Graph) -> None:
@@ -103,7 +104,7 @@ def convolve_rows(node: Node) -> None:
 
 def keep_window(node: Node) -> None:
     """``pad(x, (k - l, 0))`` of l tokens: the last k of them, with zeros in front where there are fewer."""
-    if node.target not in PADS or len(_sizes(node)) != 3 or list(node.args[2:]) not in ([], ["constant"], ["constant", None]):
+    if node.target not in PAD or len(_sizes(node)) != 3 or list(node.args[2:]) not in ([], ["constant"], ["constant", None]):
         return
     x, amount = node.args[:2]
     if len(amount) != 2 or amount[1] != 0 or not isinstance(amount[0], Node):  # type: ignore[arg-type, index]

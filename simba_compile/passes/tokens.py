@@ -138,7 +138,6 @@ VIEWS: set[Any] = {
 }
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
-PADS: set[Any] = {_F.pad, torch._C._nn.pad}
 CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
 IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without
     getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")

@@ -254,8 +254,8 @@ def ssd_scan_backward(
         shape = (tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max)
         of_x = (grad, *grad.stride(), x, *x.stride())
         of_dt = (dt, *dt.stride(), A, B, *B.stride(), C, *C.stride())
-        constants = {"SOFTPLUS": softplus, **tile, "BLOCK_N": max(16, tile["BLOCK_N"] // 2), "num_warps": 8, "num_stages": 1}
-        narrow = constants | {"BLOCK_P": max(16, tile["BLOCK_P"] // 2)}
+        constants = {"SOFTPLUS": softplus, **tile, "BLOCK_N": min(32, tile["BLOCK_N"]), "num_warps": 8, "num_stages": 1}
+        narrow = constants | {name: max(16, tile[name] // 2) for name in ("BLOCK_P", "BLOCK_N")}
         runtime.launch(
             _to_x, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
             grad, *grad.stride(), *of_dt, D, dt_bias, after, dx, *shape, **constants,

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench soak sanitize fuzz clean
+.PHONY: demo test bench coverage soak sanitize fuzz mutate clean
 
 demo: .venv/installed
 	$(BIN)/simba demo
@@ -15,13 +15,22 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/simba bench
 
-# Editable, so that the native kernels stand beside the source; constraints.txt pins what was tested.
+# Editable, so that the native kernels stand beside the source; constraints.txt pins what was tested. mamba-ssm comes without
+# its CUDA extension, into a folder that only its own tests see (tests/test_mamba_ssm.py).
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard simba_compile/kernels/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation --no-deps --upgrade --target .venv/mamba_ssm mamba-ssm
 	touch $@
 
-# What takes too long for every push: 10,000 calls, the kernels under sanitizers (gcc), and random models for as long as given.
+coverage: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto --dist worksteal
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# What takes too long for every push: 10,000 calls, the kernels under sanitizers (gcc), random models, and a
+# sample of mutants of the passes and options (docs/testing.md).
 soak: .venv/installed
 	PYTHONPATH=tests $(BIN)/python tests/test_soak.py 10000
 
@@ -30,6 +39,9 @@ sanitize: .venv/installed
 
 fuzz: .venv/installed
 	SIMBA_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics
+
+mutate: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py mutants.jsonl --sample 200
 
 clean:
 	rm -rf .venv build *.egg-info simba_compile/kernels/_native*.so

@@ -1,5 +1,6 @@
 """Builds the native CPU kernels; everything else stands in pyproject.toml."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CPU = Path("simba_compile/kernels/cpu")
+DIGEST = runpy.run_path("simba_compile/kernels/library.py")["digest"](CPU)
 COMPILE = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 
 
@@ -22,10 +24,10 @@ class BuildKernels(build_ext):
         """With OpenMP where the compiler has it; one thread is still many times faster than plain torch."""
         try:
             super().build_extension(ext)
-        except CompileError:
+        except CompileError as error:
             if "-fopenmp" not in ext.extra_compile_args:
                 raise
-            self.warn("the compiler does not take -fopenmp: the native kernels are built for a single thread")
+            self.warn(f"compiling with -fopenmp failed ({error}): trying without, for a single thread")
             ext.extra_compile_args.remove("-fopenmp")
             super().build_extension(ext)
 
@@ -37,6 +39,7 @@ setup(
             "simba_compile.kernels._native",
             sources=[str(CPU / f"{name}.c") for name in ("level_base", "level_v3", "level_v4", "dispatch", "tokens")],
             depends=[str(header) for header in sorted(CPU.glob("*.h"))],
+            define_macros=[("SIMBA_SOURCES", f"{DIGEST:#x}u")],  # library.py compares it
             # Not linked with OpenMP's runtime: its symbols come from the one that torch has loaded, so that both share
             # one pool of threads.
             extra_compile_args=COMPILE if sys.platform == "linux" else ["-O3", "-fno-math-errno"],

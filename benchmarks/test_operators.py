@@ -80,6 +80,34 @@ def causal_conv1d() -> dict[str, Call]:
     return {"simba": lambda: OPS.causal_conv1d(x, weight, bias, True), "torch": plain}
 
 
+def linears(tokens: int) -> dict[str, Call]:
+    """in_proj and out_proj of eight layers, so that no weight is still in a cache when it is read."""
+    inner, outer = rows(tokens, HIDDEN), rows(tokens, CHANNELS)
+    weights = [(torch.randn(2 * CHANNELS, HIDDEN), torch.randn(HIDDEN, CHANNELS)) for _ in range(8)]
+
+    def products(linear: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for in_proj, out_proj in weights:
+            linear(inner, in_proj)
+            linear(outer, out_proj)
+
+    return {
+        "simba": lambda: products(lambda x, weight: OPS.linear(x, weight, None, None, None)),
+        "torch": lambda: products(F.linear),
+    }
+
+
+def linear_of_a_prompt() -> dict[str, Call]:
+    return linears(TOKENS)
+
+
+def linear_of_kept_tokens() -> dict[str, Call]:
+    return linears(TOKENS // 10)
+
+
+def linear_of_a_step() -> dict[str, Call]:
+    return linears(1)
+
+
 def rms_norm() -> dict[str, Call]:
     x, weight = rows(TOKENS, HIDDEN), torch.randn(HIDDEN)
     return {
@@ -190,6 +218,9 @@ OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     selective_scan: ("simba", "torch"),
     selective_scan_of_kept_tokens: ("simba", "simba, gathers first"),
     causal_conv1d: ("simba", "torch"),
+    linear_of_a_prompt: ("simba", "torch"),
+    linear_of_kept_tokens: ("simba", "torch"),
+    linear_of_a_step: ("simba", "torch"),
     rms_norm: ("simba", "torch"),
     select: ("simba", "torch"),
     gather: ("simba", "torch"),

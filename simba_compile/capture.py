@@ -2,8 +2,8 @@
 
 This is the only file that touches Dynamo's internals.
 
-*Lift.* Hugging Face keeps the convolution and the scan of every Mamba-based model in module-level functions.
-`torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The substitutes act
+*Lift.* Hugging Face and mamba_ssm keep the convolution and the scan of every Mamba-based model in module-level functions.
+`torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The `substitutes` act
 only where the backend that compiles is ours; for any other they run a copy of the original function, so that the graphs of
 other backends stay as they were. Eager mode is not touched.
 
@@ -27,7 +27,7 @@ from torch._dynamo import config, exc, pgo
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx.experimental import _config as shapes
 
-import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
+from simba_compile import substitutes
 
 log = logging.getLogger("simba_compile")
 
@@ -161,91 +161,7 @@ def forget() -> None:
         _undo.pop()()
 
 
-# --- the substitutes -------------------------------------------------------------------------------------------------
-# Dynamo traces each in place of the Hugging Face function of its name. They take that function's arguments.
-
-
-def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
-    """The convolution of a prompt."""
-    if activation not in (None, "silu", "swish") or kwargs.get("seq_idx") is not None:
-        return NotImplemented
-    _make_length_dynamic()
-    x = hidden_states.transpose(1, 2)
-    return torch.ops.simba.causal_conv1d(x, weight, bias, activation is not None).transpose(1, 2)
-
-
-def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
-    """One step of the convolution."""
-    if activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1:
-        return NotImplemented
-    x = hidden_states.squeeze(2)
-    return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None).unsqueeze(2)
-
-
-def nothing(*args, **kwargs):  # type: ignore[no-untyped-def]
-    """A kernel that does a whole mixer: where it gives None, Hugging Face goes on to the convolution and the scan."""
-    return None
-
-
-def mamba_selective_scan(  # type: ignore[no-untyped-def]
-    hidden_states,
-    dt,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    return_last_state=False,
-    **kwargs,
-):
-    """The scan of Mamba-1."""
-    _make_length_dynamic()
-    x, step, b, c = hidden_states.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-    gate = None if z is None else z.transpose(1, 2)
-    y, state = torch.ops.simba.selective_scan(x, step, A, b, c, D, gate, delta_bias, delta_softplus, None)
-    y = y.transpose(1, 2)
-    return (y, state) if return_last_state else y
-
-
-def mamba_selective_state_update(  # type: ignore[no-untyped-def]
-    state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
-):
-    """One step of the scan of Mamba-1."""
-    return torch.ops.simba.state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
-
-
-def mamba2_chunk_scan(  # type: ignore[no-untyped-def]
-    hidden_states,
-    dt,
-    A,
-    B,
-    C,
-    chunk_size,
-    D=None,
-    dt_bias=None,
-    initial_states=None,
-    dt_softplus=False,
-    dt_limit=(0.0, float("inf")),
-    return_final_states=False,
-    **kwargs,
-):
-    """The scan of Mamba-2."""
-    _make_length_dynamic()
-    low, high = dt_limit
-    y, state = torch.ops.simba.ssd_scan(hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, low, high, initial_states, None)
-    return (y, state) if return_final_states else y
-
-
-def mamba2_selective_state_update(  # type: ignore[no-untyped-def]
-    state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
-):
-    """One step of the scan of Mamba-2."""
-    if z is not None or A.stride()[1:] != (0, 0) or dt.stride(2) != 0:  # a head's numbers come repeated for its channels
-        return NotImplemented
-    skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
-    return torch.ops.simba.ssd_state_update(state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus)
+# --- lifting ---------------------------------------------------------------------------------------------------------
 
 
 def _lift(ours: Callable) -> Callable[[Callable], Callable]:
@@ -255,10 +171,15 @@ def _lift(ours: Callable) -> Callable[[Callable], Callable]:
         @functools.wraps(original)
         def substitute(*args, **kwargs):  # type: ignore[no-untyped-def]
             result = ours(*args, **kwargs) if _lifting() else NotImplemented
-            return original(*args, **kwargs) if result is NotImplemented else result
+            if result is NotImplemented:
+                return original(*args, **kwargs)
+            if of_a_prompt:
+                _make_length_dynamic()
+            return result
 
         return substitute
 
+    of_a_prompt = ours in substitutes.OF_A_PROMPT
     return substitute_of
 
 
@@ -275,14 +196,39 @@ def _mark_experts(original: Callable) -> Callable:
 
 
 LIFTS = {
-    "causal_conv1d_fn": _lift(causal_conv1d_fn),
-    "causal_conv1d_update": _lift(causal_conv1d_update),
-    "mamba_inner_fn": _lift(nothing),
-    "mamba_selective_scan": _lift(mamba_selective_scan),
-    "mamba_selective_state_update": _lift(mamba_selective_state_update),
-    "mamba2_chunk_scan": _lift(mamba2_chunk_scan),
-    "mamba2_selective_state_update": _lift(mamba2_selective_state_update),
-    "mamba2_split_conv1d_scan_combined": _lift(nothing),
+    "causal_conv1d_fn": _lift(substitutes.causal_conv1d_fn),
+    "causal_conv1d_update": _lift(substitutes.causal_conv1d_update),
+    "mamba_inner_fn": _lift(substitutes.nothing),
+    "mamba_selective_scan": _lift(substitutes.mamba_selective_scan),
+    "mamba_selective_state_update": _lift(substitutes.mamba_selective_state_update),
+    "mamba2_chunk_scan": _lift(substitutes.mamba2_chunk_scan),
+    "mamba2_selective_state_update": _lift(substitutes.mamba2_selective_state_update),
+    "mamba2_split_conv1d_scan_combined": _lift(substitutes.nothing),
+}
+_MAMBA_SSM = "mamba_ssm.ops"
+PACKAGES = {  # of other packages, by the module that defines them; where they are not installed, there is nothing to lift
+    "causal_conv1d.causal_conv1d_interface": {
+        "causal_conv1d_fn": _lift(substitutes.packaged_conv1d_fn),
+        "causal_conv1d_update": _lift(substitutes.packaged_conv1d_update),
+    },
+    f"{_MAMBA_SSM}.selective_scan_interface": {
+        "selective_scan_fn": _lift(substitutes.selective_scan_fn),
+        "mamba_inner_fn": _lift(substitutes.mamba_inner_fn),
+    },
+    f"{_MAMBA_SSM}.triton.selective_state_update": {
+        "selective_state_update": _lift(substitutes.selective_state_update),
+    },
+    f"{_MAMBA_SSM}.triton.ssd_combined": {
+        "mamba_chunk_scan_combined": _lift(substitutes.mamba_chunk_scan_combined),
+        "mamba_split_conv1d_scan_combined": _lift(substitutes.mamba_split_conv1d_scan_combined),
+    },
+    f"{_MAMBA_SSM}.triton.layer_norm": {
+        "layer_norm_fn": _lift(substitutes.layer_norm_fn),
+        "rms_norm_fn": _lift(substitutes.rms_norm_fn),
+    },
+    f"{_MAMBA_SSM}.triton.layernorm_gated": {
+        "rmsnorm_fn": _lift(substitutes.rmsnorm_fn),
+    },
 }
 
 
@@ -296,13 +242,21 @@ def _copy(function: types.FunctionType) -> Callable:
 
 
 def install(backend: Callable) -> None:
-    """Register the substitutes for every known family of the installed transformers; `backend` is who they act for."""
+    """Register the substitutes for every known family of the installed transformers, and for mamba_ssm if it is installed.
+
+    Parameters
+    ----------
+    backend : callable
+        Who they act for.
+    """
     global _backend
     _backend = backend
     for family, functions in FAMILIES.items():
         lifts = {function: LIFTS[function] for function in functions}
         _substitute(f"transformers.models.{family}.modeling_{family}", lifts)
     _substitute("transformers.integrations.moe", dict.fromkeys(EXPERTS, _mark_experts))
+    for module, lifts in PACKAGES.items():
+        _substitute(module, lifts)
 
 
 def _function_of(value: Any) -> types.FunctionType | None:
@@ -315,7 +269,7 @@ def _function_of(value: Any) -> types.FunctionType | None:
 def _substitute(name: str, lifts: Mapping[str, Callable[[Callable], Callable]]) -> None:
     try:
         module = sys.modules.get(name) or importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # a package whose CUDA extension is missing or broken raises what it likes
         log.info("%s is not lifted: %s", name, error)
         return
     for function, lift in lifts.items():

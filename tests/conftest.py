@@ -27,8 +27,10 @@ hypothesis.settings.load_profile("simba")
 
 logging.getLogger("torch.__trace").propagate = False  # else pytest records thousands of lines for each compilation
 
-# Triton's interpreter is chosen for a whole process: `test_triton.py` starts these in one of their own.
+# Triton's interpreter is chosen for a whole process, and so is mamba_ssm by transformers: `test_triton.py` and
+# `test_mamba_ssm.py` start these in processes of their own.
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
+collect_ignore_glob += [] if os.environ.get("SIMBA_WITH_MAMBA_SSM") == "1" else ["with_mamba_ssm/*"]
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64

@@ -134,9 +134,7 @@ FAMILIES: dict[str, Family] = {
         },
         attends=True,
     ),
-    "bamba": Family(
-        "Bamba", {**_ATTENTION, **_MAMBA2, "num_hidden_layers": 5, "attn_layer_indices": [1, 3]}, attends=True
-    ),
+    "bamba": Family("Bamba", {**_ATTENTION, **_MAMBA2, "num_hidden_layers": 5, "attn_layer_indices": [1, 3]}, attends=True),
     "granitemoehybrid": Family(
         "GraniteMoeHybrid",
         {
@@ -255,6 +253,30 @@ def _spread(name: str, value: Tensor) -> None:
         value.normal_(std=1.7 / math.sqrt(value.shape[-1]))
 
 
+def spread_weights(model: nn.Module) -> None:
+    """Draw all parameters anew, as the top of this file says."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            _spread(name, value)
+
+
+def compute_exactly(model: nn.Module) -> None:
+    """Have a model's norms compute in their input's own type: `ExactNorm`."""
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if "norm" in name and not isinstance(child, nn.Identity):
+                setattr(module, name, ExactNorm(child))
+
+
+def configuration(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> transformers.PreTrainedConfig:
+    """The configuration of a family's tiny model, and further fields."""
+    entry = FAMILIES[family]
+    fields = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, **SPECIAL_TOKENS, **entry.fields}
+    if entry.name in ("Mamba", "FalconMamba", "Mamba2"):
+        fields["residual_in_fp32"] = dtype != torch.float64
+    return getattr(transformers, f"{entry.name}Config")(**{**fields, **config})
+
+
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any) -> nn.Module:
     """Build a tiny model of a family, in eval mode.
 
@@ -269,23 +291,14 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0
     **config
         Further fields of its configuration.
     """
-    entry = FAMILIES[family]
-    fields = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, **SPECIAL_TOKENS, **entry.fields}
-    if entry.name in ("Mamba", "FalconMamba", "Mamba2"):
-        fields["residual_in_fp32"] = dtype != torch.float64
-    configuration = getattr(transformers, f"{entry.name}Config")(**{**fields, **config})
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{entry.name}ForCausalLM")(configuration).eval()
+    model = getattr(transformers, f"{FAMILIES[family].name}ForCausalLM")(configuration(family, dtype, **config)).eval()
+    spread_weights(model)
     with torch.no_grad():
-        for name, value in model.named_parameters():
-            _spread(name, value)
         # Hugging Face records hidden states by hooks, and Dynamo cannot trace how it installs them at the first such call.
         model(torch.tensor([[1]]), output_hidden_states=True)
     if dtype == torch.float64:
-        for module in [*model.modules()]:
-            for name, child in module.named_children():
-                if "norm" in name and not isinstance(child, nn.Identity):
-                    setattr(module, name, ExactNorm(child))
+        compute_exactly(model)
     model.to(dtype)
     for module in model.modules():
         if hasattr(module, "inv_freq"):

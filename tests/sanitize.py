@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SANITIZERS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g1"
@@ -33,12 +34,13 @@ def build(folder: str) -> Path:
 def drive(path: str, seconds: float, seed: int) -> None:
     """Call every kernel until the time is up; runs in a process that has the sanitizers loaded."""
     import ctypes
+    import math
     import random
 
     import torch
     from torch import Tensor
 
-    from simba_compile.kernels import native
+    from simba_compile.kernels import native, native_linear, native_ssd
     from simba_compile.kernels.reference import POOLS
 
     library = ctypes.CDLL(path)
@@ -69,6 +71,49 @@ def drive(path: str, seconds: float, seed: int) -> None:
     def plain(value: object) -> object:
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
+    def kernel_of(name: str) -> Callable:
+        return next(getattr(kernels, name) for kernels in (native, native_ssd, native_linear) if hasattr(kernels, name))
+
+    def ssd_cases() -> dict[str, tuple[object, ...]]:
+        """Calls of Mamba-2's kernels."""
+        batch, tokens = chance.choice([0, 1, 2]), chance.choice([0, 1, 15, 16, 17, 63, 64, 65, 129, chance.randint(1, 150)])
+        groups = chance.choice([1, 1, 2, 3])
+        heads = groups * chance.randint(1, 9)
+        channels = chance.choice([0, 1, 3, 4, 8, 15, 16, 17, 64, chance.randint(1, 80)])
+        states = chance.choice([1, 2, 3, 8, 15, 16, 17, 64, 128, chance.randint(1, 300)])
+        dtype, held = (chance.choice(list(native.DTYPES)) for _ in range(2))
+        one = functools.partial(view, batch, dtype=dtype)
+        x, grad = one(tokens, heads, channels), one(tokens, heads, channels)
+        dt = view(batch, tokens, heads, dtype=chance.choice([dtype, held]))
+        B, C = (one(tokens, groups, states) for _ in range(2))
+        A, D, bias = parameter(dtype, heads), maybe(parameter(dtype, heads)), maybe(parameter(dtype, heads))
+        initial, grad_state = (maybe(view(batch, heads, channels, states, dtype=held)) for _ in range(2))
+        softplus, limits = chance.random() < 0.5, chance.choice([(0.0, math.inf), (0.1, 0.7)])
+        index = maybe(torch.randint(0, max(tokens, 1), (batch, chance.randint(0, 2 * tokens))))
+        pool, in_decay = chance.choice(POOLS), chance.random() < 0.5
+        step = (one(heads, channels), view(batch, heads, dtype=dtype), A, one(groups, states), one(groups, states))
+        state = torch.randn(batch, heads, channels, states, dtype=held)
+        return {
+            "ssd_scan": (x, dt, A, B, C, D, bias, softplus, *limits, initial, index),
+            "ssd_scan_backward": (grad, grad_state, x, dt, A, B, C, D, bias, softplus, *limits, initial),
+            "ssd_influence": (x, dt, A, B, C, bias, softplus, *limits, pool, in_decay),
+            "ssd_state_update": (state, *step, D, bias, softplus),
+        }
+
+    SIZES = (0, 1, 2), (1, 2, 4, 30, 90), (0, 1, 17, 90), (1, 17, 90)  # batch, tokens, depth, columns
+
+    def linear_case() -> tuple[object, ...]:
+        """x, weight, bias, add and index: a few rows and many, weights that fit a cache and that do not."""
+        batch, tokens, depth, columns = (chance.choice(sizes) for sizes in SIZES)
+        if chance.random() < 0.1:
+            depth = columns = 420
+        kept = chance.randint(1, tokens)
+        index = torch.randint(0, tokens, (batch, kept)) if chance.random() < 0.5 else None
+        rows = tokens if index is None else kept
+        add = make(batch, tokens, columns)
+        bias = maybe(parameter(dtype, columns))
+        return make(batch, rows, depth), make(columns, depth), bias, maybe(add) if index is None else add, index
+
     while time.monotonic() < end:
         levels = [library.simba_set_level(level) for level in (0, 1, 2)]
         library.simba_set_level(chance.choice(levels))
@@ -86,10 +131,6 @@ def drive(path: str, seconds: float, seed: int) -> None:
         index = None
         if tokens and chance.random() < 0.5:
             index = torch.randint(0, tokens, (batch, chance.randint(1, 2 * tokens)))[:, :: chance.choice([1, 2])]
-        bad = None
-        if index is not None and index.numel() and chance.random() < 0.2:
-            bad = index.clone()
-            bad.view(-1)[chance.randrange(bad.numel())] = chance.choice([-1, tokens, 2**62, -(2**62)])
         grad, grad_state = make(batch, tokens, channels), maybe(torch.randn(batch, channels, states))
         one = functools.partial(make, batch)
         k = chance.randint(0, tokens)
@@ -111,23 +152,30 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
             "gated_norm": (x, z, parameter(dtype, channels), 1e-5, chance.choice([1, 2]) if channels % 2 == 0 else 1),
             "select": (scores, k, first, chance.randint(0, k - first)),
+            "linear": linear_case(),
         }
         if index is not None:
             cases["gather"] = (x if x.shape[2] < 2 or x.stride(2) == 1 else x.contiguous(), index)
+        cases |= ssd_cases()
         for name, args in cases.items():
-            kernel = getattr(native, name)
+            kernel = kernel_of(name)
             results = kernel(*map(plain, args)), kernel(*args)
             for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in results), strict=True):
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{name}: strides change the result (seed {seed})"
             calls += 2
-        for name, args in (("selective_scan", (*cases["selective_scan"][:-1], bad)), ("gather", (x.contiguous(), bad))):
-            if bad is not None and (name == "gather" or channels):
-                try:
-                    getattr(native, name)(*args)
-                except IndexError:
-                    calls += 1
-                else:
-                    assert not x.numel(), f"{name} took an index out of range (seed {seed})"
+        for name in ("selective_scan", "gather", "ssd_scan", "linear"):
+            *args, index = cases.get(name, [None])
+            if index is None or not index.numel() or chance.random() > 0.2:
+                continue
+            bad = index.contiguous().clone()
+            tokens = args[3 if name == "linear" else 0].shape[1]
+            bad.view(-1)[chance.randrange(bad.numel())] = chance.choice([-1, tokens, 2**62, -(2**62)])
+            try:
+                kernel_of(name)(*args, bad)
+            except IndexError:
+                calls += 1
+            else:
+                assert not args[0].numel(), f"{name} took an index out of range (seed {seed})"
     print(f"{calls} calls at {len(set(levels))} levels: nothing found")
 
 

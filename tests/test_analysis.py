@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,8 @@ def test_the_share_of_a_plan_is_the_one_that_runs() -> None:
     variants = Variants(tiny_model("mamba", layers=3))
     with pytest.raises(RuntimeError, match="nothing"):
         variants.flops(64)
+    with pytest.raises(RuntimeError, match="nothing that prunes"):
+        variants.share(Options(), 64)
     for schedule in ("linear", (0.9, 0.5, 0.2)):
         options = Options(keep=0.2, min_tokens=4, schedule=schedule)
         for _ in variants.logits(options, random_ids(2, 64), 1):
@@ -215,6 +218,9 @@ def test_intervals() -> None:
     # Five numbers of mean 3 and standard deviation √2.5.
     assert interval([1.5, 2, 3, 4, 4.5]) == pytest.approx((3 - 1.96 * 0.5700877, 3 + 1.96 * 0.5700877), abs=1e-4)
     assert paired([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == pytest.approx((0.5, 0.5, 0.5))
+    # One number says nothing of how much they vary; one answer that is right or wrong does.
+    assert interval([3.0]) == (-math.inf, math.inf) and paired([3.0], [1.0]) == (2.0, -math.inf, math.inf)
+    assert interval([1])[1] == pytest.approx(1.0)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=50))

@@ -79,6 +79,21 @@ def test_sequences_with_different_numbers_of_entries() -> None:
     torch.testing.assert_close(compiled(query, full, full, is_causal=True), got)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_of_sequences_with_different_numbers_of_entries(kind: str) -> None:
+    key, query = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 3, 4)
+    left = torch.tensor([0, 2, 4])
+    full = torch.cat([OPS.cache_entries(key[:1, :, left], left[None], 5, 2), key[1:]])
+    mask: Tensor = torch.rand(2, 1, 3, 5) < 0.7
+    mask[..., 4] = True
+    if kind == "float":
+        mask = torch.randn(2, 1, 3, 5).masked_fill(~mask, -torch.inf)
+    got = attention_over_cache(query, full, full, mask)
+    rows = key[:1, :, left]
+    torch.testing.assert_close(got[:1], F.scaled_dot_product_attention(query[:1], rows, rows, mask[:1, ..., left]))
+    torch.testing.assert_close(got[1:], F.scaled_dot_product_attention(query[1:], key[1:], key[1:], mask[1:]))
+
+
 def test_eager_attention_shows_that_entries_are_missing() -> None:
     """A pruned cache that the uncompiled model goes on from gives NaN, not tokens from a wrong context."""
     model, ids = tiny_model("bamba"), random_ids(2, 40)

@@ -254,6 +254,15 @@ def test_dynamic_false_stays_dense_and_says_so(
     assert graphs[0].pruned is None and all(mixer.reason for mixer in graphs[0].mixers)
 
 
+def test_a_prompt_shorter_than_the_convolution_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(layers=2)
+    ids = random_ids(2, model.config.conv_kernel - 1)
+    with caplog.at_level(logging.WARNING, "simba_compile"), torch.no_grad():
+        out = simba(model, keep=0.3, min_tokens=1)(ids, use_cache=True).logits
+    close(out, model(ids).logits, 2e-5)
+    assert "the prompt is shorter than the convolution" in caplog.text
+
+
 @pytest.mark.parametrize("way", ["forward", "method", "function", "no fullgraph"])
 def test_every_way_to_compile(way: str, selected: list[Tensor]) -> None:
     model = tiny_model(dtype=torch.float64, layers=2)

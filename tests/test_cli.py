@@ -1,5 +1,6 @@
 """The command ``simba``, with models of a few thousand weights."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -101,6 +103,74 @@ def test_the_scored_bytes_are_the_last(tmp_path: Path) -> None:
     assert _bits_per_byte(sure, window) == pytest.approx(0.0)
 
 
+def test_the_demos_second_part(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large model, here a small one; no plot."""
+    from simba_compile.cli import models
+
+    demo = importlib.import_module("simba_compile.cli.demo")  # the package has the command under this name
+    monkeypatch.setattr(models, "MAMBA_130M", {"hidden_size": 16, "state_size": 4, "vocab_size": 50})
+    monkeypatch.setattr(demo, "LARGE_LAYERS", 2)
+    result = simba("demo", "--model", model, "--file", text, "--tokens", 64)
+    assert result.exit_code == 0, result.output
+    assert "(2 layers, hidden 16, random weights) on a prompt of 768 tokens" in result.output
+    assert result.output.count("HF eager") >= 2
+
+
+def test_the_demo_reads_python_itself_where_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = importlib.import_module("simba_compile.cli.demo")
+    assert demo.read(None, 64).name == demo.FILES[0]
+    monkeypatch.setattr(demo, "FILES", ("no_such.py",))
+    with pytest.raises(typer.BadParameter, match=r"has none of no_such\.py: name one"):
+        demo.read(None, 64)
+
+
+def test_a_system_that_does_not_name_its_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from simba_compile.cli import machine
+
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "none")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "some64")
+    assert machine.cpu_name() == "some64"
+
+
+def test_targets_are_met_or_missed_on_either_side() -> None:
+    from simba_compile.cli.bench_report import BARE, DENSE, EAGER, INDUCTOR, PRUNED, targets
+
+    seconds = {EAGER: 8.0, INDUCTOR: 4.0, DENSE: 1.6, PRUNED: 1.0, BARE: 0.8}
+    prefill = {name: {"median": median, "compile": 10 * median} for name, median in seconds.items()}
+    decode = {PRUNED: {"median": 2.0}, INDUCTOR: {"median": 1.0}}
+    memory = {EAGER: {"growth_mib": 100}, DENSE: {"growth_mib": 50}, PRUNED: {"growth_mib": 60}}
+    results = {"prefill": prefill, "decode": decode, "memory": memory, "scoring": {"share": 0.09}}
+    found = {target["what"]: (target["value"], target["met"]) for target in targets(results)}
+    assert found == {
+        "speedup over HF eager": (8.0, True),
+        "speedup over HF Inductor": (4.0, False),
+        "compile time / Inductor's": (0.25, True),
+        "speedup over simba keep 1.0": (1.6, True),
+        "time / its matrix products alone": (1.25, True),
+        "score, selection and gathers / time": (0.09, False),
+        "one decoding step / Inductor's": (2.0, False),
+        f"growth of the memory / that of {EAGER}": (0.6, True),
+        f"growth of the memory / that of {DENSE}": (1.2, False),
+    }
+    del prefill[INDUCTOR], decode[INDUCTOR]
+    assert not any("Inductor" in target["what"] for target in targets(results))
+
+
+def test_the_others_go_on_where_inductor_cannot() -> None:
+    from simba_compile.cli.bench import _first_call
+    from simba_compile.cli.bench_report import EAGER, INDUCTOR
+
+    def broken() -> None:
+        raise RuntimeError("no compiler\nand more")
+
+    calls, first, failed = {INDUCTOR: broken, EAGER: broken}, {}, {}
+    _first_call(INDUCTOR, calls, first, failed)
+    assert failed == {INDUCTOR: "RuntimeError: no compiler"} and list(calls) == [EAGER] and not first
+    with pytest.raises(RuntimeError, match="no compiler"):
+        _first_call(EAGER, calls, first, failed)
+
+
 def test_bench(tmp_path: Path) -> None:
     result = simba("bench", "--quick", "--skip-inductor", "--out", tmp_path / "results")
     assert result.exit_code == 0, result.output
@@ -124,9 +194,13 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 8, "num_heads": 8, "vocab_size": 64}
     monkeypatch.setitem(bench_families.MODELS, "mamba2-130m", ("Mamba2", small))
-    result = simba("families", "--only", "mamba2-130m", "--tokens", 100, "--inductor", "", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    data = json.loads((tmp_path / "families.json").read_text())["models"]["mamba2-130m"]
+    monkeypatch.setitem(bench_families.MODELS, "falcon_mamba", ("FalconMamba", {**small, "expand": 2}))
+    for name in ("falcon_mamba", "mamba2-130m"):  # the second run keeps what the first has measured
+        result = simba("families", "--only", name, "--tokens", 100, "--skip-inductor", "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+    models = json.loads((tmp_path / "families.json").read_text())["models"]
+    assert [*models] == ["mamba2-130m", "falcon_mamba"]
+    data = models["mamba2-130m"]
     assert (data["mixers"], data["pruning"], data["dense because"]) == (2, 1, [])
     assert "over keep 1.0" in (tmp_path / "families.md").read_text()
     assert "mamba2-130m, bamba-150m" in refused("families", "--only", "mamba9")

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -18,7 +19,7 @@ import torch
 from conftest import random_ids, simba, tiny_model
 
 from simba_compile import capture
-from simba_compile.kernels import native
+from simba_compile.kernels import library, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +38,10 @@ def shared(path: Path, source: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "corrupted", "without OpenMP's runtime", "another one"])
+BAD_LIBRARIES = ["missing", "empty", "corrupted", "without OpenMP's runtime", "another one", "older sources"]
+
+
+@pytest.mark.parametrize("kind", BAD_LIBRARIES)
 def test_a_library_that_cannot_be_used(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,14 +55,38 @@ def test_a_library_that_cannot_be_used(
         path.write_bytes(b"\x7fELF" + bytes(range(256)) * 20)
     elif kind == "another one":
         shared(path, "int nothing_of_ours;")
+    elif kind == "older sources":
+        shared(path, "unsigned long simba_sources(void) { return 1; } int simba_set_level(int l) { return l; }")
     else:  # as torch without OpenMP would leave it
-        shared(path, "void simba_no_such_runtime(void); void simba_set_level(int l) { simba_no_such_runtime(); }")
+        shared(path, "void simba_no_such_runtime(void); void simba_sources(void) { simba_no_such_runtime(); }")
     with caplog.at_level(logging.WARNING, "simba_compile"):
         put_library(path, monkeypatch)
         assert native.library.__wrapped__() is None
     (record,) = caplog.records
     assert "plain torch runs in their place" in record.message
-    assert ("C compiler" if kind == "missing" else "do not load") in record.message
+    reasons = {"missing": "not built", "older sources": "of other sources"}
+    assert reasons.get(kind, "do not load") in record.message
+    assert ("Install a C compiler" if kind == "missing" else "setup.py build_ext --inplace --force") in record.message
+
+
+def test_the_digest_sees_every_change(tmp_path: Path) -> None:
+    """Another content, name or place of the same bytes, and a further file; not what is no source."""
+    folder = tmp_path / "cpu"
+    shutil.copytree(library.SOURCES, folder, ignore=shutil.ignore_patterns("tokens.c"))
+    seen = [library.digest(library.SOURCES), library.digest(folder)]
+    (folder / "simba.h").write_text((folder / "simba.h").read_text().replace("x, dt, B, C, z;", "dt, x, B, C, z;"))
+    seen.append(library.digest(folder))
+    (folder / "simba.h").rename(folder / "other.h")
+    seen.append(library.digest(folder))
+    (folder / "notes.txt").touch()
+    assert library.digest(folder) == seen[-1]
+    assert len(set(seen)) == len(seen) and 0 not in seen
+
+
+def test_a_wheel_has_no_sources_to_compare_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert library.digest(tmp_path) == 0
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    assert (library.library.__wrapped__() is None) == (native.library() is None)
 
 
 def test_without_native_kernels_models_run_and_one_warning_says_so(
@@ -103,18 +131,18 @@ def test_installing_without_a_compiler_or_openmp_succeeds(kind: str, tmp_path: P
         return
     assert "single thread" in run.stderr
     (path,) = built
-    library = ctypes.CDLL(str(path))
-    assert library.simba_set_level(-1) == library.simba_set_level(99)  # an unknown level: the best there is
+    lib = ctypes.CDLL(str(path))
+    assert lib.simba_set_level(-1) == lib.simba_set_level(99)  # an unknown level: the best there is
 
 
 def test_an_unknown_cpu_level_is_the_best_there_is() -> None:
-    library = native.library()
-    if library is None:
+    lib = native.library()
+    if lib is None:
         pytest.skip("the native kernels were not built")
-    best = library.simba_set_level(-1)
-    assert [library.simba_set_level(level) for level in (99, 3, best)] == [best] * 3
-    assert library.simba_set_level(0) == 0
-    assert library.simba_set_level(-1) == best
+    best = lib.simba_set_level(-1)
+    assert [lib.simba_set_level(level) for level in (99, 3, best)] == [best] * 3
+    assert lib.simba_set_level(0) == 0
+    assert lib.simba_set_level(-1) == best
 
 
 READ_ONLY = """
@@ -148,12 +176,27 @@ def test_another_transformers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     functions = ("causal_conv1d_fn", "mamba_selective_scan")
     monkeypatch.setattr(capture, "FAMILIES", dict.fromkeys(("older", "no_such_family"), functions))
     monkeypatch.setattr(capture, "EXPERTS", ())
+    monkeypatch.setattr(capture, "PACKAGES", {})
     with caplog.at_level(logging.INFO, "simba_compile"):
         capture.install(simba_backend())
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings and all("models that use it stay dense" in message for message in warnings)
     assert any("mamba_selective_scan" in message for message in warnings)
     assert any("no_such_family is not lifted" in record.message for record in caplog.records)
+
+
+def test_a_broken_package(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """mamba_ssm without its CUDA extension, or with one of another torch: what is lifted of it is passed over."""
+    broken = {f"broken_{error}": f"raise {error}('no extension')" for error in ("ImportError", "RuntimeError")}
+    for name, code in broken.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(capture, "FAMILIES", {})
+    monkeypatch.setattr(capture, "EXPERTS", ())
+    monkeypatch.setattr(capture, "PACKAGES", {name: {} for name in broken})
+    with caplog.at_level(logging.INFO, "simba_compile"):
+        capture.install(simba_backend())
+    assert [record.message for record in caplog.records] == [f"{name} is not lifted: no extension" for name in broken]
 
 
 def simba_backend() -> Any:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from simba_compile.kernels import native, ops, reference
+from simba_compile.kernels import native, ops, ops_linear, reference
 
 OPS = torch.ops.simba
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -577,6 +577,11 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
         ],
         "causal_conv1d": [(n(2, 5, 3, grad=True), n(3, 4, grad=True), n(3), True), (n(2, 5, 3), n(3, 4), None, False)],
         "causal_conv1d_backward": [(n(2, 5, 3), n(2, 5, 3), n(3, 4), b, True) for b in (n(3), None)],
+        "linear": [
+            (n(2, 5, 3, grad=True), n(4, 3, grad=True), n(4, grad=True), n(2, 5, 4, grad=True), None),
+            (n(2, 3, 4, grad=True), n(4, 4, grad=True), None, n(2, 5, 4, grad=True), index),
+            (n(5, 3), n(4, 3), None, None, None),
+        ],
         "rms_norm": [(n(2, 5, 3, grad=True), n(3, grad=True), 1e-5), (n(2, 5, 3), None, 1e-5)],
         "gated_norm": [(n(2, 5, 6, grad=True), n(2, 5, 6, grad=True), w, 1e-5, 2) for w in (n(6, grad=True), None)],
         "state_update": [(n(2, 7, 3), n(2, 7), n(2, 7), n(7, 3), n(2, 3), n(2, 3), n(7), n(2, 7), n(7), True)],
@@ -589,7 +594,7 @@ def test_every_operator_is_checked() -> None:
     names = {name for name in names if not name.startswith("ssd_")}  # tests/test_ssd_kernels.py
     assert names == set(samples())
     assert all(getattr(OPS, name).default._schema for name in names)
-    assert all(getattr(ops, name).__doc__ for name in names)
+    assert all(getattr(ops_linear if name == "linear" else ops, name).__doc__ for name in names)
 
 
 @pytest.mark.parametrize("with_native", [True, False])

@@ -14,6 +14,8 @@ import torch
 from conftest import FAMILIES, KEEP_FEW, pruned_exactly, random_ids, simba, tiny_model
 from torch import Tensor, nn
 
+from simba_compile.passes import Transformed
+
 
 @torch.no_grad()
 def logits(model: Any, length: int = 50, batch: int = 2) -> Tensor:
@@ -91,6 +93,19 @@ def test_a_compiled_model_is_saved_like_any_other(tmp_path: Path) -> None:
     assert torch.equal(logits(again), expected)
 
 
+def test_a_pickled_model_is_not_compiled_and_can_be(tmp_path: Path) -> None:
+    """`torch.save` of a whole model leaves its compiled call out, for any backend."""
+    model = tiny_model()
+    dense = logits(model)
+    model.compile(backend="simba", options=KEEP_FEW)
+    expected = logits(model)
+    torch.save(model, tmp_path / "model")
+    again = torch.load(tmp_path / "model", weights_only=False)
+    assert torch.equal(logits(again), dense)
+    again.compile(backend="simba", options=KEEP_FEW)
+    assert torch.equal(logits(again), expected)
+
+
 def test_reset_forgets_and_compiles_again() -> None:
     compiled = simba(tiny_model(), **KEEP_FEW)
     expected = logits(compiled)
@@ -125,6 +140,29 @@ def compile_and_answer(model: nn.Module, pipe: Connection) -> None:
     """What a spawned worker does."""
     model.compile(backend="simba", options=KEEP_FEW)
     answer(model, pipe)
+
+
+class Lines(torch.utils.data.Dataset):
+    """Lines of a text, each with the model's logits for it: what a filter that runs in DataLoader's workers computes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        return logits(self.model, 40 + i, 1)[0, -1]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loaders_workers(method: str) -> None:
+    """Forked workers have the compiled model; it reaches spawned ones as it was before compiling, as pickling leaves it."""
+    model = tiny_model(layers=2)
+    model.compile(backend="simba", options={**KEEP_FEW, "keep": 1.0})
+    expected = torch.stack([logits(model, 40 + i, 1)[0, -1] for i in range(4)])
+    loader = torch.utils.data.DataLoader(Lines(model), batch_size=2, num_workers=2, multiprocessing_context=method)
+    torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- training in several processes, dispatched models, hooks ----------------------------------------------------------
@@ -190,6 +228,17 @@ def test_a_model_dispatched_by_accelerate(compile_first: bool, caplog: pytest.Lo
         found = logits(dispatched, 40)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert "stay dense: no residual add follows its output" in caplog.text
+
+
+def test_a_device_map_of_one_device_prunes(tmp_path: Path, graphs: list[Transformed]) -> None:
+    """accelerate sets no hooks then."""
+    pytest.importorskip("accelerate")
+    model = tiny_model(layers=2)
+    model.save_pretrained(tmp_path)
+    mapped = type(model).from_pretrained(tmp_path, device_map="cpu").eval()
+    found = logits(simba(mapped, **KEEP_FEW))
+    assert torch.equal(found, logits(simba(model, **KEEP_FEW)))
+    assert graphs and all(graph.pruned is not None for graph in graphs)
 
 
 def test_weights_changed_in_place_are_seen() -> None:

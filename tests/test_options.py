@@ -111,3 +111,43 @@ def test_whole_numbers_start_at_their_least(name: str, least: int) -> None:
     assert getattr(Options(**{name: least}), name) == least
     with pytest.raises(ValueError, match=rf"option {name} is {least - 1}; it must be a whole number of at least {least}"):
         Options(**{name: least - 1})
+
+
+MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "a share": ({"keep": 0}, "option keep is 0; it must be a number above 0 and at most 1."),
+    "a choice": (
+        {"pool": "maxx"},
+        "option pool is 'maxx'; it must be one of 'max', 'absmax', 'l2' (did you mean 'max'?).",
+    ),
+    "a choice like no other": ({"placement": "?"}, "option placement is '?'; it must be one of 'scan', 'layer'."),
+    "a number": ({"every": 0}, "option every is 0; it must be a whole number of at least 1."),
+    "a schedule": (
+        {"schedule": "lin"},
+        "option schedule is 'lin'; it must be one of 'linear', 'uniform' (did you mean 'linear'?), or a list of shares.",
+    ),
+    "a list": (
+        {"schedule": [2]},
+        "option schedule is [2]; it must be 'linear', 'uniform' or a list of numbers above 0 and at most 1.",
+    ),
+    "a list that grows": (
+        {"schedule": [0.5, 0.6]},
+        "option schedule is [0.5, 0.6]; no share may be larger than the one before it, for a token that left cannot come "
+        "back.",
+    ),
+    "a name": (
+        {"kep": 1},
+        f"'kep' is no option of the simba backend. Did you mean keep? The options are {', '.join(DEFAULTS)}.",
+    ),
+    "a name like no other": (
+        {"?": 1},
+        f"'?' is no option of the simba backend. The options are {', '.join(DEFAULTS)}.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_messages(case: str) -> None:
+    given_options, expected = MESSAGES[case]
+    with pytest.raises(ValueError) as error:
+        Options.from_mapping(given_options)
+    assert str(error.value) == expected

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import eager_reference as eager
@@ -16,7 +17,7 @@ from conftest import SELECTING, exact_casts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import simba_compile.backend
 from simba_compile import Options
@@ -266,7 +267,7 @@ def test_lower_fuses_a_layer() -> None:
     before = captured.targets()
     assert "pow" in before and "transpose" in before and "to" in before
     after = captured.lowered()
-    assert after.count(OPS.rms_norm) == 1 and after.count(linear_onto) == 1
+    assert after.count(OPS.rms_norm) == 1 and after.count(OPS.linear) == 4 and F.linear not in after
     assert not {"pow", "mean", torch.rsqrt, "to"} & set(after)
     assert after.count("transpose") <= 3 < before.count("transpose")  # in_proj's, and back for each of its halves
 
@@ -281,7 +282,7 @@ def test_lower_hands_the_gathers_to_the_scan() -> None:
     assert captured.targets(pruned).count(OPS.gather) >= 6
     lower(pruned)
     after = captured.targets(pruned)
-    assert after.count(OPS.gather) == 1  # of the residual
+    assert OPS.gather not in after  # that of the residual went into the product which it is added to
     scans = [node for node in pruned.graph.nodes if node.target is OPS.selective_scan]
     assert [scan.args[-1] is None for scan in scans] == [True, False]
     assert scans[1].args[-1].target is OPS.select
@@ -341,16 +342,32 @@ RESIDUALS: dict[str, tuple[Callable, int]] = {
 }
 
 
+def sums(nodes: Iterable[Node]) -> int:
+    """How many of them are products that add a residual themselves."""
+    return sum(node.target is linear_onto or (node.target is OPS.linear and node.args[3] is not None) for node in nodes)
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lower as for the CPU, where linear layers are ours, and as for other devices, where they are torch's."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
+    return request.param
+
+
 @pytest.mark.parametrize("case", RESIDUALS)
-def test_lower_fuses_residual_adds_and_only_those(case: str) -> None:
+def test_lower_fuses_residual_adds_and_only_those(case: str, device: str) -> None:
     function, count = RESIDUALS[case]
     h = tokens()
     kept = h.clone()
-    assert Captured(function, h).lowered().count(linear_onto) == count
+    captured = Captured(function, h)
+    captured.lowered()
+    assert sums(captured.gm.graph.nodes) == count
+    assert (OPS.linear in captured.targets()) == (device == "cpu")
     assert torch.equal(h, kept)
 
 
-def test_lower_overwrites_only_what_it_gathered_itself() -> None:
+def test_lower_overwrites_only_what_it_gathered_itself(device: str) -> None:
     for function in (
         lambda h, index: OPS.gather(h, index, 1) + F.linear(h, matrix),
         lambda h, index: (lambda g: (g + F.linear(h, matrix)) * g)(OPS.gather(h, index, 1)),
@@ -363,6 +380,29 @@ def test_lower_overwrites_only_what_it_gathered_itself() -> None:
         assert torch.equal(h, kept)
 
 
+def test_lower_gathers_the_residual_in_the_product() -> None:
+    def function(h: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        return OPS.gather(h, index, 1) + F.linear(x, matrix)
+
+    after = Captured(function, tokens(20), tokens(5), torch.arange(3, 8).expand(2, 5)).lowered()
+    assert OPS.gather not in after and OPS.linear in after
+
+    def read_twice(h: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        gathered = OPS.gather(h, index, 1)
+        return (gathered + F.linear(x, matrix)) * gathered
+
+    after = Captured(read_twice, tokens(20), tokens(5), torch.arange(3, 8).expand(2, 5)).lowered()
+    assert OPS.gather in after and OPS.linear in after
+
+
+def test_lower_leaves_linear_layers_under_autocast_alone() -> None:
+    def function(h: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(h, matrix)
+
+    assert F.linear in Captured(function, tokens()).lowered()
+
+
 def test_lower_drops_casts_that_do_nothing() -> None:
     assert "to" not in Captured(lambda h: h.to(torch.float32) + 1, tokens()).lowered()
     assert "float" not in Captured(lambda h: h.float() * 2, tokens()).lowered()
@@ -372,7 +412,7 @@ def test_lower_drops_casts_that_do_nothing() -> None:
 
 def test_lower_projects_rows() -> None:
     after = Captured(lambda h: (matrix @ h.transpose(1, 2)).transpose(1, 2), tokens()).lowered()
-    assert F.linear in after and "transpose" not in after
+    assert OPS.linear in after and "transpose" not in after
     kept = Captured(lambda h: torch.matmul(h.transpose(1, 2), h), tokens()).lowered()
     assert F.linear not in kept
 

@@ -227,6 +227,16 @@ def test_nothing_at_all(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert gradients[0].shape == (0, 40, 4, 5) and not gradients[2].any()
 
 
+@pytest.mark.parametrize("with_native", [True, False])
+def test_steps_of_no_channels_have_no_gradient(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_native:
+        monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(torch, "empty", torch.ones)  # what the memory may hold
+    scan = {name: value[..., :0] if name == "x" else value for name, value in some().items()}
+    gradients = OPS.ssd_scan_backward(scan["x"], None, *list(scan.values())[:-1])
+    assert gradients[1].shape == (2, 40, 4) and not any(gradient.any() for gradient in gradients)
+
+
 @needs_native
 def test_inputs_of_several_types_are_widened() -> None:
     scan = some()

@@ -5,6 +5,8 @@ training steps counts, and a step that took far longer than usual (the process w
 that was stopped goes on from its checkpoint when the same command is given again.
 
     python training/train_bytes.py --minutes 60
+
+``--start-from`` trains a model on. ``--autocast`` leaves the gradients as they are to a cosine of 0.9999.
 """
 
 import argparse
@@ -25,9 +27,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+HEAD_CHANNELS, MAMBA2_STATES = 16, 32
+"""Of a Mamba-2: channels of a head, and numbers in each channel's state."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -110,19 +122,28 @@ class ActiveClock:
         self.seconds += tokens * (usual if per_token > 3 * usual else per_token)
 
 
-def build_model(args: argparse.Namespace) -> MambaForCausalLM:
-    """Make the untrained model; byte 0, which separates documents, is its beginning and its padding."""
-    config = MambaConfig(
-        vocab_size=256,
-        hidden_size=args.d_model,
-        num_hidden_layers=args.layers,
-        initializer_range=args.init_range,
-        rescale_prenorm_residual=True,
-        pad_token_id=corpus.SEPARATOR,
-        bos_token_id=corpus.SEPARATOR,
-        eos_token_id=None,
-    )
-    return MambaForCausalLM(config)
+def build_model(args: argparse.Namespace, vocabulary: int, **tokens: int | None) -> PreTrainedModel:
+    """Make the untrained model that `args` describe, with so many tokens; `tokens` are the ids of the special ones."""
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": args.d_model,
+        "num_hidden_layers": args.layers,
+        "initializer_range": args.init_range,
+        "rescale_prenorm_residual": True,
+        "tie_word_embeddings": True,
+        "eos_token_id": None,
+        **tokens,
+    }
+    if args.architecture == "mamba":
+        return MambaForCausalLM(MambaConfig(**common))
+    heads = 2 * args.d_model // HEAD_CHANNELS  # the mixer is twice as wide as the residual stream
+    sizes = {"num_heads": heads, "head_dim": HEAD_CHANNELS, "n_groups": 1, "state_size": MAMBA2_STATES}
+    return Mamba2ForCausalLM(Mamba2Config(**common, **sizes))
+
+
+def build_byte_model(args: argparse.Namespace) -> PreTrainedModel:
+    """Make the untrained model of bytes; byte 0, which separates documents, is its beginning and its padding."""
+    return build_model(args, 256, pad_token_id=corpus.SEPARATOR, bos_token_id=corpus.SEPARATOR)
 
 
 def build_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -135,7 +156,8 @@ def build_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.o
         else:
             others.append(parameter)
     adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    groups = [{"params": params, "parts": 2 if kind == "in_proj" else 1} for kind, params in matrices.items()]
+    halves = 2 if args.architecture == "mamba" else 1  # Mamba-2's in_proj holds five maps of different sizes: taken as one
+    groups = [{"params": params, "parts": halves if kind == "in_proj" else 1} for kind, params in matrices.items()]
     optimizers: list[torch.optim.Optimizer] = [adamw] + ([Muon(groups, lr=args.muon_lr)] if groups else [])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -183,6 +205,7 @@ def compiled(model: nn.Module, backend: str) -> nn.Module:
 def add_model_and_optimizer(parser: argparse.ArgumentParser, width: int, layers: int) -> None:
     """The options that every training has."""
     add = parser.add_argument
+    add("--architecture", choices=("mamba", "mamba2"), default="mamba")
     add("--d-model", type=int, default=width)
     add("--layers", type=int, default=layers)
     add("--init-range", type=float, default=0.1, help="standard deviation of the first weights")
@@ -209,6 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--long-length", type=int, default=2048, help="window length of the last part")
     add("--long-share", type=float, default=0.2, help="share of the budget that the last part takes")
     add("--batch-bytes", type=int, default=4096, help="bytes in a step")
+    add("--autocast", action="store_true", help="products in bfloat16; for processors that have instructions for it")
     add("--log-seconds", type=float, default=60.0, help="active time between two points of the curve")
     return parser.parse_args(argv)
 
@@ -219,7 +243,7 @@ def train(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     torch.manual_seed(args.seed)
-    model = build_model(args).train()
+    model = build_byte_model(args).train()
     if args.start_from is not None:
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.start_from, dtype=torch.float32).state_dict())
     optimizers = build_optimizers(model, args)
@@ -262,8 +286,9 @@ def train(args: argparse.Namespace) -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(progress / max(args.warmup, 1e-9), (1 - progress) / (1 - args.warmup))
-        logits = run(ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+            logits = run(ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for optimizer in optimizers:
@@ -282,7 +307,7 @@ def train(args: argparse.Namespace) -> None:
     args.checkpoint.unlink()
 
 
-def finish(model: MambaForCausalLM, args: argparse.Namespace, curve: list[dict[str, float]]) -> None:
+def finish(model: PreTrainedModel, args: argparse.Namespace, curve: list[dict[str, float]]) -> None:
     """Save the model, score what was saved, and write ``training.json`` beside it."""
     model.to(torch.bfloat16).save_pretrained(args.output)
     saved = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32).eval()

@@ -4,6 +4,8 @@ Every step draws new sequences: a length up to ``--length``, a number of pairs u
 at the end. Training stops after ``--steps``; scores of the saved model are of sequences with one query that were never seen.
 
     python training/train_recall.py
+    python training/train_recall.py --architecture mamba2 --output models/recall-mamba2
+    python training/train_recall.py --d-model 56 --output models/recall-small
 """
 
 import argparse
@@ -17,29 +19,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from train_bytes import REPOSITORY, add_model_and_optimizer, build_optimizers, compiled
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from train_bytes import REPOSITORY, add_model_and_optimizer, build_model, build_optimizers, compiled
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from simba_compile.analysis import recall
 
 LENGTHS = (96, 192, 384, 768)
 """At which the saved model is scored; the first is the longest that it was trained on."""
-
-
-def build_model(args: argparse.Namespace) -> PreTrainedModel:
-    """Make the untrained model."""
-    return MambaForCausalLM(
-        MambaConfig(
-            vocab_size=recall.VOCABULARY,
-            hidden_size=args.d_model,
-            num_hidden_layers=args.layers,
-            initializer_range=args.init_range,
-            rescale_prenorm_residual=True,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
 
 
 def batch(args: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
@@ -82,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> None:
     """Train, save the model, load it again and write how well it does."""
     torch.manual_seed(args.seed)
-    model = build_model(args).train()
+    model = build_model(args, recall.VOCABULARY, pad_token_id=0, bos_token_id=None).train()
     optimizers, run = build_optimizers(model, args), compiled(model, args.backend)
     generator = torch.Generator().manual_seed(args.seed)
     curve, losses, begin = [], [], time.perf_counter()

@@ -100,13 +100,15 @@ def bench(
 
 @app.command()
 def families(
-    out: Annotated[Path, typer.Option(help="Folder for families.json and families.md.")] = Path("benchmarks/results"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for families.json and families.md; what other models have there stays.")
+    ] = Path("benchmarks/results"),
     only: Annotated[str, typer.Option(help="Names of models, with commas. [default: all]")] = "",
     tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of ours; Hugging Face's own run at most twice.")] = 5,
-    inductor: Annotated[
-        str, typer.Option(help="Models to compile with Inductor as well, which takes minutes.")
-    ] = "mamba2-130m,bamba-150m",
+    skip_inductor: Annotated[
+        bool, typer.Option("--skip-inductor", help="Leave Inductor out: compiling its scans takes minutes.")
+    ] = False,
 ) -> None:
     """Time one model of each Mamba-based family, dense and pruned, beside Hugging Face's own code.
 
@@ -119,7 +121,7 @@ def families(
     if unknown:
         known = ", ".join(MODELS)
         raise typer.BadParameter(f"there is no {', '.join(unknown)}; the models are {known}.", param_hint="--only")
-    run(names, tokens, repeats, inductor.split(","), out, shlex.join(["simba", *sys.argv[1:]]))
+    run(names, tokens, repeats, not skip_inductor, out, shlex.join(["simba", *sys.argv[1:]]))
 
 
 @app.command()

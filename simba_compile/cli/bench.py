@@ -173,10 +173,11 @@ def bare_products(model: PreTrainedModel, mixers: list[dict[str, Any]]) -> Calla
     for block, mixer in zip(blocks, mixers, strict=True):
         at = block.mixer
         for linear in (at.in_proj, at.x_proj, at.dt_proj):
-            products.append((torch.randn(1, mixer["tokens_in"], linear.in_features), linear.weight))
-        products.append((torch.randn(1, mixer["tokens_out"], at.out_proj.in_features), at.out_proj.weight))
+            products.append((torch.randn(1, mixer["tokens_in"], linear.in_features).to(linear.weight), linear.weight))
+        out = at.out_proj
+        products.append((torch.randn(1, mixer["tokens_out"], out.in_features).to(out.weight), out.weight))
     head: Any = model.get_output_embeddings()
-    products.append((torch.randn(1, 1, head.in_features), head.weight))
+    products.append((torch.randn(1, 1, head.in_features).to(head.weight), head.weight))
 
     def run_products() -> None:
         for x, weight in products:

@@ -71,7 +71,7 @@ def run(request: Request) -> None:
             if request.smaller is not None:
                 _compare(console, request, variants, records, task)
         if request.plot is not None:
-            plots.evaluation(request.plot, drawn, f"{Path(request.model).name}, {request.task}")
+            plots.evaluation(request.plot, drawn, f"model {Path(request.model).name}, task {request.task}")
     console.print(f"Written: {request.out}", markup=False, highlight=False)
 
 

@@ -1,21 +1,17 @@
 """The C kernels under ``cpu/``, called through ctypes: those of Mamba-1, and what moves tokens.
 
 Everything that C takes on trust is checked or arranged here: device, dtype, shape, and a stride of 1 along the last axis
-(a tensor without it is copied). Where the library was not built, `available` is False and plain torch runs instead.
+(a tensor without it is copied). Where there is no library that fits, `available` is False and plain torch runs instead.
 """
 
 import ctypes
-import importlib.util
-import logging
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from simba_compile.kernels.library import library
 from simba_compile.kernels.reference import POOLS, compute_dtype
-
-log = logging.getLogger("simba_compile")
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 16  # tokens between two state checkpoints; cpu/simba.h
@@ -24,26 +20,6 @@ MAX_WIDTH = 64  # of a convolution; cpu/level.h
 SLICE = 24  # vectors of channels for one task: their states and their A stay in the second-level cache
 MISSING = (0, 0, 0)
 OUT_OF_MEMORY, OUT_OF_RANGE = 1, 2  # cpu/simba.h
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The library, or None (with one warning) where it was not built or cannot be loaded."""
-    spec = importlib.util.find_spec("simba_compile.kernels._native")
-    if spec is None or spec.origin is None:
-        log.warning(
-            "The native CPU kernels were not built (no C compiler at install time?): plain torch runs in their place, "
-            "many times slower. Install a C compiler and reinstall simba_compile."
-        )
-        return None
-    try:
-        # OpenMP's symbols come from the runtime that torch has loaded, so that both share one pool of threads.
-        lib = ctypes.CDLL(spec.origin)
-        lib.simba_set_level(-1)
-    except (OSError, AttributeError) as error:  # no library, or another one
-        log.warning("The native CPU kernels do not load (%s): plain torch runs in their place, many times slower.", error)
-        return None
-    return lib
 
 
 def available() -> bool:

@@ -127,8 +127,10 @@ def ssd_scan_backward(
         words += [_pointer(value) for value in (A, D, dt_bias, initial, None, grad, None, grad_state, dx, ddt)]
         words += [_pointer(value) if value.numel() else 0 for value in (dA, dD, dbias, dB, dC, dinitial)]
         _call("ssd_scan_backward", x.dtype, words)
-    elif initial is not None:
-        dinitial.zero_() if grad_state is None else dinitial.copy_(grad_state)
+    else:  # without channels there are still steps
+        ddt.zero_()
+        if initial is not None:
+            dinitial.zero_() if grad_state is None else dinitial.copy_(grad_state)
     dB, dC = (value.sum(1) if parts > 1 else value[:, 0] for value in (dB, dC))
     dx, ddt, dB, dC = (value.to(dtype) for value, dtype in zip((dx, ddt, dB, dC), dtypes, strict=True))
     dA, dD, dbias = (value.sum(0).to(kind) for value in (dA, dD, dbias))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_compile.kernels import native, native_ssd, reference
+from simba_compile.kernels import native, native_linear, native_ssd, reference
 from simba_compile.kernels.reference import compute_dtype
 
 log = logging.getLogger("simba_compile")
@@ -85,7 +85,7 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     if triton_kernel is not None:
         return triton_kernel
     if all(value.device.type == "cpu" for value in given) and native.available():
-        for kernels in (native, native_ssd):
+        for kernels in (native, native_ssd, native_linear):
             if hasattr(kernels, name):
                 return getattr(kernels, name)
     return getattr(reference, name)

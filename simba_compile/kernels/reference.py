@@ -28,6 +28,18 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
     return F.softplus(delta) if softplus else delta
 
 
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, index: Tensor | None = None
+) -> Tensor:
+    """See `simba_compile.kernels.ops_linear.linear`."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if add is None:
+        return F.linear(x, weight, bias).contiguous()
+    add = add if index is None else gather(add, index)
+    product = torch.addmm(add.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]), weight.t()).view(add.shape)
+    return product if bias is None else product + bias
+
+
 def scan_states(delta: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Iterator[Tensor]:
     """The scan's state before the first token, and after each one: (batch, channel, state)."""
     state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])

@@ -1,13 +1,14 @@
 """The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
 
 functional  writes in-place operations as ordinary ones
+rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each
 plan        decides how many tokens each of them keeps             → counts from a length
 prune       scores, selects, and lets what follows run on what is left (with `attention`; with `restore` where full length is
             needed)
 lower       fuses what belongs together
 
-The second and the third only read the graph. Logger ``simba_compile.passes`` shows the graph before and after the last.
+The third and the fourth only read the graph. Logger ``simba_compile.passes`` shows the graph before and after the last.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer, match
 from simba_compile.passes.plan import Plan, make_plan
 from simba_compile.passes.prune import Unprunable, prune
+from simba_compile.passes.rows import make_rows
 
 log = logging.getLogger("simba_compile.passes")
 
@@ -53,6 +55,7 @@ class Transformed:
 def transform(gm: GraphModule, options: Options) -> Transformed:
     """Run the passes on a graph; `gm` itself becomes the dense one."""
     make_functional(gm.graph)
+    make_rows(gm.graph)
     mixers = match(gm.graph)
     plan = make_plan(gm.graph, mixers, options)
     pruned = None

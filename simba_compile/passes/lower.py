@@ -35,7 +35,7 @@ MUL, POW, RSQRT, MEAN = (
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
-    fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual)
+    fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear)
     for rewrite in (drop_marks, drop_casts, project_rows, cancel_transposes, gather_first, *fusions, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
@@ -131,10 +131,14 @@ def _is_transpose(node: Node) -> bool:
 
 
 def cancel_transposes(node: Node) -> None:
-    """``x.transpose(1, 2).transpose(1, 2)``: x."""
-    if _is_transpose(node) and isinstance(node.args[0], Node) and _is_transpose(node.args[0]):
-        source: Node = node.args[0].args[0]  # type: ignore[assignment]
-        node.replace_all_uses_with(source)
+    """``x.transpose(1, 2).transpose(1, 2)``, made contiguous in between or not: x."""
+    if not _is_transpose(node):
+        return
+    inner: Node = node.args[0]  # type: ignore[assignment]
+    while inner.target == "contiguous":
+        inner = inner.args[0]  # type: ignore[assignment]
+    if _is_transpose(inner):
+        node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
         _erase(node)
 
 
@@ -271,21 +275,45 @@ def linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, f
 
 
 def fuse_residual(node: Node) -> None:
-    """``residual + linear(x, weight)``: `linear_onto`."""
+    """``residual + linear(x, weight)``: one product, `simba::linear` on the CPU and `linear_onto` elsewhere."""
     if node.target not in ADDS or len(node.args) != 2 or node.kwargs:
         return
     for residual, product in (node.args, reversed(node.args)):
         if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
             continue
-        bias = product.args[2] if len(product.args) > 2 else product.kwargs.get("bias")
-        x: Node = product.args[0]  # type: ignore[assignment]
-        kinds = {_dtype(value) for value in (residual, product, x)}
+        x, weight, bias = _linear_arguments(product)
         if _sizes(residual) != _sizes(product):  # one of them is broadcast
             continue
+        kinds = {_dtype(value) for value in (residual, product, x)}
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
             continue
         if _written_between(product, node, x):
             continue
-        fresh = residual.target is OPS.gather and len(residual.users) == 1
-        _replace(node, _insert(node, linear_onto, residual, x, product.args[1], fresh))
+        gathered = residual.target is OPS.gather and len(residual.users) == 1
+        if not _is_ours(product):
+            _replace(node, _insert(node, linear_onto, residual, x, weight, gathered))
+        elif gathered and residual.args[2] == 1 and not _written_between(residual, node, *residual.args[:2]):  # type: ignore[arg-type]
+            _replace(node, _insert(node, OPS.linear, x, weight, None, *residual.args[:2]))
+        else:
+            _replace(node, _insert(node, OPS.linear, x, weight, None, residual, None))
         return
+
+
+def fuse_linear(node: Node) -> None:
+    """``linear(x, weight, bias)`` on the CPU: `simba::linear`."""
+    if node.target in LINEAR and _is_ours(node):
+        _replace(node, _insert(node, OPS.linear, *_linear_arguments(node), None, None))
+
+
+def _linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:
+    """x, weight and bias of a linear layer's call."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return node.args[0], node.args[1], bias  # type: ignore[return-value]
+
+
+def _is_ours(product: Node) -> bool:
+    """Whether our own product may run a linear layer: on the CPU, all in one dtype (autocast changes it)."""
+    values = [value_of(value) for value in (*_linear_arguments(product), product) if value is not None]
+    return all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values) and (
+        len({value.dtype for value in values}) == 1 and values[0].is_floating_point()
+    )

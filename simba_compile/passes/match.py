@@ -95,10 +95,8 @@ def _mixer(scans: list[Node]) -> Mixer:
     if conv is not None:
         uses = [user for source in _views_of(conv.args[0]) for user in source.users]  # type: ignore[arg-type]
         windows = [user for user in uses if suffix(user, length)]
-        if any(user.target is torch.nn.functional.pad for user in uses):
-            reason = "the prompt is shorter than the convolution"
-        elif length.of(conv) < 0:
-            reason = "it goes on from a cache"
+        if length.of(conv) < 0:  # what it reads has another length than the prompt
+            reason = "it goes on from a cache, or the prompt is shorter than the convolution"
     work = [_arithmetic(head) for head in scans]
     return Mixer(
         path=_path(scan),

@@ -278,7 +278,10 @@ def takes_sizes(node: Node) -> bool:
 
 
 def suffix(node: Node, length: Length) -> int | None:
-    """k where the node is ``x[..., -k:, ...]`` along the tokens, with everything along the other axes."""
+    """k where the node is ``x[..., -k:, ...]`` along the tokens, with everything along the other axes, or `last_tokens`."""
+    if node.target is torch.ops.simba.last_tokens:
+        source, k, dim = node.args
+        return k if length.of(source) == dim else None  # type: ignore[return-value]
     if node.target is not operator.getitem or not isinstance(node.args[0], Node) or length.of(node.args[0]) < 0:
         return None
     source, index = node.args

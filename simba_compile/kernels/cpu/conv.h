@@ -2,7 +2,8 @@
  *
  *     out_t = silu(bias + Σ_k weight_k x_{t - width + 1 + k})
  *
- * A task is a run of tokens: every row is read and written from its start to its end. */
+ * A task is a run of tokens: every row is read and written from its start to its end, and the lines of the next one are
+ * asked for meanwhile. */
 
 #define CONV_RUN 32
 
@@ -32,11 +33,17 @@ int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
       const elem *rows[MAX_WIDTH];
       int from = NAME(conv_rows)(rows, a, b, t);
       elem *out = (elem *)a->out.data + b * a->out.batch + t * a->out.token;
+      const elem *ahead = t + 1 < last ? line_of(a->x, b, t + 1, 0) : NULL;
       for (int64_t d = 0; d < a->channels; d += RUN * LANES) {
         vec y[RUN], one[RUN];
         int blocks = 0;
-        for (; blocks < RUN && d + (blocks + 1) * LANES <= a->channels; blocks++)
+        for (; blocks < RUN && d + (blocks + 1) * LANES <= a->channels; blocks++) {
+          if (ahead) {
+            __builtin_prefetch(ahead + d + blocks * LANES);
+            __builtin_prefetch(out + a->out.token + d + blocks * LANES, 1);
+          }
           y[blocks] = NAME(conv_at)(a, rows, from, d + blocks * LANES, LANES);
+        }
         if (blocks < RUN && d + blocks * LANES < a->channels) {
           y[blocks] = NAME(conv_at)(a, rows, from, d + blocks * LANES, (int)(a->channels - d - blocks * LANES));
           blocks++;

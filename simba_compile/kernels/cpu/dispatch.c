@@ -37,6 +37,7 @@ EXPORT(causal_conv1d_backward, ConvBackwardArgs)
 EXPORT(state_update, UpdateArgs)
 EXPORT(conv_update, ConvUpdateArgs)
 EXPORT(rms_norm, NormArgs)
+EXPORT(linear, LinearArgs)
 EXPORT(ssd_scan, SsdArgs)
 EXPORT(ssd_scan_backward, SsdBackwardArgs)
 EXPORT(ssd_influence, SsdInfluenceArgs)
@@ -74,3 +75,6 @@ int simba_set_level(int wanted) {
 
 /* Lanes of a float vector at the present level: native.py sizes scratch by it. */
 int simba_lanes(void) { return 4 << level; }
+
+/* What setup.py compiled: library.py compares it with the sources that it finds. */
+uint64_t simba_sources(void) { return SIMBA_SOURCES; }

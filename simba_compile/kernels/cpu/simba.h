@@ -120,6 +120,17 @@ typedef struct {
 } NormArgs;
 
 typedef struct {
+  int64_t rows, tokens, kept, depth, columns;                     /* rows: batch * kept; tokens: of `add` */
+  const void *x, *weight;                                         /* (rows, depth), (columns, depth) */
+  int64_t x_row, weight_row;
+  const void *bias;                                               /* (columns), compute type, or null */
+  const void *add;                                                /* (rows, columns) or, with an index, (batch, tokens, columns); or null */
+  int64_t add_batch, add_row;
+  const int64_t *index;                                           /* (batch, kept), or null */
+  void *out;                                                      /* (rows, columns) */
+} LinearArgs;
+
+typedef struct {
   int64_t batch, tokens, kept, row_bytes, batch_bytes, token_bytes;
   const void *x;
   const int64_t *index;                                           /* (batch, kept) */

@@ -8,6 +8,7 @@
 #include "conv.h"
 #include "decode.h"
 #include "norm.h"
+#include "linear.h"
 #include "ssd.h"
 #include "ssd_backward.h"
 #include "ssd_influence.h"
@@ -87,6 +88,16 @@
 #undef adjoint_t
 #undef deltas_of
 #undef most_of
+#undef TILE_ROWS
+#undef ACROSS
+#undef TILE_VECS
+#undef PANEL
+#undef TURNED
+#undef STRIP
+#undef SMALL
+#undef FEW
+#undef turn
+#undef ask_t
 #undef REAL
 #undef INTEGER
 #undef ELEM_KIND

@@ -1,0 +1,50 @@
+"""Finds the library of C kernels, and sees whether it was built from the sources that stand beside it.
+
+No torch here: setup.py runs this file for `digest`.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger("simba_compile")
+
+SOURCES = Path(__file__).parent / "cpu"
+SLOWER = "plain torch runs in their place, many times slower"
+REBUILD = "Reinstall simba_compile, or in a checkout of it run: python setup.py build_ext --inplace --force"
+
+
+def digest(folder: Path) -> int:
+    """A number of 64 bits for the names and contents of a folder's C files; 0 where there are none, as in a wheel."""
+    files = sorted(folder.glob("*.[ch]"))
+    contents = [(file.name, file.read_bytes()) for file in files]
+    return int(hashlib.sha256(repr(contents).encode()).hexdigest()[:16], 16) if files else 0
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None (with one warning) where it was not built, cannot be loaded or is of other sources."""
+    spec = importlib.util.find_spec("simba_compile.kernels._native")
+    if spec is None or spec.origin is None:
+        log.warning(
+            "The native CPU kernels were not built (no C compiler at install time?): %s. Install a C compiler and reinstall "
+            "simba_compile.",
+            SLOWER,
+        )
+        return None
+    try:
+        # OpenMP's symbols come from the runtime that torch has loaded, so that both share one pool of threads.
+        lib = ctypes.CDLL(spec.origin)
+        lib.simba_sources.restype = ctypes.c_uint64
+        built_from, here = lib.simba_sources(), digest(SOURCES)
+        lib.simba_set_level(-1)
+    except (OSError, AttributeError) as error:  # no library, or another one
+        log.warning("The native CPU kernels do not load (%s): %s. %s", error, SLOWER, REBUILD)
+        return None
+    if here not in (0, built_from):
+        log.warning("The native CPU kernels are of other sources than those in %s: %s. %s", SOURCES, SLOWER, REBUILD)
+        return None
+    return lib

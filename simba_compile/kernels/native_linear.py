@@ -1,0 +1,75 @@
+"""The C kernel of linear layers, ``cpu/linear.h``, called as `simba_compile.kernels.native` calls its own."""
+
+import torch
+from torch import Tensor
+
+from simba_compile.kernels.native import (
+    DTYPES,
+    _call,
+    _constant,
+    _expect,
+    _expect_on_cpu,
+    _flat,
+    _pointer,
+    _rows,
+    library,
+)
+from simba_compile.kernels.reference import compute_dtype
+
+THREADS = 8  # up to which sharing out the work was thought through
+AVX2 = 8  # lanes
+LARGE = 1 << 18  # weights that do not come out of a cache, so that how they are read decides
+MANY = 96  # rows that make up for the call's overhead with smaller ones
+MANY_HALVES = 8  # rows from which torch's product of float16 falls behind
+
+
+def is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel beats torch's product on these: float32 does nearly always, halves where torch is weak.
+
+    docs/decisions.md has the measurements. torch's products of bfloat16 have instructions of their own that this kernel does
+    not use.
+    """
+    lib = library()
+    if lib is None or not x.numel() or weight.stride(-1) != 1:
+        return False
+    if torch.get_num_threads() > THREADS or lib.simba_lanes() < AVX2:
+        return False
+    rows = x.numel() // x.shape[-1]
+    if x.dtype == torch.float32:
+        return rows >= MANY or weight.numel() >= LARGE
+    return (x.dtype == torch.bfloat16 and rows == 1) or (x.dtype == torch.float16 and rows >= MANY_HALVES)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
+    """See `simba_compile.kernels.ops_linear.linear`."""
+    if x.dtype not in DTYPES or x.dim() < 1 or weight.dim() != 2:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, {x.dtype} and weight {tuple(weight.shape)}; expected x (..., depth) in float32, "
+            "float64, bfloat16 or float16 and weight (column, depth)."
+        )
+    columns, depth = weight.shape
+    _expect_on_cpu("x", x)
+    _expect("weight", weight, (columns, x.shape[-1]), x.dtype)
+    _expect("bias", bias, (columns,), None)
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
+    rows, weight, bias = _flat(x), _rows(weight), _constant(bias, compute_dtype(x.dtype))
+    tokens, kept, strides = rows.shape[0], rows.shape[0], [0, 0]
+    if index is not None:
+        if add is None or add.dim() != 3 or index.shape != x.shape[:-1]:
+            raise ValueError(
+                f"index is {tuple(index.shape)} and x {tuple(x.shape)}; expected an index (batch, kept), "
+                "x (batch, kept, depth) and add (batch, token, column)."
+            )
+        _expect("add", add, (index.shape[0], add.shape[1], columns), x.dtype)
+        _expect("index", index, tuple(index.shape), torch.int64)
+        index, add, tokens, kept = index.contiguous(), _rows(add), add.shape[1], index.shape[1]
+        strides = [add.stride(0), add.stride(1)]
+    elif add is not None:
+        _expect("add", add, tuple(out.shape), x.dtype)
+        add = _flat(add)
+        strides = [0, add.stride(0)]
+    if out.numel():
+        words = [rows.shape[0], tokens, kept, depth, columns]
+        words += [_pointer(rows), _pointer(weight), rows.stride(0), weight.stride(0)]
+        _call("linear", x.dtype, [*words, _pointer(bias), _pointer(add), *strides, _pointer(index), _pointer(out)])
+    return out

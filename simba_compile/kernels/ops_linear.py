@@ -1,0 +1,64 @@
+"""The operator of linear layers, in the manner of `simba_compile.kernels.ops`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_compile.kernels import native_linear, reference
+from simba_compile.kernels.ops import LIBRARY, fake, implementation, operator
+
+
+@operator("(Tensor x, Tensor weight, Tensor? bias, Tensor? add, Tensor? index) -> Tensor")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
+    """``x weightᵀ + bias + add``: a linear layer, and the residual stream that its output is added to.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., depth).
+    weight : Tensor
+        (column, depth), in x's dtype.
+    bias : Tensor, optional
+        (column).
+    add : Tensor, optional
+        (..., column), in x's dtype.
+    index : Tensor, optional
+        (batch, kept) int64: x is (batch, kept, depth), and of `add`, (batch, token, column), these tokens are added.
+
+    Returns
+    -------
+    Tensor
+        (..., column) in x's dtype, contiguous.
+    """
+    run = implementation("linear", x, weight, bias, add, index)
+    if run is native_linear.linear and not native_linear.is_faster(x, weight):
+        run = reference.linear
+    return run(x, weight, bias, add, index)
+
+
+@fake("linear")
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias, add, index = inputs
+    ctx.save_for_backward(x, weight, index)
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.add = None if add is None else add.shape
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight, index = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    dx = grad @ weight if ctx.needs_input_grad[0] else None
+    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+    dbias = None if ctx.bias is None else rows.sum(0).to(ctx.bias)
+    dadd = None if ctx.add is None else grad
+    if index is not None:
+        dadd = torch.ops.simba.scatter(grad.new_zeros(ctx.add), index, grad, 1)
+    return dx, dweight, dbias, dadd, None
+
+
+torch.library.register_autograd("simba::linear", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)

@@ -1,0 +1,151 @@
+"""The operator of linear layers: the native kernel against float64, gradients, bad inputs, and when it is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import NAN, Source, at_level, each_dtype, each_level, layouts, needs_native, seeds, threads
+from torch import Tensor
+
+from simba_compile.kernels import native, native_linear, reference
+
+OPS = torch.ops.simba
+
+
+def assert_product(actual: Tensor, args: tuple[Any, ...]) -> None:
+    """Near to the product in float64, as a part of the sum of magnitudes, and rounded to the dtype once."""
+    x, weight, bias, add, index = (
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in args
+    )
+    exact = reference.linear(x, weight, bias, add, index)
+    magnitudes = [None if value is None else value.abs() for value in (x, weight, bias, add)]
+    size = reference.linear(*magnitudes, index)  # type: ignore[arg-type]
+    computed = torch.finfo(reference.compute_dtype(actual.dtype)).eps * x.shape[-1] ** 0.5
+    error = 4 * computed * size + torch.finfo(actual.dtype).eps * exact.abs()
+    assert actual.shape == exact.shape and actual.is_contiguous()
+    assert ((actual.double() - exact).abs() <= error).all()
+
+
+@st.composite
+def products(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, weight, bias, add and index."""
+    source = Source(draw(seeds), dtype, draw(layouts))
+    batch, tokens, depth, columns = (draw(st.integers(low, high)) for low, high in ((0, 3), (1, 40), (1, 90), (1, 90)))
+    x, add = source.laid_out(batch, tokens, depth), source.laid_out(batch, tokens, columns)
+    weight = source.laid_out(columns, depth)
+    index = None
+    if draw(st.booleans()):
+        index = source.kept(batch, tokens, draw(st.integers(1, tokens)))
+        x = x[:, : index.shape[1]]
+    kind = draw(st.sampled_from([dtype, torch.float32]))
+    bias = source.normal(columns, dtype=kind) if draw(st.booleans()) else None
+    return x, weight, bias, add if index is not None or draw(st.booleans()) else None, index
+
+
+@needs_native
+@each_level
+@each_dtype
+@settings(max_examples=25)
+@given(data=st.data())
+def test_linear(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    args = data.draw(products(dtype))
+    with at_level(level), threads(data.draw(st.integers(1, 3))):
+        assert_product(native_linear.linear(*args), args)
+
+
+# rows, depth, columns: a few rows; weights that fit a cache, and that do not; rows that are packed in two strips
+SIZES = [(1, 700, 515), (3, 400, 401), (9, 300, 80), (75, 401, 403), (1100, 390, 349), (1030, 33, 50)]
+
+
+@needs_native
+@each_level
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear_in_every_order_of_work(level: int, size: tuple[int, int, int]) -> None:
+    rows, depth, columns = size
+    source = Source(rows, torch.float32, "plain")
+    x, weight, add = source.normal(1, rows, depth), source.normal(columns, depth), source.normal(1, 2 * rows, columns)
+    args = (x, weight, source.normal(columns), add, source.kept(1, 2 * rows, rows))
+    with at_level(level), threads(2):
+        assert_product(native_linear.linear(*args), args)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_what_is_not_a_number_stays_in_its_row_and_column(rows: int) -> None:
+    x, weight = torch.randn(rows, 33), torch.randn(35, 33)
+    x[-1, 5], weight[7, 32] = NAN, NAN
+    bad = native_linear.linear(x, weight, None, None, None).isnan()
+    expected = torch.zeros(rows, 35, dtype=torch.bool)
+    expected[-1], expected[:, 7] = True, True
+    assert torch.equal(bad, expected)
+
+
+@needs_native
+def test_linear_does_not_depend_on_the_threads() -> None:
+    x, weight = torch.randn(50, 400), torch.randn(400, 400)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(native_linear.linear(x, weight, None, None, None))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("with_native", [True, False])
+def test_gradients(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_native:
+        monkeypatch.setattr(native, "available", lambda: False)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    index = torch.tensor([[0, 2], [1, 4]])
+    for args in (
+        (leaf(2, 3, 4), leaf(5, 4), leaf(5), leaf(2, 3, 5), None),
+        (leaf(2, 2, 4), leaf(5, 4), None, leaf(2, 5, 5), index),
+        (leaf(3, 4), leaf(5, 4), None, None, None),
+    ):
+        assert torch.autograd.gradcheck(OPS.linear, args)
+
+
+@needs_native
+def test_the_kernel_is_taken_where_it_is_faster() -> None:
+    def taken(rows: int, dtype: torch.dtype = torch.float32, columns: int = 512, depth: int = 512) -> bool:
+        return native_linear.is_faster(torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth, dtype=dtype))
+
+    with threads(2):
+        if native.library().simba_lanes() >= native_linear.AVX2:  # type: ignore[union-attr]
+            assert taken(1) and taken(20) and taken(2000)
+            assert taken(2000, columns=16) and not taken(20, columns=16)
+            assert taken(1, torch.bfloat16) and not taken(2000, torch.bfloat16)
+            assert taken(20, torch.float16) and not taken(1, torch.float16)
+        assert not taken(2000, torch.float64) and not taken(0)
+        assert not native_linear.is_faster(torch.zeros(2000, 512), torch.zeros(512, 512).t())  # would copy all weights
+    with threads(native_linear.THREADS + 1):
+        assert not taken(2000)
+    with at_level(0):
+        assert not taken(2000)
+
+
+@needs_native
+def test_bad_inputs() -> None:
+    x, weight, add = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 6, 5)
+    index = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    for args, match in (
+        ((x, torch.zeros(5, 3), None, None, None), "weight is"),
+        ((x, weight.double(), None, None, None), "weight is"),
+        ((x, weight, torch.zeros(4), None, None), "bias is"),
+        ((x, weight, None, add, None), "add is"),
+        ((x, weight, None, None, index), "index is"),
+        ((x, weight, None, add, index[:, :2]), "index is"),
+        ((x, weight, None, add[:1], index), "add is"),
+        ((x, weight, None, add, index.int()), "index is"),
+        ((x.int(), weight.int(), None, None, None), "x is"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            native_linear.linear(*args)
+    with pytest.raises(IndexError, match=r"outside 0\.\.5"):
+        native_linear.linear(x, weight, None, add, index + 1)

@@ -1,0 +1,128 @@
+"""What is computed with the tokens last, written as operations on rows: the same numbers, by the operators wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from simba_compile.passes.rows import make_rows
+
+OPS = torch.ops.simba
+BATCH, CHANNELS, WIDTH = 2, 6, 4
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def rewritten(function: Callable, x: Tensor, tokens: int) -> GraphModule:
+    """The graph of a function of x after the pass; the axis of its tokens is symbolic, and so is the batch's."""
+    graphs: list[GraphModule] = []
+
+    def backend(gm: GraphModule, example: list[Any]) -> GraphModule:
+        make_rows(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.mark_dynamic(x, tokens)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.testing.assert_close(torch.compile(function, backend=backend, fullgraph=True)(x), function(x))
+    (graph,) = graphs
+    return graph
+
+
+TAPS, PAIRED = numbers(CHANNELS, 1, WIDTH), numbers(CHANNELS, 2, WIDTH)
+
+
+def targets(gm: GraphModule) -> list[Any]:
+    return [node.target for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_product_of_flattened_tokens(flat: bool) -> None:
+    weight = numbers(5, CHANNELS)
+
+    def project(h: Tensor) -> Tensor:
+        batch, tokens, channels = h.shape
+        across = h.reshape(batch * tokens, channels).t() if flat else h.permute(2, 0, 1).reshape(channels, batch * tokens)
+        return (weight @ across).reshape(5, batch, tokens).permute(1, 0, 2)
+
+    found = targets(rewritten(project, numbers(BATCH, 9, CHANNELS), 1))
+    assert F.linear in found and not {"permute", "t", torch.matmul} & {*found}
+
+
+def test_a_product_taken_apart_otherwise_stays() -> None:
+    weight = numbers(5, CHANNELS)
+
+    def project(h: Tensor) -> Tensor:
+        batch, tokens, channels = h.shape
+        return (weight @ h.permute(2, 0, 1).reshape(channels, batch * tokens)).reshape(5, tokens, batch).permute(1, 0, 2)
+
+    assert F.linear not in targets(rewritten(project, numbers(BATCH, 9, CHANNELS), 1))
+
+
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("bias", [None, numbers(CHANNELS)], ids=["", "bias"])
+def test_a_convolution_that_is_cut(bias: Tensor | None, rows: bool, activated: bool) -> None:
+    weight = numbers(CHANNELS, 1, WIDTH)
+
+    def convolve(x: Tensor) -> Tensor:
+        if rows:  # as Mamba2 does
+            y = F.conv1d(x.transpose(1, 2), weight, bias, padding=WIDTH - 1, groups=CHANNELS)
+            y = y.transpose(1, 2)[:, : -(WIDTH - 1)]
+        else:  # as Mamba does
+            y = F.conv1d(x, weight, bias, padding=WIDTH - 1, groups=CHANNELS)[..., : x.shape[-1]]
+        return F.silu(y) if activated else y
+
+    found = targets(rewritten(convolve, numbers(BATCH, *((9, CHANNELS) if rows else (CHANNELS, 9))), 1 if rows else 2))
+    assert OPS.causal_conv1d in found and not {torch.conv1d, F.silu} & {*found}
+
+
+@pytest.mark.parametrize(
+    "convolve",
+    [
+        lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS)[..., 3:],
+        lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS)[:, :3, : x.shape[-1]],
+        lambda x: F.conv1d(x, TAPS, padding=2, groups=CHANNELS)[..., : x.shape[-1]],
+        lambda x: F.conv1d(x, PAIRED, padding=3, groups=3)[..., : x.shape[-1]],
+        lambda x: F.conv1d(x, TAPS[..., 1:], padding=2, dilation=2, groups=CHANNELS)[..., : x.shape[-1]],
+        lambda x: F.conv1d(x, TAPS[..., 1:], padding="same", groups=CHANNELS)[..., : x.shape[-1]],
+        lambda x: (y := F.conv1d(x, TAPS, padding=3, groups=CHANNELS), y[..., : x.shape[-1]]),
+    ],
+)
+def test_other_convolutions_stay(convolve: Callable) -> None:
+    gm = rewritten(convolve, numbers(BATCH, CHANNELS, 9), 2)
+    assert torch.conv1d in targets(gm) and OPS.causal_conv1d not in targets(gm)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_the_window_that_a_cache_keeps(tokens: int, rows: bool) -> None:
+    """The last tokens, with zeros in front of fewer."""
+
+    def window(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2) if rows else x
+        return F.pad(x, (WIDTH - x.shape[-1], 0))
+
+    gm = rewritten(window, numbers(BATCH, *((tokens, CHANNELS) if rows else (CHANNELS, tokens))), 1 if rows else 2)
+    (node,) = gm.graph.find_nodes(op="call_function", target=OPS.last_tokens)
+    assert node.args[1:] == (WIDTH, 1 if rows else 2)
+
+
+def test_other_padding_stays() -> None:
+    for pad in (
+        lambda x: F.pad(x, (0, WIDTH - x.shape[-1])),
+        lambda x: F.pad(x, (2, 0)),
+        lambda x: F.pad(x, (3, 0), value=1.0),
+    ):
+        torch._dynamo.reset()
+        assert OPS.last_tokens not in targets(rewritten(pad, numbers(BATCH, CHANNELS, 9), 2))

@@ -1,0 +1,132 @@
+"""Which operations may run on fewer tokens, one at a time: the lists of `tokens`, and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_passes import HIDDEN, Captured, matrix, tokens
+from torch import Tensor
+
+from simba_compile.passes.attention import why_not
+from simba_compile.passes.tokens import FLAT, Length, is_one_result, is_tokenwise, value_of
+
+
+def test_length_finds_the_argument_that_shows_it() -> None:
+    captured = Captured(lambda h: h.view(h.shape[0], h.shape[1] * HIDDEN), tokens())
+    inputs = captured.gm.graph.find_nodes(op="placeholder")
+    numbers = [node for node in inputs if not isinstance(value_of(node), Tensor)]
+    (given_input,) = set(inputs) - set(numbers)
+    length = Length(value_of(given_input))
+    place, axis = length.find(inputs)
+    assert axis is None and captured.args[place] == 20
+    assert length.find([*(node for node in numbers if node is not inputs[place]), given_input])[1] == 1
+    with pytest.raises(ValueError, match="no input of the graph has the length"):
+        length.find([])
+
+
+column = torch.randn(HIDDEN, 3)
+TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last operation of each, and whether it is
+    "a function of each number": (lambda h: torch.tanh(h), True),
+    "rows": (lambda h: h.flatten(0, 1), True),
+    "a function of rows": (lambda h: h.flatten(0, 1) * 2, True),
+    "rows of channels and tokens": (lambda h: h.transpose(1, 2).reshape(h.shape[0] * h.shape[1], HIDDEN), False),
+    "heads": (lambda h: h.view(h.shape[0], h.shape[1], 2, 3), True),
+    "channels before tokens": (lambda h: h.reshape(h.shape[0], HIDDEN, h.shape[1]), False),
+    "over channels": (lambda h: h.sum(-1), True),
+    "over channels, by name": (lambda h: h.mean(dim=[2]), True),
+    "over everything": (lambda h: h.sum(), False),
+    "over tokens": (lambda h: h.amax(1, keepdim=True), False),
+    "over the batch": (lambda h: h.softmax(0), False),
+    "along tokens": (lambda h: h.cumsum(1), False),
+    "along channels": (lambda h: h.cumsum(-1), True),
+    "largest channels": (lambda h: h.topk(2), True),
+    "tokens in order": (lambda h: h.sort(1), False),
+    "one beside the other": (lambda h: torch.cat([h, 2 * h], 2), True),
+    "one after the other": (lambda h: torch.cat([h, h], 1), False),
+    "with nothing after it": (lambda h: torch.cat([h, h[:, :0]], 1), True),
+    "another batch": (lambda h: torch.cat([h, h], 0), False),
+    "stacked before tokens": (lambda h: torch.stack([h, 2 * h], 1), True),
+    "stacked last": (lambda h: torch.stack([h, 2 * h], -1), True),
+    "without an axis of one": (lambda h: h[..., :1].squeeze(2), True),
+    "without any axis of one": (lambda h: h[..., :1].squeeze(), False),
+    "turned": (lambda h: h.transpose(1, 2), True),
+    "projected": (lambda h: F.linear(h, matrix), True),
+    "a product": (lambda h: h @ column, True),
+    "scores": (lambda h: h @ h.transpose(1, 2), False),
+    "layer norm": (lambda h: F.layer_norm(h, (HIDDEN,)), True),
+    "layer norm of tokens": (lambda h: F.layer_norm(h, h.shape[1:]), False),
+    "an embedding": (lambda h: F.embedding(h.argmax(-1), matrix), True),
+    "one channel": (lambda h: h[:, :, 0], True),
+    "one token": (lambda h: h[:, 0], False),
+    "some tokens": (lambda h: h[:, 1:], False),
+    "positions": (lambda h: h + torch.arange(h.shape[1])[None, :, None], True),
+    "positions on another axis": (lambda h: h[:, :, :1] + torch.arange(h.shape[1]), False),
+    "tokens of one with channels of another": (lambda h: h[:, :, 0] + h.transpose(1, 2)[:, 0], True),
+    "all tokens with all": (lambda h: h[:, :, 0, None] * h[:, None, :, 0], False),
+}
+
+
+@pytest.mark.parametrize("case", TOKENWISE)
+def test_tokenwise_is_what_gives_kept_tokens_the_same(case: str) -> None:
+    function, expected = TOKENWISE[case]
+    h = tokens()
+    captured = Captured(function, h)
+    (node, *_) = captured.gm.graph.output_node().args[0]
+    node = node.args[0] if is_one_result(node) else node
+    (example,) = [
+        value_of(n) for n in captured.gm.graph.find_nodes(op="placeholder")
+        if isinstance(value_of(n), Tensor) and value_of(n).shape[-1] == HIDDEN and value_of(n).dim() == 3
+    ]  # fmt: skip
+    length = Length(example)
+    assert is_tokenwise(node, length) == expected
+    if expected and case != "positions":  # which are gathered themselves
+        kept = torch.tensor([0, 3, 19])
+        whole, part = function(h), function(h[:, kept])
+        for all_tokens, few in zip(whole, part, strict=True) if isinstance(whole, tuple) else [(whole, part)]:
+            rows = all_tokens.unflatten(0, (2, 20)) if length.of(node) == FLAT else all_tokens
+            taken = rows.index_select(max(length.of(node), 1), kept)
+            torch.testing.assert_close(few, taken.flatten(0, 1) if length.of(node) == FLAT else taken)
+
+
+def heads(h: Tensor) -> Tensor:
+    """(batch, head, token, channel)."""
+    return h.unflatten(-1, (2, 3)).transpose(1, 2)
+
+
+ATTENTION: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
+    "no mask": (lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h)), None),
+    "a square mask": (lambda h: attend(h, (h @ h.transpose(1, 2))[:, None]), None),
+    "a mask of keys": (lambda h: attend(h, h[:, None, None, :, 0]), None),
+    "a mask of queries": (lambda h: attend(h, h[:, None, :, :1]), "the mask of attention is"),
+    "channels before tokens": (
+        lambda h: F.scaled_dot_product_attention(*[heads(h).transpose(2, 3)] * 3),
+        "the query of attention does not have one row for each token",
+    ),
+    "heads before the batch": (
+        lambda h: F.scaled_dot_product_attention(*[heads(h).transpose(0, 1)] * 3),
+        "the query of attention does not have one row for each token",
+    ),
+    "keys of something else": (
+        lambda h: F.scaled_dot_product_attention(heads(h), heads(h[:, :4] * 2), heads(h[:, :4] * 2)),
+        "the key of attention does not have one row for each token",
+    ),
+}
+
+
+def attend(h: Tensor, mask: Tensor) -> Tensor:
+    """Attention with this mask."""
+    return F.scaled_dot_product_attention(heads(h), heads(h), heads(h), mask)
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_on_kept_tokens_and_why_not(case: str) -> None:
+    function, expected = ATTENTION[case]
+    graph = Captured(function, tokens()).gm.graph
+    (node,) = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    example = next(value_of(n) for n in graph.find_nodes(op="placeholder") if isinstance(value_of(n), Tensor))
+    reason = why_not(node, Length(example))
+    assert reason is None if expected is None else str(reason).startswith(expected)

@@ -28,6 +28,7 @@ from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, g
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
 BLOCK = 64  # of a head's channels, and of its states, at a time
 FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
+FLOAT_STATES = 16  # of the states, where outputs of float32 are made: 32 leave ptxas a stack of 8 bytes
 
 
 @triton.jit
@@ -204,6 +205,8 @@ def ssd_scan(
     A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
     held = chunk_states(x, dt, A, B, dt_bias, softplus, (dt_min, dt_max), initial, index)
     tile = tile_of(x, states)
+    if x.dtype == torch.float32:
+        tile["BLOCK_N"] = FLOAT_STATES
     chunks = held.shape[1] - 1
     runtime.launch(
         _outputs, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),

@@ -81,6 +81,12 @@ def ssd_scan(dtype: torch.dtype, states: int, kept: int | None = None) -> tuple[
     return x, dt, head, B, B, head, head, True, 0.0, 1e6, initial, index
 
 
+def ssd_backward(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
+    """The arguments of `ssd_scan_backward`."""
+    inputs = ssd_scan(dtype, states)
+    return empty(*inputs[0].shape, dtype=F32), inputs[-2], *inputs[:-1]
+
+
 def ssd_step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
     """The arguments of `ssd_state_update`."""
     x, dt, B, head = empty(BATCH, 80, 64, dtype=dtype), empty(BATCH, 80), empty(BATCH, 1, states, dtype=dtype), empty(80)
@@ -100,6 +106,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan-backward-64": ("selective_scan_backward", lambda: scan_backward(F32, 64)),
     "ssd-bf16": ("ssd_scan", lambda: ssd_scan(BF16, 128, kept=512)),
     "ssd-fp32": ("ssd_scan", lambda: ssd_scan(F32, 64)),
+    "ssd-backward-bf16": ("ssd_scan_backward", lambda: ssd_backward(BF16, 128)),
+    "ssd-backward-fp32": ("ssd_scan_backward", lambda: ssd_backward(F32, 64)),
     "ssd-step-128": ("ssd_state_update", lambda: ssd_step(BF16, 128)),
     "ssd-step-16": ("ssd_state_update", lambda: ssd_step(F32, 16)),
     "select": ("select", lambda: (empty(BATCH, TOKENS, dtype=F64), 1024, 0, 1)),

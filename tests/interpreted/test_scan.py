@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_kernels import Source, assert_near, layouts, seeds, wide
 
 from simba_compile.kernels import reference
-from simba_compile.kernels.gpu import scan, scan_backward, ssd
+from simba_compile.kernels.gpu import scan, scan_backward, ssd, ssd_backward
 
 dtypes, flags = st.sampled_from((torch.bfloat16, torch.float16, torch.float32)), st.booleans()
 
@@ -142,3 +142,41 @@ def test_ssd_scan(
     dtype: torch.dtype, tokens: int, groups: int, size: int, states: int, initial: bool, kept: int | None
 ) -> None:
     assert_ssd(mamba2(Source(4, dtype, "plain"), tokens, groups, size, states, initial, kept))
+
+
+@pytest.mark.parametrize("limits", [(0.0, math.inf), (0.3, 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "groups", "size", "states", "given_states"),
+    [
+        (torch.float32, 35, 1, 5, 20, True),
+        (torch.float32, 17, 2, 17, 3, False),
+        (torch.float32, 64, 2, 40, 40, True),
+        (torch.float16, 18, 1, 70, 16, True),
+        (torch.float16, 1, 2, 3, 70, True),
+    ],
+)
+def test_ssd_scan_backward(
+    dtype: torch.dtype, tokens: int, groups: int, size: int, states: int, given_states: bool, limits: tuple[float, float]
+) -> None:
+    """Every gradient, over several chunks, blocks and groups, with steps that the limits cut off."""
+    source = Source(5, dtype, "plain")
+    x, dt, A, B, C, D, bias, softplus, _, _, initial, _ = mamba2(source, tokens, groups, size, states, given_states, None)
+    grad = source.normal(1, tokens, 2, 2 * size, dtype=torch.float32)[..., ::2]
+    grad_state = source.normal(1, 2, size, states, dtype=torch.float32) if given_states else None
+    args = [grad, grad_state, x, dt, A, B, C, D, bias, softplus, *limits, initial]
+    error = 2e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    exact_grads = reference.ssd_scan_backward(*wide(args))
+    for actual, exact in zip(ssd_backward.ssd_scan_backward(*args), exact_grads, strict=True):
+        assert actual.shape == exact.shape
+        if exact.numel():
+            assert (actual - exact).abs().max() <= error * exact.abs().max()
+
+
+def test_ssd_gradient_of_a_decay_does_not_cancel() -> None:
+    """At fast decays A's gradient is far below the terms of which running sums would make it; it is right for its size."""
+    x = torch.ones(1, 32, 2, 16)
+    x[:, ::2] = 1e3
+    dt, A = torch.full((1, 32, 2), 3.0), torch.tensor([-4.0, -1e-3])
+    args = [x, None, x, dt, A, x[:, :, :1], x[:, :, :1], None, None, False, 0.0, math.inf, None]
+    dA, exact = ssd_backward.ssd_scan_backward(*args)[2], reference.ssd_scan_backward(*wide(args))[2]
+    torch.testing.assert_close(dA.double(), exact, rtol=1e-5, atol=0)

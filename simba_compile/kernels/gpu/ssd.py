@@ -4,17 +4,17 @@ A head's decay is one number, so within a chunk of tokens the recurrence is a ma
 sum of Δ A within the chunk:
 
 1. `_chunk_states`: each chunk from a state of zero, ``Σ_t exp(a_end − a_t) Δ_t x_t ⊗ B_t``, and its a_end;
-2. `_carry`: the true states after each chunk, in order;
+2. `_carry`: the true states at the ends of the chunks, in order;
 3. `_outputs`: ``y_t = Σ_{s≤t} (C_t · B_s) exp(a_t − a_s) Δ_s x_s + exp(a_t) h_start C_t + D x_t``.
 
 The factors of a product are in x's type, its sums in float32, as in mamba-ssm. Float32 keeps its precision: NVIDIA's tensor
 cores make one product of three in TF32, AMD's multiply float32. C · B is computed anew for each head of a group: at 64
-tokens it is a third of the products, and costs no memory.
-There is no kernel for the gradient: the operator's runs in plain torch, from `reference`.
+tokens it is a third of the products, and costs no memory. `ssd_backward` has the gradients.
 """
 
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -28,10 +28,11 @@ from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, g
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
 BLOCK = 64  # of a head's channels, and of its states, at a time
 FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
+FLOAT_STATES = 16  # of the states, where outputs of float32 are made: 32 leave ptxas a stack of 8 bytes
 
 
 @triton.jit
-def _steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constexpr):
+def steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constexpr):
     """Δ of a chunk's tokens (0 past the end), and the logarithms to base 2 of their decays."""
     shift = None if bias is None else tl.load(bias + head).to(tl.float32)
     delta = tl.clamp(step_size(tl.load(dt + at * stride), shift, SOFTPLUS), low, high)
@@ -42,10 +43,14 @@ def _steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.conste
 @triton.jit
 def _chunk_states(
     x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state, bias,
-    index, index_batch, index_token, sums, ends, tokens, chunks, heads, share, size, states, low, high,
-    SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    index, index_batch, index_token, sums, held, tokens, chunks, heads, share, size, states, low, high,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state after one chunk from zero, to ends (batch, chunk, head, p, n), and the logarithm of its decay to sums."""
+    """The state after one chunk from zero, to held[batch, chunk + 1, head, p, n], and the logarithm of its decay to sums.
+
+    REVERSE: of its adjoint, with ∂y for x and C for B, the state's gradient before the chunk, to held[batch, chunk].
+    """
     blocks = tl.cdiv(size, BLOCK_P)
     program = tl.program_id(0)
     block, head, chunk = program % blocks, program // blocks % heads, program // blocks // heads % chunks
@@ -59,24 +64,24 @@ def _chunk_states(
     start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
     at = group_tokens(index, index_token, start, end, CHUNK)
     inside = start + tl.arange(0, CHUNK) < end
-    delta, decay = _steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
+    delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     total = tl.sum(decay, axis=0)
-    weight = delta * tl.exp2(total - tl.cumsum(decay, axis=0))
+    since = tl.cumsum(decay, axis=0)
+    weight = tl.where(inside, tl.exp2(since), 0.0) if REVERSE else delta * tl.exp2(total - since)
     u = tl.load(x + at[None, :] * x_token + p[:, None] * x_p, mask=(p < size)[:, None], other=0.0)
-    place = (batch * chunks + chunk) * heads + head
-    tl.store(sums + place, total, mask=block == 0)
+    tl.store(sums + (batch * chunks + chunk) * heads + head, total, mask=block == 0)
+    held += ((batch * (chunks + 1) + chunk + (0 if REVERSE else 1)) * heads + head) * size * states
     for first in range(0, states, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         b = tl.load(B + at[:, None] * B_token + n[None, :] * B_state, mask=(n < states)[None, :], other=0.0)
         b = (b.to(tl.float32) * weight[:, None]).to(u.dtype)
         state = tl.dot(u, b, input_precision=PRECISION)
-        where = ends + (place * size + p[:, None]) * states + n[None, :]
-        tl.store(where, state, mask=(p < size)[:, None] & (n < states)[None, :])
+        tl.store(held + p[:, None] * states + n[None, :], state, mask=(p < size)[:, None] & (n < states)[None, :])
 
 
 @triton.jit
-def _carry(sums, ends, initial, chunks, heads, entries, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The states from zero in ends become the true ones; entries: p times n, of one head."""
+def _carry(sums, held, chunks, heads, entries, REVERSE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The states from zero in held become the true ones, from its first row on (REVERSE: its last); entries: p times n."""
     blocks = tl.cdiv(entries, BLOCK)
     program = tl.program_id(0)
     head = program // blocks % heads
@@ -84,13 +89,15 @@ def _carry(sums, ends, initial, chunks, heads, entries, CHUNKS: tl.constexpr, BL
     entry = program % blocks * BLOCK + tl.arange(0, BLOCK)
     live = entry < entries
     step = tl.arange(0, CHUNKS)
-    state = tl.zeros([BLOCK], tl.float32)
-    if initial is not None:
-        state += tl.load(initial + (batch * heads + head) * entries + entry, mask=live, other=0.0).to(tl.float32)
+    given = batch * (chunks + 1) + (chunks if REVERSE else 0)
+    state = tl.load(held + (given * heads + head) * entries + entry, mask=live, other=0.0)
     for first in range(0, chunks, CHUNKS):
-        row = (batch * chunks + first + step) * heads + head
-        mask = (first + step < chunks)[:, None] & live[None, :]
-        at = ends + row[:, None] * entries + entry[None, :]
+        order = first + step
+        chunk = chunks - 1 - order if REVERSE else order
+        mask = (order < chunks)[:, None] & live[None, :]
+        place = batch * (chunks + 1) + chunk + (0 if REVERSE else 1)
+        at = held + (place * heads + head)[:, None] * entries + entry[None, :]
+        row = (batch * chunks + chunk) * heads + head
         decay = tl.exp2(tl.load(sums + row[:, None] + entry[None, :] * 0, mask=mask, other=0.0))
         decays, adds = tl.associative_scan((decay, tl.load(at, mask=mask, other=0.0)), 0, compose)
         adds += decays * state[None, :]
@@ -101,7 +108,7 @@ def _carry(sums, ends, initial, chunks, heads, entries, CHUNKS: tl.constexpr, BL
 @triton.jit
 def _outputs(
     x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state,
-    C, C_batch, C_token, C_group, C_state, D, bias, index, index_batch, index_token, initial, ends, y,
+    C, C_batch, C_token, C_group, C_state, D, bias, index, index_batch, index_token, held, y,
     tokens, chunks, heads, share, size, states, low, high,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,9 +127,10 @@ def _outputs(
     start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
     at = group_tokens(index, index_token, start, end, CHUNK)
     inside = start + row < end
-    delta, decay = _steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
+    delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since = tl.cumsum(decay, axis=0)  # from the chunk's start
     live = p < size
+    held += ((batch * (chunks + 1) + chunk) * heads + head) * size * states
 
     products = tl.zeros([CHUNK, CHUNK], tl.float32)
     carried = tl.zeros([CHUNK, BLOCK_P], tl.float32)
@@ -132,15 +140,8 @@ def _outputs(
         c = tl.load(C + at[:, None] * C_token + n[None, :] * C_state, mask=mask, other=0.0)
         b = tl.load(B + at[None, :] * B_token + n[:, None] * B_state, mask=(n < states)[:, None], other=0.0)
         products = tl.dot(c, b, products, input_precision=PRECISION)
-        entry = p[None, :] * states + n[:, None]
         both = (n < states)[:, None] & live[None, :]
-        state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-        if chunk > 0:
-            place = (batch * chunks + chunk - 1) * heads + head
-            state += tl.load(ends + place * size * states + entry, mask=both, other=0.0)
-        else:
-            if initial is not None:
-                state += tl.load(initial + (batch * heads + head) * size * states + entry, mask=both, other=0.0)
+        state = tl.load(held + p[None, :] * states + n[:, None], mask=both, other=0.0)
         carried = tl.dot(c, state.to(c.dtype), carried, input_precision=PRECISION)
     between = tl.where(row[:, None] >= row[None, :], since[:, None] - since[None, :], float("-inf"))
     products *= tl.exp2(between) * delta[None, :]
@@ -201,27 +202,61 @@ def ssd_scan(
             dt_limit=(dt_min, dt_max), return_final_states=True,
         )  # fmt: skip
         return out.float(), last.float()
-    A, D, dt_bias, initial = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias), runtime.flat(initial)
+    A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
+    held = chunk_states(x, dt, A, B, dt_bias, softplus, (dt_min, dt_max), initial, index)
+    tile = tile_of(x, states)
+    if x.dtype == torch.float32:
+        tile["BLOCK_N"] = FLOAT_STATES
+    chunks = held.shape[1] - 1
+    runtime.launch(
+        _outputs, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
+        x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias, index, *strides(index, 2), held,
+        y, tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max, SOFTPLUS=softplus, **tile, num_warps=8,
+    )  # fmt: skip
+    return y, held[:, -1].clone()
+
+
+def tile_of(x: Tensor, states: int) -> dict[str, Any]:
+    """Tokens of a chunk, channels and states at a time, and how float32 is multiplied (halves are exact factors)."""
     chunk, widest = (FLOAT_CHUNK, FLOAT_BLOCK) if x.dtype == torch.float32 else (CHUNK, BLOCK)
-    chunks, share = runtime.blocks_of(tokens, chunk), heads // groups
-    block = {"BLOCK_P": max(16, min(widest, runtime.power_of_two(size)))}
-    block["BLOCK_N"] = max(16, min(widest, runtime.power_of_two(states)))
-    precision = "ieee" if torch.version.hip else "tf32x3"  # of float32; halves are exact factors
+    block_p, block_n = (max(16, min(widest, runtime.power_of_two(size))) for size in (x.shape[3], states))
+    precision = "ieee" if torch.version.hip else "tf32x3"
+    return {"CHUNK": chunk, "BLOCK_P": block_p, "BLOCK_N": block_n, "PRECISION": precision}
+
+
+def chunk_states(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    limits: tuple[float, float],
+    initial: Tensor | None,
+    index: Tensor | None,
+    reverse: bool = False,
+) -> Tensor:
+    """The states before each chunk and after the last, (batch, chunk + 1, head, p, n).
+
+    reverse: their gradients, of x = ∂y and B = C; then `initial` is that of the last.
+    """
+    batch, _, heads, size = x.shape
+    tokens = dt.shape[1] if index is None else index.shape[1]
+    groups, states = B.shape[2:]
+    tile = tile_of(x, states)
+    chunks = runtime.blocks_of(tokens, tile["CHUNK"])
     sums = x.new_empty((batch, chunks, heads), dtype=torch.float32)
-    ends = x.new_empty((batch, chunks, heads, size, states), dtype=torch.float32)
-    grid = (batch * chunks * heads * runtime.blocks_of(size, block["BLOCK_P"]),)
-    shape = (tokens, chunks, heads, share, size, states, dt_min, dt_max)
-    constants = {"SOFTPLUS": softplus, "CHUNK": chunk, **block, "PRECISION": precision}
+    held = x.new_empty((batch, chunks + 1, heads, size, states), dtype=torch.float32)
+    first = held[:, -1] if reverse else held[:, 0]
+    first.zero_() if initial is None else first.copy_(initial)
     runtime.launch(
-        _chunk_states, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2),
-        sums, ends, *shape, **constants, num_warps=4,
+        _chunk_states, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
+        x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2), sums, held,
+        tokens, chunks, heads, heads // groups, size, states, *limits,
+        REVERSE=reverse, SOFTPLUS=softplus, **tile, num_warps=4,
     )  # fmt: skip
     runtime.launch(
-        _carry, (batch * heads * runtime.blocks_of(size * states, CARRY_BLOCK),), sums, ends, initial,
-        chunks, heads, size * states, CHUNKS=CARRY_CHUNKS, BLOCK=CARRY_BLOCK, num_warps=1,
+        _carry, (batch * heads * runtime.blocks_of(size * states, CARRY_BLOCK),), sums, held,
+        chunks, heads, size * states, REVERSE=reverse, CHUNKS=CARRY_CHUNKS, BLOCK=CARRY_BLOCK, num_warps=1,
     )  # fmt: skip
-    runtime.launch(
-        _outputs, grid, x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias,
-        index, *strides(index, 2), initial, ends, y, *shape, **constants, num_warps=8,
-    )  # fmt: skip
-    return y, ends[:, -1].clone()
+    return held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         launch(kernel, *args, **constants)
 
     monkeypatch.setattr(ops, "GPU", "cpu")
+    monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
     monkeypatch.setattr(runtime, "launch", count)
     monkeypatch.setattr(influence, "CHUNK", 8)
     return counts

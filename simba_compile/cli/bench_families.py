@@ -174,10 +174,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the report."""
+    """Print the times and what they come to; the rest of the table is in the page, for a terminal is narrow."""
     table = Table()
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left")
+    shown = [i for i, heading in enumerate(HEADINGS) if heading not in ("parameters", "mixers", "prune", "compiling")]
+    for i in shown:
+        table.add_column(HEADINGS[i], justify="right" if i else "left")
     for cells in rows(results):
-        table.add_row(*cells)
+        table.add_row(*(cells[i] for i in shown))
     Console().print(table)

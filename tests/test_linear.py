@@ -112,7 +112,7 @@ def test_gradients(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_native
-def test_the_kernel_is_taken_where_it_is_faster() -> None:
+def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(rows: int, dtype: torch.dtype = torch.float32, columns: int = 512, depth: int = 512) -> bool:
         return native_linear.is_faster(torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth, dtype=dtype))
 
@@ -121,7 +121,9 @@ def test_the_kernel_is_taken_where_it_is_faster() -> None:
             assert taken(1) and taken(20) and taken(2000)
             assert taken(2000, columns=16) and not taken(20, columns=16)
             assert taken(1, torch.bfloat16) and not taken(2000, torch.bfloat16)
-            assert taken(20, torch.float16) and not taken(1, torch.float16)
+            for slow in (True, False):
+                monkeypatch.setattr(native_linear, "float16_is_slow", lambda slow=slow: slow)
+                assert taken(20, torch.float16) == slow and not taken(1, torch.float16)
         assert not taken(2000, torch.float64) and not taken(0)
         assert not native_linear.is_faster(torch.zeros(2000, 512), torch.zeros(512, 512).t())  # would copy all weights
     with threads(native_linear.THREADS + 1):

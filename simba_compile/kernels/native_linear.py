@@ -1,5 +1,8 @@
 """The C kernel of linear layers, ``cpu/linear.h``, called as `simba_compile.kernels.native` calls its own."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,13 @@ MANY = 96  # rows that make up for the call's overhead with smaller ones
 MANY_HALVES = 8  # rows from which torch's product of float16 falls behind
 
 
+@cache
+def float16_is_slow() -> bool:
+    """Whether torch says that this CPU has no instructions for float16."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say
+    return capabilities.get("avx512_fp16") is False and not capabilities.get("amx_fp16")
+
+
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel beats torch's product on these: float32 does nearly always, halves where torch is weak.
 
@@ -37,7 +47,9 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
         return rows >= MANY or weight.numel() >= LARGE
-    return (x.dtype == torch.bfloat16 and rows == 1) or (x.dtype == torch.float16 and rows >= MANY_HALVES)
+    if x.dtype == torch.float16:
+        return rows >= MANY_HALVES and float16_is_slow()
+    return x.dtype == torch.bfloat16 and rows == 1
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:

@@ -33,7 +33,8 @@ def write(path: Path, found: dict[str, Results]) -> None:
     parts = [
         "# Benchmarks",
         "Made by `python benchmarks/measure.py`: text and tables too, so change `benchmarks/page.py`, not this page. "
-        "Every section says what measured it, and when: they may be of different states of the code. Times are medians, with the fastest and the slowest run; contenders of a "
+        "Every section says what measured it, and when: they may be of different states of "
+        "the code. Times are medians, with the fastest and the slowest run; contenders of a "
         "table ran in turns. Models have random weights, float32 and batch 1 unless said otherwise; a prompt runs up to "
         "the logits of the next token.",
     ]

@@ -137,7 +137,8 @@ def cancel_transposes(node: Node) -> None:
     inner: Node = node.args[0]  # type: ignore[assignment]
     while inner.target == "contiguous":
         inner = inner.args[0]  # type: ignore[assignment]
-    if _is_transpose(inner):
+    copied = inner is not node.args[0]
+    if _is_transpose(inner) and not (copied and _written_between(inner, node, inner.args[0])):  # type: ignore[arg-type]
         node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
         _erase(node)
 

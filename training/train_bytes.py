@@ -102,7 +102,7 @@ class WindowStream:
         self.epoch, self.length, self.position = epoch, length, position
         if length:
             rng = np.random.default_rng((self.seed, epoch))
-            text = np.frombuffer(corpus.training_bytes(seed=self.seed + epoch), dtype=np.uint8)
+            text = np.frombuffer(corpus.training_bytes(epoch, self.seed), dtype=np.uint8)
             text = np.roll(text, -int(rng.integers(len(text))))
             self.windows = rng.permutation(text[: len(text) // length * length].reshape(-1, length))
 
@@ -166,13 +166,17 @@ def build_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.o
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, length: int, last: int = 0, batch_bytes: int = 8192, every: int = 1) -> float:
-    """Score the held-out files over windows that do not overlap.
+def bits_per_byte(
+    model: nn.Module, files: dict[str, bytes], length: int, last: int = 0, batch_bytes: int = 8192, every: int = 1
+) -> float:
+    """Score files over windows that do not overlap.
 
     Parameters
     ----------
     model : nn.Module
         Maps (batch, length) byte ids to an output with ``logits``.
+    files : dict of str to bytes
+        Their content by name.
     length : int
         Length of a window. A file's last, shorter window is padded, and its padding not scored.
     last : int
@@ -185,7 +189,7 @@ def bits_per_byte(model: nn.Module, length: int, last: int = 0, batch_bytes: int
     float
         Mean over the scored bytes.
     """
-    windows = corpus.held_out_windows(length, whole=last > 0)[::every]
+    windows = corpus.windows_of(files.values(), length, whole=last > 0)[::every]
     ids = torch.tensor([list(window.ljust(length, b"\0")) for window in windows])
     scored = torch.arange(1, length) < torch.tensor([len(window) for window in windows])[:, None]
     scored[:, : length - 1 - last if last else 0] = False
@@ -260,7 +264,7 @@ def train(args: argparse.Namespace) -> None:
 
     def log(loss: float) -> None:
         model.eval()
-        held_out = bits_per_byte(run, args.length, every=16)
+        held_out = bits_per_byte(run, corpus.held_out_files(), args.length, every=16)
         model.train()
         curve.append({"seconds": clock.seconds, "step": step, "tokens": tokens, "train": loss, "held_out": held_out})
         speed = tokens / max(clock.seconds, 1e-9)
@@ -312,7 +316,13 @@ def finish(model: PreTrainedModel, args: argparse.Namespace, curve: list[dict[st
     model.to(torch.bfloat16).save_pretrained(args.output)
     saved = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32).eval()
     run = compiled(saved, args.backend)
-    scores = {"length_512": bits_per_byte(run, 512), "length_2048_last_256": bits_per_byte(run, 2048, last=256)}
+    modules, drawn = corpus.held_out_files(), corpus.drawn_files()
+    scores = {
+        "length_512": bits_per_byte(run, modules, 512),
+        "length_2048_last_256": bits_per_byte(run, modules, 2048, last=256),
+        "drawn_length_512": bits_per_byte(run, drawn, 512),
+        "drawn_length_2048_last_256": bits_per_byte(run, drawn, 2048, last=256),
+    }
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     report = {
         "bits_per_byte": scores,
@@ -321,6 +331,7 @@ def finish(model: PreTrainedModel, args: argparse.Namespace, curve: list[dict[st
         "args": {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": versions | {"transformers": transformers.__version__},
         "held_out": corpus.HELD_OUT,
+        "drawn": list(drawn),
         "curve": curve,
     }
     if args.start_from is not None:

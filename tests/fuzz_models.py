@@ -178,6 +178,7 @@ LOOK: dict[str, Function] = {
     "in place": lambda h: h.clone().mul_(h.mean(1, keepdim=True) + 1),
     "first zeroed": lambda h: h.index_fill(1, torch.tensor([0]), 0.0),
 }
+ATTENDS = {"sdpa"}  # runs on the tokens that are left, as DESIGN 2.1 has it
 # Written as ``h + ...``: adds onto the stream, in which those who left may keep what they had.
 ONTO = {"positions", "positions of length", "shift", "mean", "last", "last, squeezed", "first", "first, squeezed", "middle"}
 ONTO |= {"batch roll", "across batch", "rank", "masked sum"}
@@ -374,6 +375,9 @@ class Interpreter:
                     version = max(out.version, onto.version)
                     full = torch.where(self.mask(version), onto.full + out.full, onto.full + side.full)
                     return Value(full, version + pruned, True)
+            version = max(onto.version, out.version)
+            if step.kind == "minus" and version and self.choices.take(2):  # no residual add: of restored values
+                return Value(onto.full + out.full, 0)
             result = self.add_onto(onto, out)
             result.version += pruned  # placement "layer": the sum loses tokens
             return result
@@ -386,6 +390,9 @@ class Interpreter:
             return a
         if step.kind == "join":
             return self.join(step.name, a, b)
+        if step.name in ATTENDS and a.version:  # tokens that are left, to one another
+            rows = self.alive[a.version]
+            return self.spread(LOOK[step.name](eager._take(a.full, rows)), rows, a.version)
         full, onto = TABLES[step.kind][step.name](a.full), a.stream and step.name in ONTO
         ways = {"apart": [a.version], "either": [a.version, 0], "look": [0, a.version], "breaks": [0]}[step.kind]
         results = [Value(full, version, onto) for version in ways]

@@ -417,6 +417,32 @@ def test_lower_projects_rows() -> None:
     assert F.linear not in kept
 
 
+TURNS: dict[str, tuple[Callable, int]] = {  # and how many transposes are left
+    "twice": (lambda h: h.transpose(1, 2).transpose(1, 2) + 1, 0),
+    "with a copy between": (lambda h: h.transpose(1, 2).contiguous().transpose(1, 2) + 1, 0),
+    "other axes": (lambda h: h.transpose(1, 2).transpose(0, 1) + 1, 2),
+    "read before it is written": (
+        lambda h: (lambda x: (lambda y, _: y + x)(x.transpose(1, 2).contiguous().transpose(1, 2), x.copy_(-x)))(h.clone()),
+        2,
+    ),
+    "written before the second": (
+        lambda h: (lambda x: (lambda t, _: t.transpose(1, 2) + x)(x.transpose(1, 2).contiguous(), x.copy_(-x)))(h.clone()),
+        2,
+    ),
+    "the copy is written": (
+        lambda h: (lambda y: y.copy_(-y) + h)(h.transpose(1, 2).contiguous().transpose(1, 2)),
+        2,
+    ),
+    "a view is written": (lambda h: (lambda x: x.transpose(1, 2).transpose(1, 2).copy_(-x) + x)(h.clone()), 0),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_transposes_cancel_only_where_no_copy_is_needed(case: str) -> None:
+    function, left = TURNS[case]
+    assert Captured(function, tokens()).lowered().count("transpose") == left
+
+
 # --- operations that look along the tokens ---------------------------------------------------------------------------
 
 TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {

@@ -41,6 +41,10 @@ TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last opera
     "over everything": (lambda h: h.sum(), False),
     "over tokens": (lambda h: h.amax(1, keepdim=True), False),
     "over the batch": (lambda h: h.softmax(0), False),
+    "over a batch that stands twice": (
+        lambda h: h.unsqueeze(1).expand(-1, h.shape[0], -1, -1).transpose(0, 1).mean(1),
+        False,
+    ),
     "along tokens": (lambda h: h.cumsum(1), False),
     "along channels": (lambda h: h.cumsum(-1), True),
     "largest channels": (lambda h: h.topk(2), True),

@@ -1,14 +1,13 @@
 """Fuse what belongs together, on a graph of either kind; the rest goes to the inner compiler as it is."""
 
 import operator
-from collections.abc import Callable
 
-import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
+from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
@@ -17,7 +16,6 @@ from simba_compile.passes.tokens import (
     POINTWISE,
     PRODUCTS,
     RESHAPES,
-    expression,
     is_inplace,
     storage_of,
     value_of,
@@ -36,7 +34,7 @@ MUL, POW, RSQRT, MEAN = (
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
     fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear)
-    for rewrite in (drop_marks, drop_casts, project_rows, cancel_transposes, gather_first, *fusions, read_cache):
+    for rewrite in (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, *fusions, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -54,39 +52,13 @@ def _dtype(node: object) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
-def _sizes(node: Node) -> list[sympy.Expr]:
-    return [expression(size) for size in value_of(node).shape] if _rank(node) >= 0 else []
-
-
-def _replace(node: Node, new: Node) -> None:
-    """Put `new` in the node's place, and drop what nothing else reads."""
-    new.meta = {**node.meta, **new.meta}
-    node.replace_all_uses_with(new)
-    _erase(node)
-
-
-def _erase(node: Node) -> None:
-    sources = node.all_input_nodes
-    if not node.users and node.op != "placeholder":
-        node.graph.erase_node(node)
-        for source in sources:
-            _erase(source)
-
-
-def _insert(before: Node, target: Callable | str, *args: object) -> Node:
-    with before.graph.inserting_before(before):
-        if isinstance(target, str):
-            return before.graph.call_method(target, args)  # type: ignore[arg-type]
-        return before.graph.call_function(target, args)  # type: ignore[arg-type]
-
-
 def drop_marks(node: Node) -> None:
     """The marks around a mixture of experts: what they mark."""
     if node.target is OPS.leave_experts:
-        _replace(node, node.args[0])  # type: ignore[arg-type]
+        replace(node, node.args[0])  # type: ignore[arg-type]
     elif node.target is OPS.enter_experts:
         for taken in list(node.users):
-            _replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
+            replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
 
 
 def _written_between(first: Node, last: Node, *values: Node) -> bool:
@@ -109,10 +81,10 @@ def drop_casts(node: Node) -> None:
     if node.kwargs.get("copy") or node.kwargs.get("memory_format") or len(node.args) > 2:
         return
     node.replace_all_uses_with(source)
-    _erase(node)
+    erase(node)
 
 
-def project_rows(node: Node) -> None:
+def untranspose_product(node: Node) -> None:
     """``W @ x.transpose(1, 2)`` of rows x: ``linear(x, W).transpose(1, 2)``, which leaves the channels last."""
     if node.target not in PRODUCTS or len(node.args) != 2:
         return
@@ -121,9 +93,9 @@ def project_rows(node: Node) -> None:
         return
     if _rank(weight) != 2 or _rank(across) != 3:
         return
-    rows = _insert(node, torch.nn.functional.linear, across.args[0], weight)
+    rows = insert(node, torch.nn.functional.linear, across.args[0], weight)
     rows.meta["example_value"] = value_of(node)  # for its dtype
-    _replace(node, _insert(node, "transpose", rows, 1, 2))
+    replace(node, insert(node, "transpose", rows, 1, 2))
 
 
 def _is_transpose(node: Node) -> bool:
@@ -137,10 +109,13 @@ def cancel_transposes(node: Node) -> None:
     inner: Node = node.args[0]  # type: ignore[assignment]
     while inner.target == "contiguous":
         inner = inner.args[0]  # type: ignore[assignment]
-    copied = inner is not node.args[0]
-    if _is_transpose(inner) and not (copied and _written_between(inner, node, inner.args[0])):  # type: ignore[arg-type]
-        node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
-        _erase(node)
+    if not _is_transpose(inner):
+        return
+    x: Node = inner.args[0]  # type: ignore[assignment]
+    if inner is not node.args[0] and _written_between(inner, next(iter(reversed(node.graph.nodes))), x, node):
+        return  # the copy is there because x changes, or the copy itself
+    node.replace_all_uses_with(x)
+    erase(node)
 
 
 def gather_first(node: Node) -> None:
@@ -148,15 +123,15 @@ def gather_first(node: Node) -> None:
     while node.target is OPS.gather and node.args[0].target in POINTWISE:  # type: ignore[union-attr]
         applied: Node = node.args[0]  # type: ignore[assignment]
         (read, *others) = applied.all_input_nodes
-        if others or len(applied.users) != 1 or _sizes(read) != _sizes(applied):
+        if others or len(applied.users) != 1 or sizes(read) != sizes(applied):
             return
         if _written_between(applied, node, read, node.args[1]):  # type: ignore[arg-type]
             return
-        gathered = _insert(node, OPS.gather, read, *node.args[1:])
+        gathered = insert(node, OPS.gather, read, *node.args[1:])
         gathered.meta = dict(read.meta)
         after = node.graph.node_copy(applied, lambda source, g=gathered: g)  # type: ignore[misc]
         gathered.append(after)
-        _replace(node, after)
+        replace(node, after)
         node = gathered
 
 
@@ -174,14 +149,14 @@ def fuse_norm(node: Node) -> None:
     if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
         return
     h, eps = found
-    if weight is not None and _sizes(weight) != _sizes(h)[-1:]:  # type: ignore[arg-type]
+    if weight is not None and sizes(weight) != sizes(h)[-1:]:  # type: ignore[arg-type]
         return
     x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
     if _written_between(x, node, x):  # type: ignore[arg-type]
         return
     if _dtype(node) != _dtype(x):
         return  # without a weight, the cast back comes later and is where this is fused
-    _replace(node, _insert(node, OPS.rms_norm, x, weight, eps))
+    replace(node, insert(node, OPS.rms_norm, x, weight, eps))
 
 
 def fuse_gated_norm(node: Node) -> None:
@@ -200,16 +175,16 @@ def fuse_gated_norm(node: Node) -> None:
         if found is None or found[0].target not in RESHAPES or not isinstance(found[0].args[0], Node):
             continue
         (grouped, eps), y = found, found[0].args[0]
-        if y.target not in MUL or len(y.all_input_nodes) != 2 or _sizes(y) != _sizes(node):
+        if y.target not in MUL or len(y.all_input_nodes) != 2 or sizes(y) != sizes(node):
             continue
-        if _sizes(grouped)[:-2] != _sizes(y)[:-1]:
+        if sizes(grouped)[:-2] != sizes(y)[:-1]:
             continue
         x, gate = (_through_cast(arg) for arg in y.args)  # type: ignore[arg-type]
-        if gate.target is not F.silu or _dtype(node) != _dtype(x) or _sizes(weight) != _sizes(y)[-1:]:
+        if gate.target is not F.silu or _dtype(node) != _dtype(x) or sizes(weight) != sizes(y)[-1:]:
             continue
         gate = _through_cast(gate.args[0])  # type: ignore[arg-type]
-        if _sizes(x) == _sizes(gate) == _sizes(y) and not any(_written_between(read, node, read) for read in (x, gate)):
-            _replace(node, _insert(node, OPS.gated_norm, x, gate, weight, eps, int(_sizes(grouped)[-2])))
+        if sizes(x) == sizes(gate) == sizes(y) and not any(_written_between(read, node, read) for read in (x, gate)):
+            replace(node, insert(node, OPS.gated_norm, x, gate, weight, eps, int(sizes(grouped)[-2])))
         return
 
 
@@ -262,7 +237,7 @@ def fuse_gather(node: Node) -> None:
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
     node.args = tuple(args.values())
     for gathered in gathers:
-        _erase(gathered)  # type: ignore[arg-type]
+        erase(gathered)  # type: ignore[arg-type]
 
 
 def linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, fresh: bool) -> torch.Tensor:
@@ -283,7 +258,7 @@ def fuse_residual(node: Node) -> None:
         if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
             continue
         x, weight, bias = _linear_arguments(product)
-        if _sizes(residual) != _sizes(product):  # one of them is broadcast
+        if sizes(residual) != sizes(product):  # one of them is broadcast
             continue
         kinds = {_dtype(value) for value in (residual, product, x)}
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
@@ -292,18 +267,18 @@ def fuse_residual(node: Node) -> None:
             continue
         gathered = residual.target is OPS.gather and len(residual.users) == 1
         if not _is_ours(product):
-            _replace(node, _insert(node, linear_onto, residual, x, weight, gathered))
+            replace(node, insert(node, linear_onto, residual, x, weight, gathered))
         elif gathered and residual.args[2] == 1 and not _written_between(residual, node, *residual.args[:2]):  # type: ignore[arg-type]
-            _replace(node, _insert(node, OPS.linear, x, weight, None, *residual.args[:2]))
+            replace(node, insert(node, OPS.linear, x, weight, None, *residual.args[:2]))
         else:
-            _replace(node, _insert(node, OPS.linear, x, weight, None, residual, None))
+            replace(node, insert(node, OPS.linear, x, weight, None, residual, None))
         return
 
 
 def fuse_linear(node: Node) -> None:
     """``linear(x, weight, bias)`` on the CPU: `simba::linear`."""
     if node.target in LINEAR and _is_ours(node):
-        _replace(node, _insert(node, OPS.linear, *_linear_arguments(node), None, None))
+        replace(node, insert(node, OPS.linear, *_linear_arguments(node), None, None))
 
 
 def _linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:

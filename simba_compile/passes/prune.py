@@ -20,7 +20,6 @@ are put together as `restore` says.
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
@@ -326,7 +325,7 @@ class _Pruning:
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)
-        have_batch = axis != FLAT and isinstance(value, Tensor) and expression(value.shape[0]) in (1, self.length.batch)
+        have_batch = axis != FLAT and (self.length.batch_axis(value) == 0 or self.length.is_shared(value))
         if have == 0 and have_batch and self.length.is_square(value):  # a mask: queries and keys
             queries = self._call(OPS.gather, self.made[node, 0], self._positions(version), value.dim() - 2)
             return self._call(OPS.gather, queries, self._positions(version), value.dim() - 1)

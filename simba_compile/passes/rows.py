@@ -13,12 +13,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import sympy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Graph, Node
 
+from simba_compile.passes.edit import insert, replace, sizes
 from simba_compile.passes.tokens import PRODUCTS, expression, value_of
 
 OPS = torch.ops.simba
@@ -47,19 +46,19 @@ def project_rows(node: Node) -> None:
     weight, rows = node.args[0], _rows_of(node.args[1])  # type: ignore[arg-type]
     apart = _only_user(node)
     swapped = _only_user(apart)
-    if rows is None or apart is None or swapped is None or len(_sizes(weight)) != 2:
+    if rows is None or apart is None or swapped is None or len(sizes(weight)) != 2:
         return
     if apart.target not in RESHAPE or not _permutes(swapped, (1, 0, 2)):
         return
     given = apart.args[1] if isinstance(apart.args[1], list | tuple) else apart.args[1:]
     channels, batch, tokens = given  # type: ignore[misc]
-    flat = len(_sizes(rows)) == 2
-    if _sizes(rows)[: 1 if flat else 2] != ([_sizes(apart)[1] * _sizes(apart)[2]] if flat else _sizes(apart)[1:]):
+    flat = len(sizes(rows)) == 2
+    if sizes(rows)[: 1 if flat else 2] != ([sizes(apart)[1] * sizes(apart)[2]] if flat else sizes(apart)[1:]):
         return
     new = _insert(swapped, F.linear, rows, weight)
     if flat:
         new = _insert(swapped, "reshape", new, (batch, tokens, channels))
-    _replace(swapped, _insert(swapped, "transpose", new, 1, 2))
+    replace(swapped, _insert(swapped, "transpose", new, 1, 2))
 
 
 def _rows_of(across: Node) -> Node | None:
@@ -68,8 +67,8 @@ def _rows_of(across: Node) -> Node | None:
         return across.args[0]  # type: ignore[return-value]
     if across.target in RESHAPE and isinstance(across.args[0], Node) and _permutes(across.args[0], (2, 0, 1)):
         rows: Node = across.args[0].args[0]  # type: ignore[assignment]
-        batch, tokens, channels = _sizes(rows)
-        return rows if _sizes(across) == [channels, batch * tokens] else None
+        batch, tokens, channels = sizes(rows)
+        return rows if sizes(across) == [channels, batch * tokens] else None
     return None
 
 
@@ -81,17 +80,17 @@ def convolve_rows(node: Node) -> None:
     if node.target is not torch.conv1d or any(name not in given for name in names):
         return
     x, weight = given["x"], given["weight"]
-    if len(_sizes(x)) != 3:
+    if len(sizes(x)) != 3:
         return
-    channels, width = _sizes(x)[1], _sizes(weight)[2]
-    sizes = [item[0] if isinstance(item, list | tuple) else item for item in (given[name] for name in names[3:6])]
-    if sizes != [1, width - 1, 1] or given["groups"] != channels or _sizes(weight)[:2] != [channels, 1]:
+    channels, width = sizes(x)[1], sizes(weight)[2]
+    steps = [item[0] if isinstance(item, list | tuple) else item for item in (given[name] for name in names[3:6])]
+    if steps != [1, width - 1, 1] or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
         return
     cut = _only_user(node)
     swapped = cut is not None and _is_swap(cut)
     cut = _only_user(cut) if swapped else cut
     axis = 1 if swapped else 2
-    if cut is None or not _keeps_front(cut, axis) or _sizes(cut)[axis] != _sizes(x)[2]:
+    if cut is None or not _keeps_front(cut, axis) or sizes(cut)[axis] != sizes(x)[2]:
         return
     after = _only_user(cut)
     activated = after is not None and after.target is F.silu
@@ -99,32 +98,27 @@ def convolve_rows(node: Node) -> None:
     assert last is not None
     rows = _insert(last, "transpose", x, 1, 2)
     new = _insert(last, OPS.causal_conv1d, rows, _insert(last, "squeeze", weight, 1), given["bias"], activated)
-    _replace(last, new if swapped else _insert(last, "transpose", new, 1, 2))
+    replace(last, new if swapped else _insert(last, "transpose", new, 1, 2))
 
 
 def keep_window(node: Node) -> None:
     """``pad(x, (k - l, 0))`` of l tokens: the last k of them, with zeros in front where there are fewer."""
-    if node.target not in PAD or len(_sizes(node)) != 3 or list(node.args[2:]) not in ([], ["constant"], ["constant", None]):
+    if node.target not in PAD or len(sizes(node)) != 3 or list(node.args[2:]) not in ([], ["constant"], ["constant", None]):
         return
     x, amount = node.args[:2]
     if len(amount) != 2 or amount[1] != 0 or not isinstance(amount[0], Node):  # type: ignore[arg-type, index]
         return
-    width, tokens = _sizes(node)[2], _sizes(x)[2]
+    width, tokens = sizes(node)[2], sizes(x)[2]
     if not width.is_Integer or expression(value_of(amount[0])) != width - tokens:  # type: ignore[index]
         return
     if _is_swap(x):  # type: ignore[arg-type]
         window = _insert(node, OPS.last_tokens, x.args[0], int(width), 1)  # type: ignore[union-attr]
-        _replace(node, _insert(node, "transpose", window, 1, 2))
+        replace(node, _insert(node, "transpose", window, 1, 2))
     else:
-        _replace(node, _insert(node, OPS.last_tokens, x, int(width), 2))
+        replace(node, _insert(node, OPS.last_tokens, x, int(width), 2))
 
 
 # --- what nodes are ----------------------------------------------------------------------------------------------------
-
-
-def _sizes(node: Any) -> list[sympy.Expr]:
-    value = value_of(node)
-    return [expression(size) for size in value.shape] if isinstance(value, Tensor) else []
 
 
 def _permutes(node: Node, order: tuple[int, ...]) -> bool:
@@ -137,7 +131,7 @@ def _permutes(node: Node, order: tuple[int, ...]) -> bool:
 def _is_swap(node: Node) -> bool:
     """Whether it is ``x.transpose(1, 2)`` of three axes."""
     axes = {axis % 3 for axis in node.args[1:]} if node.target in ("transpose", torch.transpose) else set()  # type: ignore
-    return axes == {1, 2} and len(_sizes(node)) == 3
+    return axes == {1, 2} and len(sizes(node)) == 3
 
 
 def _keeps_front(node: Node, axis: int) -> bool:
@@ -157,29 +151,10 @@ def _only_user(node: Node | None) -> Node | None:
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
 
 
-# --- writing -------------------------------------------------------------------------------------------------------------
-
-
 def _insert(before: Node, target: Callable | str, *args: Any) -> Node:
-    """A call before a node, with what it computes as Dynamo would show it."""
+    """A call before a node, with what it computes as Dynamo would show it: `match` reads what this pass writes."""
     values = torch.fx.map_arg(args, value_of)
-    with before.graph.inserting_before(before):
-        if isinstance(target, str):
-            new = before.graph.call_method(target, args)
-            value = getattr(values[0], target)(*values[1:])
-        else:
-            new = before.graph.call_function(target, args)
-            value = target(*values)
+    new = insert(before, target, *args)
+    value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
     new.meta = {**before.meta, "example_value": value}
     return new
-
-
-def _replace(node: Node, new: Node) -> None:
-    """Put `new` in a node's place, and drop what nothing else reads."""
-    node.replace_all_uses_with(new)
-    unread = [node]
-    for gone in unread:  # grows while it is walked
-        if not gone.users and gone.op in ("call_function", "call_method"):
-            sources = gone.all_input_nodes
-            gone.graph.erase_node(gone)
-            unread += sources

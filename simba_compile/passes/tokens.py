@@ -96,14 +96,26 @@ class Length:
         raise ValueError(f"no input of the graph has the length {self.symbol}")
 
     def batch_axis(self, value: Any) -> int | None:
-        """The axis that counts sequences, or None where none does: tokens of different sequences are then not told apart."""
+        """The axis that counts sequences, or None where none does, or none alone: sequences are then not told apart."""
         if self.axis(value) == FLAT:
             return 0
         first = value[0] if isinstance(value, list | tuple) else value
         if not isinstance(first, Tensor):
             return None
-        found = [axis for axis, size in enumerate(first.shape) if expression(size) == self.batch]
-        return found[0] if found else None
+        sizes = [expression(size) for size in first.shape]
+        if self.batch == 1:
+            return sizes.index(self.batch) if self.batch in sizes else None
+        if not self.batch.free_symbols:
+            depends = [axis for axis, size in enumerate(sizes) if size == self.batch]
+        else:
+            depends = [axis for axis, size in enumerate(sizes) if size.free_symbols & self.batch.free_symbols]
+        return depends[0] if len(depends) == 1 and sizes[depends[0]] == self.batch else None
+
+    def is_shared(self, value: Any) -> bool:
+        """Whether it is one for every sequence, as positions are: (1, ..., token, ...)."""
+        if not isinstance(value, Tensor) or value.dim() == 0 or expression(value.shape[0]) != 1:
+            return False
+        return not any(expression(size).free_symbols & self.batch.free_symbols for size in value.shape)
 
 
 # --- operations that may run on fewer tokens -------------------------------------------------------------------------
@@ -165,7 +177,7 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     kinds = {length.of(source) for source in sources}
     if not sources or UNCLEAR in kinds | {kind} or kind == NO_TOKENS:
         return False
-    if any(length.batch_axis(v) is None for v in (value, *map(value_of, sources)) if not _is_broadcast(v, length)):
+    if any(length.batch_axis(v) is None for v in (value, *map(value_of, sources)) if not length.is_shared(v)):
         return False
     if node.target in RESHAPES:
         return _keeps_rows(value_of(sources[0]), value, length)
@@ -198,11 +210,6 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target is _F.embedding:
         return True
     return node.target in CONTRACT
-
-
-def _is_broadcast(value: Any, length: Length) -> bool:
-    """Whether it is one set of tokens for every sequence, as positions are: (1, ..., token, ...)."""
-    return isinstance(value, Tensor) and length.axis(value) >= 1 and expression(value.shape[0]) == 1
 
 
 def _keeps_rows(source: Tensor, value: Tensor, length: Length) -> bool:

@@ -1,0 +1,40 @@
+"""Small edits of a graph, and what nodes hold, for the passes that rewrite."""
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from simba_compile.passes.tokens import expression, is_inplace, value_of
+
+
+def sizes(node: Any) -> list[sympy.Expr]:
+    """The shape of a tensor's node as expressions; empty for anything else."""
+    value = value_of(node)
+    return [expression(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
+
+
+def insert(before: Node, target: Callable | str, *args: Any) -> Node:
+    """A call in front of a node: of a function, or of the method of that name."""
+    with before.graph.inserting_before(before):
+        if isinstance(target, str):
+            return before.graph.call_method(target, args)
+        return before.graph.call_function(target, args)
+
+
+def replace(node: Node, new: Node) -> None:
+    """Put `new` in a node's place, and drop what nothing else reads."""
+    new.meta = {**node.meta, **new.meta}
+    node.replace_all_uses_with(new)
+    erase(node)
+
+
+def erase(node: Node) -> None:
+    """Drop a node that nothing reads, and what only it read; an input stays, and what writes in place."""
+    sources = node.all_input_nodes
+    if not node.users and node.op != "placeholder" and not is_inplace(node):
+        node.graph.erase_node(node)
+        for source in sources:
+            erase(source)

@@ -57,6 +57,16 @@ def test_help_names_the_commands() -> None:
         assert command in result.output
 
 
+def test_help_says_what_is_taken_where_nothing_is_given() -> None:
+    for command, default in {
+        ("demo",): "held out of training",
+        ("bench",): "cuda where torch sees a GPU, else cpu",
+        ("families",): "[default: (all)]",
+        ("analyze", "flow"): "[default: (all)]",
+    }.items():
+        assert default in " ".join(simba(*command, "--help").output.split()), command
+
+
 def test_help_does_not_load_torch() -> None:
     loaded = "import sys, simba_compile.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0

@@ -157,6 +157,27 @@ def test_nothing_is_scored_twice(tmp_path: Path) -> None:
     assert other[0]["mean"] == 1
 
 
+def test_what_is_no_record_is_left_as_it_is(tmp_path: Path) -> None:
+    record = '{"of": {"x": 1}, "mean": 2.0}\n'
+    for name, content in {
+        "text": b"# A page of somebody's\n",
+        "other lines": b"3\n" + record.encode(),
+        "another object": b'{"x": 1}',
+        "no text": bytes(range(256)),
+        "a line of somebody's at the end": record.encode() + b"the end\n",
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no result of simba eval"):
+            Records(path)
+        assert path.read_bytes() == content
+    for cut_off in ('{"', record[:-2], ""):
+        path = tmp_path / "cut off"
+        path.write_text(record + cut_off)
+        assert Records(path).get({"x": 1}) == {"of": {"x": 1}, "mean": 2.0}
+        assert path.read_text() == record
+
+
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return record | ({"difference": tuple(record["difference"])} if "difference" in record else {})
 

@@ -286,7 +286,7 @@ def test_eval_with_a_budget(folder: Path, tmp_path: Path) -> None:
 
 def test_eval_says_what_is_wrong(folder: Path) -> None:
     def told(*arguments: object) -> str:
-        result = simba("eval", *arguments, "--out", folder / "none.jsonl")
+        result = simba("eval", "--out", folder / "none.jsonl", *arguments)
         assert result.exit_code == 2, result.output
         return " ".join(result.output.replace("│", " ").split())
 
@@ -298,6 +298,16 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     assert "no list of int" in told("--model", folder / "recall", "--length", "1,x")
     assert "must be one of" in told("--model", folder / "recall", "--pool", "mean")
     assert "cannot be loaded" in told("--model", folder / "nothing")
+    on_text = ("--model", folder / "bytes", "--text", folder / "text", "--length", 50)
+    assert "they read different tokens" in told(*on_text, "--smaller", folder / "small")
+    assert "cannot be loaded" in told(*on_text, "--smaller", folder / "nothing")
+    assert "--min-tokens has several" in told(*on_text, "--budget", 0.8, "--min-tokens", "4,8")
+    assert "--length has several" in told("--model", folder / "bytes", "--budget", 0.8, "--length", "50,60")
+    assert "without --task recall, --smaller" in told(
+        *("--model", folder / "recall", "--task", "recall", "--budget", 0.8, "--smaller", folder / "small")
+    )
+    assert "is no result of simba eval" in told(*on_text, "--out", folder / "text")
+    assert "Is a directory" in told(*on_text, "--out", folder)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

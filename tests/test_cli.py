@@ -199,6 +199,15 @@ def test_bench(tmp_path: Path) -> None:
     assert "speedup over HF eager" in result.output
 
 
+def test_a_quick_bench_writes_over_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+    bench = importlib.import_module("simba_compile.cli.bench")  # the package has the command under this name
+    monkeypatch.setattr(bench, "run", lambda settings, out, command: folders.append(out))
+    for given in ((), ("--quick",), ("--quick", "--out", "elsewhere")):
+        assert simba("bench", "--device", "cpu", *given).exit_code == 0
+    assert folders == [Path("benchmarks/results"), Path("build/benchmarks"), Path("elsewhere")]
+
+
 def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from simba_compile.cli import bench_families
 

@@ -60,7 +60,13 @@ def bench(
     device: Annotated[
         Processor | None, typer.Option(help="Where to run.", show_default="cuda where torch sees a GPU, else cpu")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figures, as JSON and Markdown.")] = Path("benchmarks/results"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the figures, as JSON and Markdown.",
+            show_default="benchmarks/results; with --quick, build/benchmarks",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch, on the CPU.", show_default="torch's own choice")
     ] = None,
@@ -81,6 +87,7 @@ def bench(
     import torch
 
     command = shlex.join(["simba", *sys.argv[1:]])
+    out = out or Path("build/benchmarks" if quick else "benchmarks/results")  # not over figures that mean something
     has_gpu = torch.cuda.is_available()
     if device is Processor.cuda and not has_gpu:
         raise typer.BadParameter("torch sees no GPU here.", param_hint="--device")

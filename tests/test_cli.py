@@ -245,4 +245,7 @@ def test_explain(model: Path) -> None:
 
 def test_explain_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused("explain", tmp_path / "none")
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "cannot be loaded" in refused("explain", tmp_path)
     assert "above 0 and at most 1" in refused("explain", model, "--keep", 2)

@@ -295,7 +295,12 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     assert "too few" in told("--model", folder / "bytes", "--text", folder / "text", "--length", 5000)
     assert "vocabulary of 256" in told("--model", folder / "bytes", "--task", "recall")
     assert "9 pairs" in told("--model", folder / "recall", "--task", "recall", "--pairs", 9, "--length", 12)
-    assert "no list of int" in told("--model", folder / "recall", "--length", "1,x")
+    assert "no list of whole numbers" in told("--model", folder / "recall", "--length", "1,x")
+    assert "no list of numbers" in told("--model", folder / "recall", "--keep", "0.5,")
+    assert "suffix is none of" in told("--model", folder / "bytes", "--text", folder / "text", "--plot", folder / "x.doc")
+    (folder / "empty").touch()
+    for more in ((), ("--budget", 0.8)):
+        assert "empty is empty" in told("--model", folder / "bytes", "--text", folder / "empty", *more)
     assert "must be one of" in told("--model", folder / "recall", "--pool", "mean")
     assert "cannot be loaded" in told("--model", folder / "nothing")
     on_text = ("--model", folder / "bytes", "--text", folder / "text", "--length", 50)

@@ -153,7 +153,8 @@ def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
     try:
         return [convert(part.strip()) for part in text.split(",")]
     except ValueError:
-        told = f"{text!r} is no list of {convert.__name__} values like 'a,b'."
+        kind = "whole numbers" if convert is int else "numbers"
+        told = f"{text!r} is no list of {kind} separated by commas."
         raise typer.BadParameter(told, param_hint=option) from None
 
 

@@ -54,7 +54,7 @@ def run(request: Request) -> None:
         raise typer.BadParameter(str(error)) from None
     _refuse_beside_budget(request)
     if request.plot is not None:
-        plot.require()
+        plot.require(request.plot)
     try:
         records = Records(request.out)
     except (OSError, ValueError) as error:
@@ -126,7 +126,7 @@ def _text(request: Request, vocabulary: int) -> Text:
         raise typer.BadParameter("the task 'text' needs a file to read.", param_hint="--text")
     try:
         return read_text(request.text, request.model, vocabulary)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise typer.BadParameter(f"the text cannot be read: {reason}", param_hint="--text") from None
 

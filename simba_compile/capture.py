@@ -25,9 +25,12 @@ from typing import Any
 import torch
 from torch._dynamo import config, exc, pgo
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import Graph
 from torch.fx.experimental import _config as shapes
 
 from simba_compile import substitutes
+from simba_compile.passes.scans import CONTRACT
+from simba_compile.passes.tokens import value_of
 
 log = logging.getLogger("simba_compile")
 
@@ -100,7 +103,7 @@ def _make_length_dynamic() -> bool:
     if not config.automatic_dynamic_shapes or tx is None:
         return False
     inputs = {name: value for name, value in _tensors("L", tx.f_locals) if value.dim() >= 2}
-    length = next((value.shape[1] for value in inputs.values()), 1)
+    length = _traced_length(tx.output.graph)
     state = pgo.get_code_state()[_code_id(tx)].automatic_dynamic
     changed = False
     for name, value in inputs.items():
@@ -120,6 +123,13 @@ def _make_length_dynamic() -> bool:
     if changed:
         raise exc.RestartAnalysis(restart_reason="simba: the length is made symbolic")
     return True
+
+
+def _traced_length(graph: Graph) -> int:
+    """The tokens of the convolution or scan that was traced last: an input of the model may be anything."""
+    value = value_of(next(node for node in reversed(graph.nodes) if node.target in CONTRACT))
+    size = (value[0] if isinstance(value, list | tuple) else value).shape[1]
+    return size if isinstance(size, int) else size.node.hint
 
 
 def _code_id(tx: Any) -> Any:

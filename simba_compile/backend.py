@@ -74,7 +74,7 @@ def run_by_length(result: Transformed) -> Callable:
         tokens = args[place] if axis is None else args[place].shape[axis]
         counts = plan.inputs(tokens)
         if counts[-1] == tokens:
-            log.info("%d tokens: nothing to prune (min_tokens is %d).", tokens, plan.min_tokens)
+            log.info("Dense: %s.", plan.why_all_stay(int(tokens)))
             return dense(*args)
         return pruned(*args, *counts)
 

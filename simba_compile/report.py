@@ -171,8 +171,8 @@ def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
     rows, before = [], tokens
     for i, mixer in enumerate(result.mixers):
         reason = mixer.reason
-        if reason is None and result.plan is not None and counts[-1] == tokens:
-            reason = f"{tokens} tokens are no more than min_tokens" if result.plan.pruning else None
+        if reason is None and result.plan is not None and result.plan.pruning and counts[-1] == tokens:
+            reason = result.plan.why_all_stay(tokens)
         scored = result.plan is not None and i in result.plan.pruning and counts[-1] < tokens
         scanned = counts[i] if result.options.placement == "scan" else before
         flops = before * (mixer.entering_flops + scored * mixer.scoring_flops) + scanned * mixer.scanned_flops

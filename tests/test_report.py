@@ -40,6 +40,26 @@ def test_the_length_is_the_sequences_whatever_the_call_reads_first() -> None:
     assert tokens_left(report) == counts(LENGTH, 3, **KEEP_FEW)
 
 
+@pytest.mark.parametrize(
+    ("options", "call", "reason"),
+    [
+        ({"keep": 0.1, "min_tokens": 50}, {}, "50 tokens are no more than min_tokens, which is 50"),
+        (
+            {**KEEP_FEW, "protect_first": 30},
+            {"logits_to_keep": 20},
+            "all 50 tokens are protected: 30 at the start, 20 at the end",
+        ),
+        ({"keep": 0.995, "min_tokens": 4}, {}, "the shares leave all 50 tokens"),
+        ({"keep": 1.0}, {}, None),
+    ],
+)
+def test_why_all_tokens_stay(options: dict[str, Any], call: dict[str, int], reason: str | None) -> None:
+    with torch.no_grad():
+        report = simba_compile.explain(tiny_model(layers=2), random_ids(2, LENGTH), options=options, **call)
+    assert tokens_left(report) == [LENGTH] * 2
+    assert {mixer.reason for mixer in report.mixers} == {reason}
+
+
 def test_wrong_options_are_told_before_the_call() -> None:
     def never() -> None:
         raise AssertionError

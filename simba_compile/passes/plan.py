@@ -50,6 +50,14 @@ class Plan:
         counts = self.counts(tokens)
         return [counts[i] for i in self.pruning]
 
+    def why_all_stay(self, tokens: int) -> str:
+        """Why `counts` drops none of a sequence of this length, where it drops none."""
+        if tokens <= self.min_tokens:
+            return f"{tokens} tokens are no more than min_tokens, which is {self.min_tokens}"
+        if tokens <= self.protect_first + self.protect_last:
+            return f"all {tokens} tokens are protected: {self.protect_first} at the start, {self.protect_last} at the end"
+        return f"the shares leave all {tokens} tokens"
+
     def without(self, first: int, reason: str) -> "Plan":
         """The plan in which mixer `first` and all after it stay dense, for this reason."""
         for mixer in self.mixers[first:]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OPERATORS, REGISTERED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from simba_compile.kernels import native, ops, ops_linear, reference
+from simba_compile.kernels import native, reference
 
 OPS = torch.ops.simba
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -590,11 +591,10 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
 
 
 def test_every_operator_is_checked() -> None:
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("simba::")}
-    names = {name for name in names if not name.startswith("ssd_")}  # tests/test_ssd_kernels.py
+    names = {name for name in REGISTERED if not name.startswith("ssd_")}  # tests/test_ssd_kernels.py
     assert names == set(samples())
     assert all(getattr(OPS, name).default._schema for name in names)
-    assert all(getattr(ops_linear if name == "linear" else ops, name).__doc__ for name in names)
+    assert all(OPERATORS[name].__doc__ for name in names)
 
 
 @pytest.mark.parametrize("with_native", [True, False])

@@ -17,8 +17,9 @@ pytest.importorskip("triton")
 import triton_targets
 from triton_targets import TARGETS, check, record
 
-from simba_compile.kernels import gpu, ops
+from simba_compile.kernels import gpu
 from simba_compile.kernels.gpu import runtime
+from simba_compile.kernels.ops import dispatch
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 BATCH, TOKENS, CHANNELS, STATES = 2, 4096, 5120, 16  # the 2.8b model's widths
@@ -202,7 +203,7 @@ def taken_for_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def get_current_target() -> Any:
             return triton_targets.TARGETS["sm_90"]
 
-    monkeypatch.setattr(ops, "GPU", "cpu")
+    monkeypatch.setattr(dispatch, "GPU", "cpu")
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver())
     yield

@@ -1,4 +1,4 @@
-"""The RMS norms over the last axis: `simba_compile.kernels.ops.rms_norm` and `gated_norm`."""
+"""The RMS norms over the last axis: `simba_compile.kernels.ops.norm.rms_norm` and `gated_norm`."""
 
 import triton
 import triton.language as tl
@@ -44,12 +44,12 @@ def _rms_norm(
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """See `simba_compile.kernels.ops.rms_norm`."""
+    """See `simba_compile.kernels.ops.norm.rms_norm`."""
     return _norm(x, None, weight, eps, 1)
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
-    """See `simba_compile.kernels.ops.gated_norm`."""
+    """See `simba_compile.kernels.ops.norm.gated_norm`."""
     runtime.expect(gate=(gate, tuple(x.shape)))
     return _norm(x, gate, weight, eps, groups)
 

@@ -1,4 +1,4 @@
-"""The k best tokens of every sequence, in their order (`simba_compile.kernels.ops.select`).
+"""The k best tokens of every sequence, in their order (`simba_compile.kernels.ops.tokens.select`).
 
 A radix search: eight passes over a sequence each fix eight bits of its k-th largest score, a last pass writes the positions.
 One program does a whole sequence, so that it is one launch and nothing waits for the host. Scores of a sequence (8 bytes a
@@ -69,7 +69,7 @@ def _select(scores, index, tokens, k, first, last, BLOCK: tl.constexpr):
 
 
 def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
-    """See `simba_compile.kernels.ops.select`."""
+    """See `simba_compile.kernels.ops.tokens.select`."""
     batch, tokens = scores.shape
     index = scores.new_empty((batch, k), dtype=torch.int64)
     if index.numel():

@@ -1,4 +1,4 @@
-"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops_ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024).
+"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops.ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024).
 
 A head's decay is one number, so within a chunk of tokens the recurrence is a masked matrix product. With ``a_t`` the running
 sum of Δ A within the chunk:
@@ -180,7 +180,7 @@ def ssd_scan(
     initial: Tensor | None,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops_ssd.ssd_scan`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_scan`."""
     batch, tokens, heads, size = x.shape
     groups, states = B.shape[2:]
     runtime.expect(

@@ -1,4 +1,4 @@
-"""One step of the scan of Mamba-2 (`simba_compile.kernels.ops_ssd.ssd_state_update`): its state is read and written once."""
+"""One step of the scan of Mamba-2 (`simba_compile.kernels.ops.ssd.ssd_state_update`): its state is read and written once."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,7 @@ def ssd_state_update(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_state_update`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
     (batch, heads, size), (groups, states) = x.shape, B.shape[1:]
     runtime.expect(
         state=(state, (batch, heads, size, states)), dt=(dt, (batch, heads)), A=(A, (heads,)),

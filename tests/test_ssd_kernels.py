@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import OPERATORS, REGISTERED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import (
+from kernel_inputs import (
     INF,
     NAN,
     Source,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import Source, assert_near, layouts, seeds, wide
+from kernel_inputs import Source, assert_near, layouts, seeds, wide
 
 from simba_compile.kernels import reference
 from simba_compile.kernels.gpu import scan, scan_backward, ssd, ssd_backward

@@ -163,8 +163,3 @@ def seconds(runs: list[list[Ran]]) -> dict[str, float]:
         stage: statistics.median(sum(node.seconds for node in run if node.stage == stage) for run in runs)
         for stage in STAGES
     }
-
-
-def scoring_share(taken: dict[str, float]) -> float:
-    """The share of all stages that scoring, selecting and gathering take."""
-    return sum(taken[stage] for stage in SCORING) / sum(taken.values())

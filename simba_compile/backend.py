@@ -21,7 +21,7 @@ def simba(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
     observe: Callable[[Transformed], None] | None = None,
 ) -> Callable:
@@ -33,38 +33,41 @@ def simba(
         The graph.
     example_inputs : sequence
         Its inputs, as Dynamo shows them.
-    options : mapping, optional
+    options : mapping or Options, optional
         See `simba_compile.Options`.
     mode : str, optional
-        Passed on to Inductor; allowed only with ``inner="inductor"``.
+        Refused: torch.compile takes a mode or options, and a mode is Inductor's.
     observe : callable, optional
         Is shown what the passes made of the graph; `simba_compile.explain` listens here.
 
     Raises
     ------
     ValueError
-        For options that are not valid.
+        For options that are not valid, and for a mode.
     """
     capture.forget()
     try:
         chosen = Options.from_mapping(options)
-        if mode is not None and chosen.inner != "inductor":
-            raise ValueError(f"mode={mode!r} is for Inductor: set the option inner to 'inductor' with it, or leave it out.")
+        if mode is not None:
+            raise ValueError(
+                f"mode={mode!r} is Inductor's, and the simba backend takes none. Leave it out; with options={{'inner': "
+                "'inductor'}} Inductor compiles what is not ours, as torch._inductor.config says."
+            )
         result = transform(gm, chosen)
     except ValueError as error:
         raise capture.InvalidOptions(str(error)) from None
     _log(result)
     if observe is not None:
         observe(result)
-    return run_by_length(result, mode)
+    return run_by_length(result)
 
 
-def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
+def run_by_length(result: Transformed) -> Callable:
     """What runs the graph: pruned where its length leaves something to prune, else dense."""
-    dense = compile_inner(result.dense, result.options.inner, mode)
+    dense = compile_inner(result.dense, result.options.inner)
     if result.pruned is None or result.plan is None:
         return dense
-    pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
+    pruned, plan = compile_inner(result.pruned, result.options.inner), result.plan
     place, axis = plan.length.find(result.dense.graph.find_nodes(op="placeholder"))
 
     def run(*args: Any) -> Any:
@@ -78,7 +81,7 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     return run
 
 
-def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
+def compile_inner(gm: GraphModule, inner: str) -> Callable:
     """Hand a lowered graph to what compiles the rest.
 
     "auto" runs it as it is: on the CPU, where the time goes into matrix products and our kernels, that is as fast as
@@ -87,7 +90,7 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
     if inner in ("auto", "eager"):
         return gm
     # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself.
-    return torch.compile(gm, backend=inner, dynamic=True, mode=mode)
+    return torch.compile(gm, backend=inner, dynamic=True)
 
 
 def _log(result: Transformed) -> None:

@@ -18,7 +18,7 @@ LEAST = {"every": 1, "protect_first": 0, "protect_last": 1, "min_tokens": 1, "se
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What ``torch.compile(model, backend="simba", options={...})`` takes.
+    """What ``torch.compile(model, backend="simba", options={...})`` takes, as a dictionary or as this.
 
     Parameters
     ----------
@@ -84,14 +84,18 @@ class Options:
             object.__setattr__(self, "schedule", _shares(self.schedule))
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, Any] | None) -> "Options":
-        """Options from the dictionary that `torch.compile` was given.
+    def from_mapping(cls, options: "Mapping[str, Any] | Options | None") -> "Options":
+        """Options from what `torch.compile` was given: a dictionary, or `Options` already.
 
         Raises
         ------
         ValueError
-            For an unknown name too, with the nearest known one.
+            For an unknown name too, with the nearest known one, and for what is no dictionary.
         """
+        if isinstance(options, cls):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options is {options!r}; it must be a dictionary such as {{'keep': 0.1}}, or an Options.")
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options or {}:
             if name not in names:

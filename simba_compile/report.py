@@ -9,13 +9,13 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.fx import GraphModule
-from torch.nn import Parameter
 
 from simba_compile.backend import simba
 from simba_compile.capture import with_own_code
+from simba_compile.options import Options
 from simba_compile.passes import Transformed
+from simba_compile.passes.tokens import Length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Report:
         return text.getvalue()
 
 
-def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any) -> Report:
     """Show what ``torch.compile(model, backend="simba", options=options)`` does to one call of the model.
 
     The call is made, once, through the backend.
@@ -109,7 +109,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = Non
         A module, or a function of one.
     *args, **kwargs
         What to call it with: the tokens in and out are those of this call.
-    options : mapping, optional
+    options : mapping or Options, optional
         See `simba_compile.Options`.
 
     Returns
@@ -126,6 +126,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = Non
     >>> report = simba_compile.explain(model, input_ids, options={"keep": 0.1})
     >>> print(report)
     """
+    chosen = Options.from_mapping(options)
     rows: list[MixerReport] = []
     graphs = 0
 
@@ -147,7 +148,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = Non
         return model(*args, **kwargs)
 
     fresh = with_own_code(call)
-    torch.compile(fresh, backend=observing, options=dict(options or {}))()
+    torch.compile(fresh, backend=observing, options=dataclasses.asdict(chosen))()
     torch._dynamo.reset_code(fresh.__code__)
     return Report(tuple(rows), graphs)
 
@@ -156,9 +157,12 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
     """The rows of one graph, for the inputs of one call."""
     if not result.mixers:
         return []
-    # Model inputs are (batch, token, ...); what else a graph takes is parameters.
-    sizes = [x.shape[1] for x in inputs if isinstance(x, Tensor) and not isinstance(x, Parameter) and x.dim() >= 2]
-    return mixer_rows(result, int(sizes[0]))
+    scanned = result.mixers[0].x
+    try:
+        place, axis = Length(scanned).find(result.dense.graph.find_nodes(op="placeholder"))
+    except ValueError:  # the length is fixed in this graph
+        return mixer_rows(result, int(scanned.shape[1]))
+    return mixer_rows(result, int(inputs[place] if axis is None else inputs[place].shape[axis]))
 
 
 def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:

@@ -264,5 +264,8 @@ def test_analyze_says_what_is_wrong(bytes_model: Path, tmp_path: Path) -> None:
     assert "too few" in told("analyze", "redundancy", *common, "--text", bytes_model / "text.txt", "--length", 5000)
     assert "No such file" in told("analyze", "flow", *common, "--text", tmp_path / "none")
     short = ("--text", bytes_model / "text.txt", "--length", 100)
+    assert "at least 2 of 8" in told("analyze", "redundancy", *common, "--text", bytes_model / "text.txt", "--length", 7)
+    (tmp_path / "one window").write_bytes(b"x" * 101)
+    assert "1 window(s)" in told("analyze", "redundancy", *common, "--text", tmp_path / "one window", "--length", 100)
     assert "mixers 1 to 2" in told("analyze", "flow", *common, *short, "--layers", "3")
     assert "above 0" in told("analyze", "flow", *common, *short, "--keep", "0")

@@ -57,6 +57,16 @@ def test_help_names_the_commands() -> None:
         assert command in result.output
 
 
+def test_help_says_what_is_taken_where_nothing_is_given() -> None:
+    for command, default in {
+        ("demo",): "held out of training",
+        ("bench",): "cuda where torch sees a GPU, else cpu",
+        ("families",): "[default: (all)]",
+        ("analyze", "flow"): "[default: (all)]",
+    }.items():
+        assert default in " ".join(simba(*command, "--help").output.split()), command
+
+
 def test_help_does_not_load_torch() -> None:
     loaded = "import sys, simba_compile.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
@@ -189,6 +199,15 @@ def test_bench(tmp_path: Path) -> None:
     assert "speedup over HF eager" in result.output
 
 
+def test_a_quick_bench_writes_over_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+    bench = importlib.import_module("simba_compile.cli.bench")  # the package has the command under this name
+    monkeypatch.setattr(bench, "run", lambda settings, out, command: folders.append(out))
+    for given in ((), ("--quick",), ("--quick", "--out", "elsewhere")):
+        assert simba("bench", "--device", "cpu", *given).exit_code == 0
+    assert folders == [Path("benchmarks/results"), Path("build/benchmarks"), Path("elsewhere")]
+
+
 def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from simba_compile.cli import bench_families
 
@@ -226,4 +245,7 @@ def test_explain(model: Path) -> None:
 
 def test_explain_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused("explain", tmp_path / "none")
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "cannot be loaded" in refused("explain", tmp_path)
     assert "above 0 and at most 1" in refused("explain", model, "--keep", 2)

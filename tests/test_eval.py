@@ -157,6 +157,27 @@ def test_nothing_is_scored_twice(tmp_path: Path) -> None:
     assert other[0]["mean"] == 1
 
 
+def test_what_is_no_record_is_left_as_it_is(tmp_path: Path) -> None:
+    record = '{"of": {"x": 1}, "mean": 2.0}\n'
+    for name, content in {
+        "text": b"# A page of somebody's\n",
+        "other lines": b"3\n" + record.encode(),
+        "another object": b'{"x": 1}',
+        "no text": bytes(range(256)),
+        "a line of somebody's at the end": record.encode() + b"the end\n",
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no result of simba eval"):
+            Records(path)
+        assert path.read_bytes() == content
+    for cut_off in ('{"', record[:-2], ""):
+        path = tmp_path / "cut off"
+        path.write_text(record + cut_off)
+        assert Records(path).get({"x": 1}) == {"of": {"x": 1}, "mean": 2.0}
+        assert path.read_text() == record
+
+
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return record | ({"difference": tuple(record["difference"])} if "difference" in record else {})
 
@@ -265,7 +286,7 @@ def test_eval_with_a_budget(folder: Path, tmp_path: Path) -> None:
 
 def test_eval_says_what_is_wrong(folder: Path) -> None:
     def told(*arguments: object) -> str:
-        result = simba("eval", *arguments, "--out", folder / "none.jsonl")
+        result = simba("eval", "--out", folder / "none.jsonl", *arguments)
         assert result.exit_code == 2, result.output
         return " ".join(result.output.replace("│", " ").split())
 
@@ -274,9 +295,24 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     assert "too few" in told("--model", folder / "bytes", "--text", folder / "text", "--length", 5000)
     assert "vocabulary of 256" in told("--model", folder / "bytes", "--task", "recall")
     assert "9 pairs" in told("--model", folder / "recall", "--task", "recall", "--pairs", 9, "--length", 12)
-    assert "no list of int" in told("--model", folder / "recall", "--length", "1,x")
+    assert "no list of whole numbers" in told("--model", folder / "recall", "--length", "1,x")
+    assert "no list of numbers" in told("--model", folder / "recall", "--keep", "0.5,")
+    assert "suffix is none of" in told("--model", folder / "bytes", "--text", folder / "text", "--plot", folder / "x.doc")
+    (folder / "empty").touch()
+    for more in ((), ("--budget", 0.8)):
+        assert "empty is empty" in told("--model", folder / "bytes", "--text", folder / "empty", *more)
     assert "must be one of" in told("--model", folder / "recall", "--pool", "mean")
     assert "cannot be loaded" in told("--model", folder / "nothing")
+    on_text = ("--model", folder / "bytes", "--text", folder / "text", "--length", 50)
+    assert "they read different tokens" in told(*on_text, "--smaller", folder / "small")
+    assert "cannot be loaded" in told(*on_text, "--smaller", folder / "nothing")
+    assert "--min-tokens has several" in told(*on_text, "--budget", 0.8, "--min-tokens", "4,8")
+    assert "--length has several" in told("--model", folder / "bytes", "--budget", 0.8, "--length", "50,60")
+    assert "without --task recall, --smaller" in told(
+        *("--model", folder / "recall", "--task", "recall", "--budget", 0.8, "--smaller", folder / "small")
+    )
+    assert "is no result of simba eval" in told(*on_text, "--out", folder / "text")
+    assert "Is a directory" in told(*on_text, "--out", folder)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ class Watch:
         self.entered: list[int] = []
         self.ran: list[Transformed] = []
 
-    def run_by_length(self, result: Transformed, mode: str | None = None) -> Callable:
+    def run_by_length(self, result: Transformed) -> Callable:
         """In the backend's place."""
-        original = self.original(result, mode)
+        original = self.original(result)
         self.graphs.append(result)
 
         def run(*args: Any) -> Any:

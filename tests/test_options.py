@@ -98,6 +98,18 @@ def test_unknown_names_come_with_the_nearest(given_name: str, meant: str) -> Non
     assert all(name in str(error.value) for name in DEFAULTS)
 
 
+def test_options_may_come_ready_made() -> None:
+    options = Options(keep=0.3, schedule=[1, 0.3])
+    assert Options.from_mapping(options) is options
+    assert Options.from_mapping(dataclasses.asdict(options)) == options
+
+
+@pytest.mark.parametrize("given_options", ["keep=0.1", 0.1, [("keep", 0.1)], {"keep"}])
+def test_options_that_are_no_dictionary(given_options: Any) -> None:
+    with pytest.raises(ValueError, match=r"options is .*; it must be a dictionary such as {'keep': 0\.1}"):
+        Options.from_mapping(given_options)
+
+
 @pytest.mark.parametrize("name", [3, None, ("keep",)])
 def test_names_that_are_no_text(name: Any) -> None:
     with pytest.raises(ValueError, match="is no option"):

@@ -17,6 +17,7 @@ from simba_compile.options import Options
 DENSE = Options(keep=1.0)
 INFLUENCE_ONLY = ("pool", "dt_bias")
 DIGITS = 5  # of a value in the file
+BEGINNING = b'{"of": '  # of every line in it
 
 
 def grid(choices: Mapping[str, Sequence[Any]]) -> list[Options]:
@@ -66,19 +67,27 @@ class Records:
     ----------
     path : Path
         The file; it need not exist. A last line that was cut off is dropped.
+
+    Raises
+    ------
+    OSError
+        Where it cannot be read or made.
+    ValueError
+        Where it holds anything but results; it is left as it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for i, line in enumerate(lines, 1):
+            record = _record(line)
+            if record is not None:
                 self.found[_key(record["of"])] = record
+            elif i < len(lines) or not line.startswith(BEGINNING[: len(line)]):
+                raise ValueError(f"line {i} of {path} is no result of simba eval: name another file, or remove the line.")
+        if lines:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.found.values()))
 
     def get(self, of: dict[str, Any]) -> dict[str, Any] | None:
@@ -90,6 +99,14 @@ class Records:
         self.found[_key(record["of"])] = record
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no text at all
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("of"), dict) else None
 
 
 def _key(of: dict[str, Any]) -> str:

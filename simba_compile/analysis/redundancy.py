@@ -41,7 +41,7 @@ def measure(model: PreTrainedModel, ids: Tensor) -> dict[str, list[dict[str, flo
     model : PreTrainedModel
         A causal language model of a family that the backend lifts.
     ids : Tensor
-        (windows, tokens), at least two windows.
+        (windows, tokens), at least two windows of `STRIDE` tokens.
 
     Returns
     -------
@@ -49,7 +49,17 @@ def measure(model: PreTrainedModel, ids: Tensor) -> dict[str, list[dict[str, flo
         "ssm_states": for each scan, the `Similarity` of its states h_t as data; "hidden_states": for each layer, that of the
         residual stream after it (after the last one, normed, as transformers returns it). A hybrid has more layers than
         scans.
+
+    Raises
+    ------
+    ValueError
+        For fewer windows or tokens, and for a model in which no scan is found.
     """
+    if ids.shape[0] < 2 or ids.shape[1] < STRIDE:
+        raise ValueError(
+            f"the text gives {ids.shape[0]} window(s) of {ids.shape[1]} tokens; at least 2 of {STRIDE} are needed: states "
+            f"are compared at every {STRIDE}-th token, and between windows."
+        )
     scans, output = record_scans(model, ids, Options(keep=1.0), output_hidden_states=True, logits_to_keep=1)
     return {
         "ssm_states": [dataclasses.asdict(state_similarity(scan)) for scan in scans],

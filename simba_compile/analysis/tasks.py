@@ -116,9 +116,13 @@ def read_text(paths: Sequence[Path], model: str, vocabulary: int) -> Text:
     ------
     OSError
         Where a file cannot be read, or there is no tokenizer.
+    ValueError
+        Where there is nothing in them.
     """
     data = b"".join(path.read_bytes() for path in paths)
     name = " ".join(path.name for path in paths)
+    if not data:
+        raise ValueError(f"{name} is empty.")
     if vocabulary == 256:
         ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         return Text(name, ids, torch.ones_like(ids))

@@ -36,7 +36,7 @@ def demo(
     ),
     file: Annotated[
         Path | None,
-        typer.Option(help="The file to read. [default: a module of Python's library held out of training]"),
+        typer.Option(help="The file to read.", show_default="a module of Python's library held out of training"),
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="How many bytes of the file the model reads.")] = 4096,
     large: Annotated[bool, typer.Option(help="Also time a model of mamba-130m's size with random weights.")] = True,
@@ -57,10 +57,18 @@ class Processor(enum.Enum):
 
 @app.command()
 def bench(
-    device: Annotated[Processor | None, typer.Option(help="[default: cuda where torch sees a GPU, else cpu]")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figures, as JSON and Markdown.")] = Path("benchmarks/results"),
+    device: Annotated[
+        Processor | None, typer.Option(help="Where to run.", show_default="cuda where torch sees a GPU, else cpu")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the figures, as JSON and Markdown.",
+            show_default="benchmarks/results; with --quick, build/benchmarks",
+        ),
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch, on the CPU. [default: torch's own choice]")
+        int | None, typer.Option(min=1, help="Threads of torch, on the CPU.", show_default="torch's own choice")
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt, on the CPU.")] = 2048,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model, on the CPU.")] = 24,
@@ -79,6 +87,7 @@ def bench(
     import torch
 
     command = shlex.join(["simba", *sys.argv[1:]])
+    out = out or Path("build/benchmarks" if quick else "benchmarks/results")  # not over figures that mean something
     has_gpu = torch.cuda.is_available()
     if device is Processor.cuda and not has_gpu:
         raise typer.BadParameter("torch sees no GPU here.", param_hint="--device")
@@ -103,7 +112,7 @@ def families(
     out: Annotated[
         Path, typer.Option(help="Folder for families.json and families.md; what other models have there stays.")
     ] = Path("benchmarks/results"),
-    only: Annotated[str, typer.Option(help="Names of models, with commas. [default: all]")] = "",
+    only: Annotated[str, typer.Option(help="Names of models, with commas.", show_default="all")] = "",
     tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of ours; Hugging Face's own run at most twice.")] = 5,
     skip_inductor: Annotated[
@@ -144,8 +153,13 @@ def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
     try:
         return [convert(part.strip()) for part in text.split(",")]
     except ValueError:
-        told = f"{text!r} is no list of {convert.__name__} values like 'a,b'."
+        kind = "whole numbers" if convert is int else "numbers"
+        told = f"{text!r} is no list of {kind} separated by commas."
         raise typer.BadParameter(told, param_hint=option) from None
+
+
+BACKEND = "Options of the backend: values separated by commas"
+Choices = Annotated[str, typer.Option(rich_help_panel=BACKEND)]
 
 
 @app.command("eval")
@@ -154,17 +168,17 @@ def evaluate(
     task: Annotated[Task, typer.Option(help="Bits per byte of a text, or recall of planted pairs.")] = Task.text,
     text: Annotated[list[Path] | None, typer.Option(help="A file to read; several are joined.")] = None,
     length: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "512",
-    keep: Annotated[str, typer.Option()] = "0.5,0.3,0.1",
-    criterion: Annotated[str, typer.Option()] = "influence",
-    pool: Annotated[str, typer.Option()] = "max",
-    dt_bias: Annotated[str, typer.Option()] = "include",
-    placement: Annotated[str, typer.Option()] = "scan",
-    schedule: Annotated[str, typer.Option(help="Names; no lists of shares.")] = "linear",
-    every: Annotated[str, typer.Option()] = "1",
-    protect_first: Annotated[str, typer.Option()] = "0",
-    protect_last: Annotated[str, typer.Option()] = "1",
-    min_tokens: Annotated[str, typer.Option()] = "32",
-    seed: Annotated[str, typer.Option()] = "0",
+    keep: Choices = "0.5,0.3,0.1",
+    criterion: Choices = "influence",
+    pool: Choices = "max",
+    dt_bias: Choices = "include",
+    placement: Choices = "scan",
+    schedule: Annotated[str, typer.Option(help="Names; no lists of shares.", rich_help_panel=BACKEND)] = "linear",
+    every: Choices = "1",
+    protect_first: Choices = "0",
+    protect_last: Choices = "1",
+    min_tokens: Choices = "32",
+    seed: Choices = "0",
     windows: Annotated[int, typer.Option(min=2, help="Windows of the text.")] = 48,
     last: Annotated[int, typer.Option(min=1, help="Tokens scored, and protected, at the end of each window.")] = 32,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of recall.")] = 256,
@@ -176,9 +190,12 @@ def evaluate(
         typer.Option(help="Choose shares at this share of the FLOPs on half of the text, and score them on the rest."),
     ] = None,
     evaluations: Annotated[int, typer.Option(min=2, help="How many lists --budget tries.")] = 60,
-    out: Annotated[Path, typer.Option(help="Results, one JSON object a line; what is in it is not run again.")] = Path(
-        "eval.jsonl"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Results, one JSON object a line; what is there of a model and a text of these names is not run again."
+        ),
+    ] = Path("eval.jsonl"),
     plot: Annotated[Path | None, typer.Option(help="Draw quality by keep here; needs matplotlib.")] = None,
 ) -> None:
     """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
@@ -251,7 +268,7 @@ def flow(
     keep: Annotated[float, typer.Option()] = 0.1,
     pool: Annotated[str, typer.Option()] = "max",
     dt_bias: Annotated[str, typer.Option()] = "include",
-    layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas. [default: all]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas.", show_default="all")] = None,
     bins: Annotated[int, typer.Option(min=2, help="Points of a curve.")] = 32,
     data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("flow.json"),
     plot: Picture = None,

@@ -67,7 +67,7 @@ def _load(
     name: str, text: Sequence[Path], tokens: int, windows: int, picture: Path | None
 ) -> tuple[PreTrainedModel, Tensor, str]:
     if picture is not None:
-        plot.require()
+        plot.require(picture)
     models.quiet()
     model = models.load(name, config_only=False, dtype=torch.float32)
     try:

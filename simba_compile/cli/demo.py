@@ -62,7 +62,7 @@ class Window:
 def run(model_folder: Path, file: Path | None, tokens: int, large: bool, picture: Path | None) -> None:
     """See `simba_compile.cli.demo`."""
     if picture is not None:
-        plot.require()
+        plot.require(picture)
     window = read(file, tokens)
     models.quiet()
     model = models.load_bytes(model_folder)

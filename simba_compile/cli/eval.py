@@ -52,12 +52,18 @@ def run(request: Request) -> None:
         settings = grid(request.choices)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    _refuse_beside_budget(request)
     if request.plot is not None:
-        plot.require()
+        plot.require(request.plot)
+    try:
+        records = Records(request.out)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
     models.quiet()
     model = models.load(request.model, config_only=False, dtype=torch.float32)
-    variants, records = Variants(model), Records(request.out)
+    variants = Variants(model)
     vocabulary: int = model.config.get_text_config().vocab_size
+    smaller = None if request.smaller is None else _smaller(request.smaller, vocabulary)
     console = Console()
     if request.budget is not None:
         _budget(console, request, variants, records, _text(request, vocabulary))
@@ -68,11 +74,36 @@ def run(request: Request) -> None:
                 results = evaluate(variants, request.model, task, request.lengths, settings, records, steps.next)
             drawn += results
             _show(console, f"{request.model}, {_title(task)}", results)
-            if request.smaller is not None:
-                _compare(console, request, variants, records, task)
+            if smaller is not None:
+                _compare(console, request, variants, smaller, records, task)
         if request.plot is not None:
             plots.evaluation(request.plot, drawn, f"model {Path(request.model).name}, task {request.task}")
     console.print(f"Written: {request.out}", markup=False, highlight=False)
+
+
+def _refuse_beside_budget(request: Request) -> None:
+    """The search is for one setting on one text: what it would leave out is told."""
+    if request.budget is None:
+        return
+    several = [name for name, values in request.choices.items() if len(values) > 1 and name not in ("keep", "schedule")]
+    several += ["length"] if len(request.lengths) > 1 else []
+    if several:
+        named = ", ".join("--" + name.replace("_", "-") for name in several)
+        raise typer.BadParameter(f"with it, an option takes one value; {named} has several.", param_hint="--budget")
+    beside = {"--task recall": request.task != "text", "--smaller": request.smaller, "--plot": request.plot}
+    if any(beside.values()):
+        named = ", ".join(option for option, given in beside.items() if given)
+        raise typer.BadParameter(f"it chooses shares on a text, and goes without {named}.", param_hint="--budget")
+
+
+def _smaller(name: str, vocabulary: int) -> Variants:
+    """The smaller model, which has to read the same tokens."""
+    model = models.load(name, config_only=False, dtype=torch.float32)
+    own: int = model.config.get_text_config().vocab_size
+    if own != vocabulary:
+        told = f"{name} has a vocabulary of {own}, and the model one of {vocabulary}: they read different tokens."
+        raise typer.BadParameter(told, param_hint="--smaller")
+    return Variants(model)
 
 
 def _tasks(request: Request, vocabulary: int) -> list[Task]:
@@ -95,7 +126,7 @@ def _text(request: Request, vocabulary: int) -> Text:
         raise typer.BadParameter("the task 'text' needs a file to read.", param_hint="--text")
     try:
         return read_text(request.text, request.model, vocabulary)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise typer.BadParameter(f"the text cannot be read: {reason}", param_hint="--text") from None
 
@@ -121,10 +152,11 @@ def _show(console: Console, title: str, results: Sequence[Result]) -> None:
 # --- against a smaller model -----------------------------------------------------------------------------------------
 
 
-def _compare(console: Console, request: Request, variants: Variants, records: Records, task: Task) -> None:
+def _compare(
+    console: Console, request: Request, variants: Variants, smaller: Variants, records: Records, task: Task
+) -> None:
     """The pruned model at the FLOPs of a smaller dense one, on the same sequences."""
     assert request.smaller is not None
-    smaller = Variants(models.load(request.smaller, config_only=False, dtype=torch.float32))
     others = evaluate(smaller, request.smaller, task, request.lengths, [DENSE], records)
     probe, _ = task.inputs(request.lengths[0])
     for _ in variants.logits(Options(keep=0.5, min_tokens=_least(request)), probe[:2], task.last):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 import typer
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 MAMBA_130M: dict[str, Any] = {"hidden_size": 768, "state_size": 16, "vocab_size": 50280}
@@ -64,6 +65,6 @@ def load(name: str, config_only: bool, dtype: Any = "auto") -> PreTrainedModel:
         if config_only:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).eval()
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # the last: a pointer of Git LFS, or half of a file
         reason = str(error).strip().splitlines()[0]
         raise typer.BadParameter(f"{name} cannot be loaded: {reason}", param_hint="model") from None

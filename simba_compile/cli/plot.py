@@ -10,17 +10,24 @@ LEAST_BITS, LEAST_SPEED = 0.1, 0.5  # the least that an axis spans: noise should
 INK, MUTED, GRID = "#222222", "#666666", "#e4e4e4"
 
 
-def require() -> None:
-    """Say at once that there is nothing to draw with, before any work is done.
+def require(picture: Path) -> None:
+    """Say at once that a picture cannot be drawn, before any work is done.
 
     Raises
     ------
     typer.BadParameter
-        Without matplotlib.
+        Without matplotlib, and for a kind of file that it does not write.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter(
             "drawing needs matplotlib: pip install 'simba_compile[plot]', or leave --plot out.", param_hint="--plot"
+        )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind, kinds = picture.suffix.removeprefix(".").lower(), FigureCanvasBase.get_supported_filetypes()
+    if kind and kind not in kinds:
+        raise typer.BadParameter(
+            f"{picture} cannot be drawn: its suffix is none of {', '.join(kinds)}.", param_hint="--plot"
         )
 
 

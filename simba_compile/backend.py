@@ -3,6 +3,7 @@
 Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,8 @@ def simba(
     options : mapping, optional
         See `simba_compile.Options`.
     mode : str, optional
-        Passed on to Inductor; allowed only with ``inner="inductor"``.
+        Passed on to Inductor, which then is what compiles the rest, where `inner` leaves that open. `torch.compile` takes
+        either a mode or options.
     observe : callable, optional
         Is shown what the passes made of the graph; `simba_compile.explain` listens here.
 
@@ -48,8 +50,10 @@ def simba(
     capture.forget()
     try:
         chosen = Options.from_mapping(options)
-        if mode is not None and chosen.inner != "inductor":
-            raise ValueError(f"mode={mode!r} is for Inductor: set the option inner to 'inductor' with it, or leave it out.")
+        if mode is not None:
+            if chosen.inner not in ("auto", "inductor"):
+                raise ValueError(f"mode={mode!r} is for Inductor, and option inner is {chosen.inner!r}: leave one out.")
+            chosen = dataclasses.replace(chosen, inner="inductor")
         result = transform(gm, chosen)
     except ValueError as error:
         raise capture.InvalidOptions(str(error)) from None

@@ -144,6 +144,15 @@ def test_ssd_scan(
     assert_ssd(mamba2(Source(4, dtype, "plain"), tokens, groups, size, states, initial, kept))
 
 
+def test_ssd_scan_shows_a_bad_step() -> None:
+    """A NaN in dt is in the outputs from there on, and in the state: the limits do not hide it."""
+    args = mamba2(Source(6, torch.float32, "plain"), 20, 1, 5, 4, True, None)
+    args[1][0, 3, 1] = math.nan
+    (y, state), (exact_y, exact_state) = ssd.ssd_scan(*args), reference.ssd_scan(*wide(args))
+    assert exact_y[0, 3:, 1].isnan().all() and y[exact_y.isnan()].isnan().all()
+    assert torch.equal(state.isnan(), exact_state.isnan())
+
+
 @pytest.mark.parametrize("limits", [(0.0, math.inf), (0.3, 1.0)])
 @pytest.mark.parametrize(
     ("dtype", "tokens", "groups", "size", "states", "given_states"),

@@ -30,12 +30,12 @@ def _rms_norm(
         gate += whole // inner * gate_outer + whole % inner * gate_inner + before * gate_entry
     squares = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, size, BLOCK_N):
-        n = (start + tl.arange(0, BLOCK_N))[None, :]
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         u = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, (r < rows) & (n < size))
         squares += u * u
     scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / size + eps)
     for start in range(0, size, BLOCK_N):  # the second time from the cache
-        n = (start + tl.arange(0, BLOCK_N))[None, :]
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         valid = (r < rows) & (n < size)
         y = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, valid) * scale
         if weight is not None:

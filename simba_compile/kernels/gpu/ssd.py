@@ -35,7 +35,8 @@ FLOAT_STATES = 16  # of the states, where outputs of float32 are made: 32 leave 
 def steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constexpr):
     """Δ of a chunk's tokens (0 past the end), and the logarithms to base 2 of their decays."""
     shift = None if bias is None else tl.load(bias + head).to(tl.float32)
-    delta = tl.clamp(step_size(tl.load(dt + at * stride), shift, SOFTPLUS), low, high)
+    delta = step_size(tl.load(dt + at * stride), shift, SOFTPLUS)
+    delta = tl.clamp(delta, low, high, propagate_nan=tl.PropagateNan.ALL)  # else a NaN would become `low`
     delta = tl.where(inside, delta, 0.0)
     return delta, delta * (tl.load(A + head).to(tl.float32) * LOG2E)
 

@@ -62,10 +62,11 @@ def ssd_state_update(
         width = runtime.power_of_two(states)
         block = min(runtime.power_of_two(size), max(2, 1024 // width))
         blocks = runtime.blocks_of(size, block)
+        warps = max(1, min(4, block * width // 32))  # a spare one would read what another has updated in place
         runtime.launch(
             _ssd_step, (batch * heads * blocks,), state, *state.stride(), x, *x.stride(), dt, *dt.stride(), runtime.flat(A),
             B, *B.stride(), C, *C.stride(), runtime.flat(D), runtime.flat(dt_bias), out,
             heads, heads // groups, size, states, blocks,
-            SOFTPLUS=softplus, BLOCK_P=block, BLOCK_N=width, num_warps=4,
+            SOFTPLUS=softplus, BLOCK_P=block, BLOCK_N=width, num_warps=warps,
         )  # fmt: skip
     return out

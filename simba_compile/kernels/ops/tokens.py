@@ -102,10 +102,10 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """
     if index.dim() != 2:
         raise ValueError(f"index is {tuple(index.shape)}; expected (batch, k).")
-    rows = dim == 1 and (x.dim() == 2 or x[0, 0].is_contiguous()) if x.shape[0] and x.shape[1] else False
     run = implementation("gather", x, index)
     if run is not native.gather:
         return run(x, index, dim)
+    rows = dim == 1 and (x.dim() == 2 or x[0, 0].is_contiguous()) if x.shape[0] and x.shape[1] else False
     return run(x, index) if rows else reference.gather(x, index, dim)
 
 

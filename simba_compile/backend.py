@@ -3,6 +3,7 @@
 Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,38 +37,38 @@ def simba(
     options : mapping or Options, optional
         See `simba_compile.Options`.
     mode : str, optional
-        Refused: torch.compile takes a mode or options, and a mode is Inductor's.
+        Passed on to Inductor, which then is what compiles the rest, where `inner` leaves that open. `torch.compile` takes
+        either a mode or options.
     observe : callable, optional
         Is shown what the passes made of the graph; `simba_compile.explain` listens here.
 
     Raises
     ------
     ValueError
-        For options that are not valid, and for a mode.
+        For options that are not valid.
     """
     capture.forget()
     try:
         chosen = Options.from_mapping(options)
         if mode is not None:
-            raise ValueError(
-                f"mode={mode!r} is Inductor's, and the simba backend takes none. Leave it out; with options={{'inner': "
-                "'inductor'}} Inductor compiles what is not ours, as torch._inductor.config says."
-            )
+            if chosen.inner not in ("auto", "inductor"):
+                raise ValueError(f"mode={mode!r} is for Inductor, and option inner is {chosen.inner!r}: leave one out.")
+            chosen = dataclasses.replace(chosen, inner="inductor")
         result = transform(gm, chosen)
     except ValueError as error:
         raise capture.InvalidOptions(str(error)) from None
     _log(result)
     if observe is not None:
         observe(result)
-    return run_by_length(result)
+    return run_by_length(result, mode)
 
 
-def run_by_length(result: Transformed) -> Callable:
+def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     """What runs the graph: pruned where its length leaves something to prune, else dense."""
-    dense = compile_inner(result.dense, result.options.inner)
+    dense = compile_inner(result.dense, result.options.inner, mode)
     if result.pruned is None or result.plan is None:
         return dense
-    pruned, plan = compile_inner(result.pruned, result.options.inner), result.plan
+    pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
     place, axis = plan.length.find(result.dense.graph.find_nodes(op="placeholder"))
 
     def run(*args: Any) -> Any:
@@ -81,7 +82,7 @@ def run_by_length(result: Transformed) -> Callable:
     return run
 
 
-def compile_inner(gm: GraphModule, inner: str) -> Callable:
+def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
     """Hand a lowered graph to what compiles the rest.
 
     "auto" runs it as it is: on the CPU, where the time goes into matrix products and our kernels, that is as fast as
@@ -90,7 +91,7 @@ def compile_inner(gm: GraphModule, inner: str) -> Callable:
     if inner in ("auto", "eager"):
         return gm
     # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself.
-    return torch.compile(gm, backend=inner, dynamic=True)
+    return torch.compile(gm, backend=inner, dynamic=True, mode=mode)
 
 
 def _log(result: Transformed) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 import simba_compile.backend
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import native, ops, reference
 from simba_compile.passes import Transformed
 
 hypothesis.settings.register_profile(
@@ -35,6 +35,12 @@ collect_ignore_glob += [] if os.environ.get("SIMBA_WITH_MAMBA_SSM") == "1" else 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
 VOCABULARY = 64
 KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
+REGISTERED = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("simba::")}
+OPERATORS = {  # the Python function of each of our operators
+    name: getattr(module, name)
+    for module in (getattr(ops, part) for part in ops.__all__)
+    for name in REGISTERED & vars(module).keys()
+}
 SELECTING = native if native.available() else reference  # whose `select` runs on the CPU
 
 

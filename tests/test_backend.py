@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import subprocess
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import simba_compile.backend
 from simba_compile.passes import Transformed
 
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -626,10 +628,23 @@ def test_wrong_options_raise_from_a_model_too() -> None:
         compiled(random_ids(2, 40))
 
 
-def test_a_mode_is_refused() -> None:
-    """torch.compile takes it or options, not both, so no option could be asked for with it."""
-    with pytest.raises(ValueError, match=r"mode='max-autotune' is Inductor's.*Leave it out.*\{'inner': 'inductor'\}"):
-        torch.compile(tiny_model(layers=1), backend="simba", mode="max-autotune")(random_ids(2, 40))
+def test_mode_needs_inductor() -> None:
+    backend = functools.partial(simba_compile.backend.simba, options={"inner": "eager"})
+    with pytest.raises(ValueError, match=r"mode.*inner"):
+        torch.compile(tiny_model(layers=1), backend=backend, mode="max-autotune")(random_ids(2, 40))
+
+
+def test_mode_is_for_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` takes a mode or options, not both: a mode alone has Inductor compile the rest."""
+    asked = []
+
+    def spy(gm: torch.fx.GraphModule, inner: str, mode: str | None = None) -> Callable:
+        asked.append((inner, mode))
+        return gm
+
+    monkeypatch.setattr(simba_compile.backend, "compile_inner", spy)
+    torch.compile(tiny_model(layers=2), backend="simba", mode="reduce-overhead")(random_ids(2, 40))
+    assert asked == [("inductor", "reduce-overhead")] * 2  # the dense graph and the pruned one
 
 
 # --- other models, several models, changed weights -------------------------------------------------------------------

@@ -42,9 +42,9 @@ class Watch:
         self.entered: list[int] = []
         self.ran: list[Transformed] = []
 
-    def run_by_length(self, result: Transformed) -> Callable:
+    def run_by_length(self, result: Transformed, mode: str | None = None) -> Callable:
         """In the backend's place."""
-        original = self.original(result)
+        original = self.original(result, mode)
         self.graphs.append(result)
 
         def run(*args: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import left_padding, random_ids, simba
+from conftest import OPERATORS, left_padding, random_ids, simba
 from families import tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import simba_compile.backend
-from simba_compile.kernels import ops, ops_ssd
+from simba_compile.kernels.ops import dispatch
 
 pytest.importorskip("triton")
 from simba_compile.kernels.gpu import runtime
@@ -48,7 +48,7 @@ class OnGpu(Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         name = getattr(target, "__name__", "")
         if "simba" in str(target):
-            target = getattr(ops, name, None) or getattr(ops_ssd, name, None) or target
+            target = OPERATORS.get(name, target)
         assert target is not torch.tensor or not args[0], "numbers of the host go to the GPU"
         args, kwargs = tree_map(_moved, (args, kwargs))
         return super().call_function(target, args, kwargs)
@@ -68,7 +68,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[GraphModule, tuple]]:
     """The graphs that run, and what on."""
     calls: list[tuple[GraphModule, tuple]] = []
 
-    def spy(gm: GraphModule, inner: str) -> Callable:
+    def spy(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
         def run(*args: Any) -> Any:
             calls.append((gm, args))
             return gm(*args)
@@ -82,7 +82,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[GraphModule, tuple]]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that would be started."""
-    monkeypatch.setattr(ops, "GPU", GPU)
+    monkeypatch.setattr(dispatch, "GPU", GPU)
     started: list[str] = []
     monkeypatch.setattr(runtime, "launch", lambda kernel, grid, *args, **constants: started.append(kernel.__name__))
     return started

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import NAN, Source, at_level, each_dtype, each_level, layouts, needs_native, seeds, threads
+from kernel_inputs import NAN, Source, at_level, each_dtype, each_level, layouts, needs_native, seeds, threads
 from torch import Tensor
 
 from simba_compile.kernels import native, native_linear, reference

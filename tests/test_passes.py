@@ -607,7 +607,7 @@ def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         simba_compile.backend,
         "run_by_length",
-        lambda result: lambda *args: result.pruned(*args, *[24] * len(result.plan.pruning)),
+        lambda result, mode=None: lambda *args: result.pruned(*args, *[24] * len(result.plan.pruning)),
     )
     with torch.no_grad():
         everything = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)

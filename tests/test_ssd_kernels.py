@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OPERATORS, REGISTERED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import (
+from kernel_inputs import (
     INF,
     NAN,
     Source,
@@ -29,7 +30,7 @@ from test_kernels import (
 from torch import Tensor
 from torch.library import opcheck
 
-from simba_compile.kernels import native, native_ssd, ops_ssd, reference
+from simba_compile.kernels import native, native_ssd, reference
 
 OPS = torch.ops.simba
 LIMITS = [(0.0, INF), (0.3, 1.0), (-INF, INF)]
@@ -292,9 +293,9 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_operator_is_checked() -> None:
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("simba::ssd_")}
+    names = {name for name in REGISTERED if name.startswith("ssd_")}
     assert names == set(samples())
-    assert all(getattr(ops_ssd, name).__doc__ for name in names)
+    assert all(OPERATORS[name].__doc__ for name in names)
 
 
 @needs_native

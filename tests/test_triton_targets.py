@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -17,8 +19,9 @@ pytest.importorskip("triton")
 import triton_targets
 from triton_targets import TARGETS, check, record
 
-from simba_compile.kernels import gpu, ops
+from simba_compile.kernels import gpu
 from simba_compile.kernels.gpu import runtime
+from simba_compile.kernels.ops import dispatch
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 BATCH, TOKENS, CHANNELS, STATES = 2, 4096, 5120, 16  # the 2.8b model's widths
@@ -189,6 +192,81 @@ def test_spills_are_seen() -> None:
         check("sm_90", [launch])
 
 
+ONES: dict[str, tuple[Any, ...]] = {
+    "influence": (*(empty(1, 1, 1),) * 2, empty(1, 1), *(empty(1, 1, 1),) * 2, empty(1), True, "max", True),
+    "selective_scan": (
+        *(empty(1, 1, 1),) * 2, empty(1, 1), *(empty(1, 1, 1),) * 2, empty(1), empty(1, 1, 1), empty(1), True,
+        empty(1, 1, dtype=torch.int64),
+    ),
+    "selective_scan_backward": (
+        empty(1, 1, 1), empty(1, 1, 1, dtype=F32), *(empty(1, 1, 1),) * 2, empty(1, 1), *(empty(1, 1, 1),) * 2, empty(1),
+        empty(1, 1, 1), empty(1), True,
+    ),
+    "ssd_influence": (
+        empty(1, 1, 1, 1), empty(1, 1, 1), empty(1), *(empty(1, 1, 1, 1),) * 2, empty(1), True, 0.0, 1.0, "l2", True,
+    ),
+    "ssd_scan": (
+        empty(1, 1, 1, 1), empty(1, 1, 1), empty(1), *(empty(1, 1, 1, 1),) * 2, empty(1), empty(1), True, 0.0, 1.0,
+        empty(1, 1, 1, 1, dtype=F32), empty(1, 1, dtype=torch.int64),
+    ),
+    "ssd_scan_backward": (
+        empty(1, 1, 1, 1), None, empty(1, 1, 1, 1), empty(1, 1, 1), empty(1), *(empty(1, 1, 1, 1),) * 2, empty(1), empty(1),
+        True, 0.0, 1.0, None,
+    ),
+    "ssd_state_update": (
+        empty(1, 1, 1, 1), empty(1, 1, 1), empty(1, 1), empty(1), *(empty(1, 1, 1),) * 2, empty(1), empty(1), True,
+    ),
+    "state_update": (
+        empty(1, 1, 1), *(empty(1, 1),) * 2, empty(1, 1), *(empty(1, 1),) * 2, empty(1), empty(1, 1), empty(1), True,
+    ),
+    "select": (empty(1, 1, dtype=F64), 1, 0, 1),
+    "gather": (empty(1, 1, 1), empty(1, 1, dtype=torch.int64), 1),
+    "causal_conv1d": (empty(1, 1, 1), empty(1, 1), empty(1), True),
+    "causal_conv1d_backward": (empty(1, 1, 1), empty(1, 1, 1), empty(1, 1), empty(1), True),
+    "conv_update": (empty(1, 1, 1), empty(1, 1), empty(1, 1), empty(1), True),
+    "rms_norm": (empty(1, 1, 1), empty(1), 1e-5),
+    "gated_norm": (empty(1, 1, 1), empty(1, 1, 1), empty(1), 1e-5, 1),
+}  # fmt: skip
+
+
+# --- what the interpreter does not show ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", gpu.KERNELS)
+def test_sizes_of_one_compile(name: str) -> None:
+    """Triton writes an argument of 1 into the code: as a constant, not as a tensor, and the interpreter does not."""
+    check("sm_90", record(gpu.KERNELS[name], *ONES[name]))
+
+
+def test_shifts_are_of_64_bits() -> None:
+    """A score has 64, and the search shifts by up to 56. The counter of a loop has 32, but in the interpreter any number."""
+    built = check("sm_90", record(gpu.KERNELS["select"], *CASES["select"][1]()))[0]
+    types = re.findall(r"arith\.sh\w+ [^:]*: (?:tensor<(?:\d+x)+)?(i\d+)", built.ttir)
+    assert types and set(types) == {"i64"}
+
+
+def test_offsets_along_a_normed_row_are_of_64_bits() -> None:
+    """Where the tokens are last, entries of a row are as far apart as the sequence is long."""
+    x = empty(BATCH, CHANNELS, TOKENS).transpose(1, 2)
+    built = check("sm_90", record(gpu.KERNELS["rms_norm"], x, empty(CHANNELS), 1e-5))[0]
+    types = re.findall(r"tt\.addptr .*(i\d+)>? ", built.ttir)
+    assert types and set(types) == {"i64"}
+
+
+@pytest.mark.parametrize(("size", "states"), [(1, 1), (4, 8), (5, 16), (64, 128)])
+def test_steps_in_place_have_no_spare_threads(size: int, states: int) -> None:
+    """A spare thread holds a number a second time: it may read the state after the first has updated it."""
+    x, state = empty(1, 3, size), empty(1, 3, size, states, dtype=F32)
+    heads, B = empty(3, dtype=F32), empty(1, 1, states)
+    for launches, held in (
+        (record(gpu.KERNELS["ssd_state_update"], state, x, x[..., 0], heads, B, B, heads, heads, True), "BLOCK_P"),
+        (record(gpu.KERNELS["state_update"], *step(F32, states)), "BLOCK_C"),
+    ):
+        constants = launches[0].constants
+        numbers = constants[held] * constants["BLOCK_N"]
+        assert constants["num_warps"] == 1 or numbers >= 32 * constants["num_warps"]
+
+
 # --- what Inductor is shown ------------------------------------------------------------------------------------------
 
 
@@ -202,7 +280,7 @@ def taken_for_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def get_current_target() -> Any:
             return triton_targets.TARGETS["sm_90"]
 
-    monkeypatch.setattr(ops, "GPU", "cpu")
+    monkeypatch.setattr(dispatch, "GPU", "cpu")
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver())
     yield
@@ -226,6 +304,46 @@ def test_inductor_sees_the_kernels(taken_for_gpu: None) -> None:
     assert len(nodes) == 3 + 1 + 1 + 1 + 1
     assert not [node for node in graph.nodes if "simba" in str(node.target)]
     assert sorted(nodes[-1].kwargs["tensors_to_clone"]) == ["out", "state"]
+
+
+WRITTEN = {
+    "_chunk_sums": "sums", "_suffix_sums": "sums", "_chunk_scores": "partial", "_products": "products",
+    "_head_scores": "partial", "_select": "index", "_gather": "out",
+    "chunk_kernel": "sums ends", "carry_kernel": "ends", "scan_kernel": "y last",
+    "adjoint_kernel": "sums ends", "gradient_kernel": "dx ddt dA dB dC dD dz dbias",
+    "_chunk_states": "sums held", "_carry": "held", "_outputs": "y",
+    "_to_x": "dx", "_to_B_and_C": "dB dC from_start to_end through", "_to_dt": "ddt dA dD",
+    "_conv": "out", "_conv_through_silu": "inner dweight dbias", "_conv_to_input": "dx", "_conv_step": "state out",
+    "_state_step": "state out", "_ssd_step": "state out", "_rms_norm": "out",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inductor_knows_what_is_written(case: str, taken_for_gpu: None) -> None:
+    """Neither less than a kernel writes, nor more: Inductor copies what it takes for written."""
+    name, arguments = CASES[case]
+    given = arguments()
+
+    class Call(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            args = [next(rest) if isinstance(value, Tensor) else value for value in given]
+            return getattr(torch.ops.simba, name)(*args)
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        tensors = [
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            for value in given
+            if isinstance(value, Tensor)
+        ]
+        graph = aot_export_module(Call(), tensors, trace_joint=False)[0].graph
+    nodes = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert nodes
+    for node in nodes:
+        kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        while not hasattr(kernel, "__name__"):  # with its number of warps around it
+            kernel = kernel.fn
+        assert sorted(node.kwargs["tensors_to_clone"]) == sorted(WRITTEN[kernel.__name__].split()), kernel.__name__
 
 
 def test_launches_are_direct_outside_of_tracing() -> None:

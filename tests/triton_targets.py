@@ -81,6 +81,7 @@ class Compiled:
     stack: int
     spilled: int
     shared: int
+    ttir: str  # what Triton made of the Python source
     cubin: bytes  # empty for AMD
 
     @functools.cached_property
@@ -133,15 +134,15 @@ _built: dict[str, Compiled] = {}
 
 def _compile(target: str, source: ASTSource, options: dict[str, Any]) -> Compiled:
     built = triton.compile(source, target=TARGETS[target], options=options)
-    name, shared = built.metadata.name, built.metadata.shared
+    name, shared, ttir = built.metadata.name, built.metadata.shared, built.asm["ttir"]
     if TARGETS[target].backend == "hip":
         assembly = built.asm["amdgcn"]
         of = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.M)}
         spilled = of["vgpr_spill_count"] + of["sgpr_spill_count"]
-        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, b"")
+        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, ttir, b"")
     cubin = built.asm["cubin"]
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin)))
-    return Compiled(name, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, cubin)
+    return Compiled(name, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, ttir, cubin)
 
 
 def _cuobjdump(what: str, cubin: bytes) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 from simba_compile.cli import bench_gpu_report
 from simba_compile.cli.show import Steps
 
-HF, INDUCTOR, MAMBA_SSM, GRAPH = "HF", "HF Inductor", "mamba-ssm", "CUDA graph"
+HF, INDUCTOR, MAMBA_SSM, GRAPH, REDUCED = "HF", "HF Inductor", "mamba-ssm", "CUDA graph", "reduce-overhead"
 OURS = ("simba keep 1.0", "simba keep 0.5", "simba keep 0.1")
 DENSE, PRUNED = OURS[0], OURS[-1]
 BUDGET = 480.0  # seconds for everything
@@ -54,6 +54,8 @@ class Settings:
         The shape of the timed kernels: "channels" and "states".
     scans : sequence of (int, int)
         Batch and tokens at which the scan and its score are timed.
+    far : (int, int)
+        Batch and tokens at which the channels are more than 2³¹ numbers.
     runs : int
         Of each contender.
     inductor : bool
@@ -69,6 +71,7 @@ class Settings:
     tokens: Sequence[int]
     kernels: dict[str, int]
     scans: Sequence[tuple[int, int]]
+    far: tuple[int, int]
     runs: int
     inductor: bool
     budget: float = BUDGET
@@ -81,14 +84,14 @@ class Settings:
         sizes = {name: model_of(hidden, layers, 50280) for name, (hidden, layers) in widths.items()}
         scans = ((1, 2048), (1, 8192), (1, 65536), (8, 2048), (8, 8192), (8, 65536))
         kernels = {"channels": 5120, "states": 16}
-        return cls(device, sizes, (2048, 8192, 32768), kernels, scans, runs, inductor)
+        return cls(device, sizes, (2048, 8192, 32768), kernels, scans, (14, 32768), runs, inductor)
 
     @classmethod
     def quick(cls, device: str, inductor: bool) -> "Settings":
         """Sizes at which everything runs within a minute; the numbers mean nothing."""
         kernels = {"channels": 64, "states": 16}
         tiny = {"tiny": model_of(64, 2, 256)}
-        return cls(device, tiny, (64, 128), kernels, ((1, 64), (2, 128)), 2, inductor, megabytes=1)
+        return cls(device, tiny, (64, 128), kernels, ((1, 64), (2, 128)), (3, 64), 2, inductor, megabytes=1)
 
 
 def model_of(hidden: int, layers: int, vocabulary: int) -> dict[str, int]:
@@ -98,27 +101,38 @@ def model_of(hidden: int, layers: int, vocabulary: int) -> dict[str, int]:
 
 def jobs_of(settings: Settings) -> list[Job]:
     """Everything that is to be measured, the most telling first."""
-    from simba_compile.cli.bench_kernels import CASES
+    from simba_compile.cli.bench_kernels import CASES, HALF_AS_WIDE, OF_PROMPTS, TYPES
 
     jobs: list[Job] = [{"kind": "copy", "megabytes": settings.megabytes}]
-    jobs += [{"kind": "correct", "operator": name} for name in CASES]
+    jobs += [{"kind": "correct", "operator": name, "dtype": dtype} for name in CASES for dtype in TYPES]
+    jobs += [{"kind": "agree", "contender": way} for way in ("eager", GRAPH)]
+    batch, tokens = settings.far
+    for name in OF_PROMPTS:
+        longer = tokens * (2 if name in HALF_AS_WIDE else 1)
+        jobs.append({"kind": "far", "operator": name, "batch": batch, "tokens": longer, **settings.kernels})
     batch, tokens = settings.scans[1]
     for name in CASES:
+        if name.endswith("_backward"):  # a prompt has none
+            continue
         shapes = settings.scans if name in ("selective_scan", "influence") else [(batch, tokens)]
         jobs += [{"kind": "kernel", "operator": name, "batch": b, "tokens": t, **settings.kernels} for b, t in shapes]
-    contenders = (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", OURS[1], HF)
+    contenders = (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", OURS[1])
     names = list(settings.models)
-    for name in dict.fromkeys([names[0], names[-1], *names]):  # the ends of the range first
-        model = settings.models[name]
+    models = [settings.models[name] for name in dict.fromkeys([names[0], names[-1], *names])]  # the ends of the range first
+    for model in models:
         jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": settings.tokens[1]})
         for contender in contenders:
             jobs += [{"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in settings.tokens]
-        decoding = (PRUNED, HF, MAMBA_SSM) if settings.device == "cuda" else (PRUNED, HF)
-        jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in decoding]
+        jobs.append({"kind": "decode", "contender": PRUNED, "model": model})
     if settings.inductor:
+        jobs += [{"kind": "agree", "contender": way} for way in (INDUCTOR, REDUCED)]
         shallow = settings.models[names[0]] | {"num_hidden_layers": INDUCTOR_LAYERS}
         some = {"kind": "prefill", "model": shallow, "tokens": settings.tokens[0]}
         jobs += [some | {"contender": contender} for contender in (DENSE, PRUNED, HF, INDUCTOR)]
+    for model in models:  # last, for these take minutes
+        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in settings.tokens]
+        decoding = (HF, MAMBA_SSM) if settings.device == "cuda" else (HF,)
+        jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in decoding]
     return jobs
 
 

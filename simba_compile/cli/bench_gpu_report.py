@@ -6,6 +6,11 @@ from typing import Any
 from simba_compile.cli.show import clock, markdown_table, spread
 
 FASTER = "simba keep 0.1"  # whose speedups over the others are shown
+CHECKS = {
+    "correct": "against its definition in float64",
+    "far": "where offsets take more than 32 bits, against small ones",
+    "agree": "a small model in float32, against the CPU",
+}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -14,7 +19,11 @@ def markdown(results: dict[str, Any]) -> str:
     bandwidth = next((job["result"]["rate"] for job in jobs if job["kind"] == "copy" and "result" in job), None)
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "cuda") if name in about)
     copies = "a copy was not measured" if bandwidth is None else f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written"
+    checks = [job for job in jobs if job["kind"] in CHECKS and "result" in job]
+    right = sum(job["result"]["right"] for job in checks)
+    wrong = "; ".join(_name(job) for job in checks if not job["result"]["right"])
     facts = [
+        f"Checks: {right} of {len(checks)} are right" + (f"; WRONG: {wrong}." if wrong else "."),
         f"Device: {about.get('device', 'unknown')}; {copies}. {versions}.",
         "Models have random weights, batch 1, bfloat16; a prompt is timed up to the next token's logits, without a cache.",
         f"Command: `{results['command']}` ({results['date']}).",
@@ -31,10 +40,13 @@ def markdown(results: dict[str, Any]) -> str:
         if done:
             heading, columns = HEADINGS[kind]
             parts += [f"## {heading}", markdown_table(columns, rows_of(done))]
-    errors = [job for job in jobs if job["kind"] == "correct" and "result" in job]
-    if errors:
-        rows = [[job["operator"], f"{job['result']['error']:.1e}"] for job in errors]
-        parts += ["## Off the definition in float64, as a share of the largest number", markdown_table(["", "off"], rows)]
+    if checks:
+        rows = [
+            [CHECKS[job["kind"]], job.get("operator", job.get("contender", "")), job.get("dtype", ""),
+             f"{job['result']['error']:.1e}", "right" if job["result"]["right"] else "WRONG"]
+            for job in checks
+        ]  # fmt: skip
+        parts += ["## Checks: how far off, as a share of the largest number", markdown_table(["", "", "", "off", ""], rows)]
     missing = [(job, word, job[word]) for job in jobs for word in ("failed", "skipped") if word in job]
     if missing:
         parts += ["## Not measured", "\n".join(f"- {_name(job)}: {word}: {reason}" for job, word, reason in missing)]
@@ -43,7 +55,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 HEADINGS = {
     "kernel": (
-        "Kernels (bfloat16)",
+        "Kernels (bfloat16), as CUDA graphs",
         ["", "batch", "tokens", "median", "GB/s", "of a copy's", "peer", "peer's median", "influence / scan"],
     ),
     "prefill": ("Prompts", ["", "", "tokens", "median", "spread", "first call", "memory", f"/ {FASTER}"]),
@@ -56,7 +68,7 @@ HEADINGS = {
 
 
 def _name(job: dict[str, Any]) -> str:
-    named = [str(job[name]) for name in ("kind", "operator", "contender", "tokens") if name in job]
+    named = [str(job[name]) for name in ("kind", "operator", "contender", "dtype", "tokens") if name in job]
     return ", ".join(named + ([_model(job)] if "model" in job else []))
 
 

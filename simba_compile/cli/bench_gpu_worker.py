@@ -13,14 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from simba_compile.cli import bench_kernels, models
-from simba_compile.cli.bench_gpu import GRAPH, HF, INDUCTOR, MAMBA_SSM, keep_of
+from simba_compile.cli.bench_gpu import GRAPH, HF, INDUCTOR, MAMBA_SSM, REDUCED, keep_of
 from simba_compile.cli.device import RANGE, Device
 
 SCORING = ("influence", "select", "gather")
+AGREE_TOKENS, AGREE = 300, 1e-3  # how far float32 may be off, as a share of the largest logit
 PROMPT_BEFORE_DECODING = 16  # a step's cost does not depend on it: the state has one size
 
 
@@ -48,9 +50,37 @@ class Worker:
         """The bandwidth of the device's memory."""
         return {"rate": bench_kernels.copy_bandwidth(self.device, megabytes)}
 
-    def correct(self, operator: str) -> dict[str, Any]:
+    def correct(self, operator: str, dtype: str) -> dict[str, Any]:
         """One operator against float64."""
-        return {"error": bench_kernels.error(operator, self.device)}
+        return _judged(bench_kernels.error(operator, self.device, dtype), bench_kernels.most(dtype))
+
+    def far(self, operator: str, **shape: int) -> dict[str, Any]:
+        """One operator where offsets take more than 32 bits."""
+        return _judged(bench_kernels.far_error(operator, self.device, shape), bench_kernels.most("bfloat16"))
+
+    def agree(self, contender: str) -> dict[str, Any]:
+        """A small pruned model in float32 against what it gives on the CPU, in one of the ways to run it on the device."""
+        ids, model = models.random_ids(models.TINY["vocab_size"], AGREE_TOKENS), models.random_mamba(4, models.TINY)
+        options: dict[str, Any] = {"keep": 0.3}
+        torch._dynamo.reset()
+        expected = torch.compile(model, backend="simba", options=options)(ids).logits
+        model, ids = model.to(self.device.name), ids.to(self.device.name)  # type: ignore[arg-type]
+        torch._dynamo.reset()
+        if contender in (INDUCTOR, REDUCED):
+            options["inner"] = "inductor"
+        forward = torch.compile(model, backend="simba", options=options)
+        made: list[Tensor] = []
+
+        def call() -> None:
+            made[:] = [forward(ids).logits]
+
+        with torch._inductor.config.patch({"triton.cudagraphs": contender == REDUCED}):
+            for _ in range(3):  # a graph of Inductor's is recorded in the second call
+                call()
+        replay = self.device.captured(call) if contender == GRAPH else self.device.wait
+        replay()
+        self.compiled = None  # the reset lost it
+        return _judged(bench_kernels.off([(made[0], expected)]), AGREE)
 
     def kernel(self, operator: str, **shape: int) -> dict[str, Any]:
         """One operator's time."""
@@ -132,6 +162,10 @@ class Worker:
             generate(more)
         short, long = (self.device.time(functools.partial(generate, more), self.runs, 5.0) for more in (32, 96))
         return type(short)(tuple((b - a) / 64 for a, b in zip(sorted(short.runs), sorted(long.runs), strict=False)))
+
+
+def _judged(error: float, most: float) -> dict[str, Any]:
+    return {"error": error, "right": error <= most}
 
 
 def main(device: str, runs: int) -> None:

@@ -1,10 +1,12 @@
 """The operators by themselves, for ``simba bench --device cuda``: right, how fast, and beside whose kernels.
 
-A case is made twice: small, to be held against the definition in float64, and at full size, to be timed.
+A case is made three times: small, to be held against the definition in float64; so large that offsets take more than 32
+bits, where a sequence of a batch is held against the same one by itself; and at the size at which it is timed.
 """
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,8 @@ from simba_compile.cli.device import Device
 from simba_compile.kernels import reference
 
 SMALL = {"batch": 2, "tokens": 100, "channels": 96, "states": 16}
+TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LEAST = 1e-4  # what any result may be off, as a share of the largest number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,21 @@ def selective_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
     return Case("selective_scan", (*inputs, True, None), moved, peer, "mamba-ssm selective_scan_fn")
 
 
+def kept_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The scan of a pruned layer, over half of the tokens."""
+    inputs, index = _scan(batch, tokens, channels, states), _half(batch, tokens)
+    read, written = size_of(*inputs[:2], *inputs[3:5], inputs[6]), size_of(inputs[0])
+    moved = (read + written) // 2 + size_of(inputs[2], index) + 4 * batch * channels * states
+    return Case("selective_scan", (*inputs, True, index), moved)
+
+
+def selective_scan_backward(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The gradients of the scan."""
+    inputs = _scan(batch, tokens, channels, states)
+    grad, state = torch.randn_like(inputs[0]), torch.randn(batch, channels, states)
+    return Case("selective_scan_backward", (grad, state, *inputs, True), 2 * size_of(*inputs) + size_of(grad, state))
+
+
 def influence(batch: int, tokens: int, channels: int, states: int) -> Case:
     """The score, pooled by its largest channel."""
     x, dt, A, B, C, _, _, bias = _scan(batch, tokens, channels, states)
@@ -93,20 +112,43 @@ def select(batch: int, tokens: int, channels: int, states: int) -> Case:
 def gather(batch: int, tokens: int, channels: int, states: int) -> Case:
     """Half of the rows of a residual stream."""
     x = torch.randn(batch, tokens, channels // 2, dtype=torch.bfloat16)
-    index = torch.arange(0, tokens - 1, 2).expand(batch, -1).contiguous()
+    index = _half(batch, tokens)
     return Case("gather", (x, index, 1), 2 * size_of(x[:, : index.shape[1]]) + size_of(index))
+
+
+def _half(batch: int, tokens: int) -> Tensor:
+    """The positions of every other token."""
+    return torch.arange(0, tokens - 1, 2).expand(batch, -1).contiguous()
+
+
+def _filter(channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution of four tokens."""
+    return torch.randn(channels, 4, dtype=torch.bfloat16), torch.randn(channels, dtype=torch.bfloat16)
 
 
 def causal_conv1d(batch: int, tokens: int, channels: int, states: int) -> Case:
     """The convolution of four tokens with SiLU."""
     x = torch.randn(batch, tokens, 2 * channels, dtype=torch.bfloat16)[..., :channels]
-    weight, bias = torch.randn(channels, 4, dtype=torch.bfloat16), torch.randn(channels, dtype=torch.bfloat16)
+    weight, bias = _filter(channels)
 
     def peer() -> object:
         return _peer("causal_conv1d", "causal_conv1d_fn")(x.transpose(1, 2), weight, bias, activation="silu")
 
     moved = 2 * size_of(x) + size_of(weight, bias)
     return Case("causal_conv1d", (x, weight, bias, True), moved, peer, "causal-conv1d causal_conv1d_fn")
+
+
+def causal_conv1d_backward(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The gradients of the convolution."""
+    x = torch.randn(batch, tokens, channels, dtype=torch.bfloat16)
+    return Case("causal_conv1d_backward", (torch.randn_like(x), x, *_filter(channels), True), 3 * size_of(x))
+
+
+def conv_update(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """One decoding step of the convolution."""
+    window, x = torch.randn(batch, channels, 4, dtype=torch.bfloat16), torch.randn(batch, channels, dtype=torch.bfloat16)
+    weight, bias = _filter(channels)
+    return Case("conv_update", (window, x, weight, bias, True), 2 * size_of(window, x) + size_of(weight, bias))
 
 
 def rms_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
@@ -153,6 +195,14 @@ def ssd_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
     return Case("ssd_scan", args, moved, peer, "mamba-ssm mamba_chunk_scan_combined")
 
 
+def ssd_scan_backward(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The gradients of Mamba-2's scan."""
+    x, dt, A, B, C, D, bias = inputs = _ssd(batch, tokens, channels)
+    grad, state = torch.randn(x.shape), torch.randn(batch, *x.shape[2:], 128)
+    args = (grad, state, x, dt, A, B, C, D, bias, True, 0.0, float("inf"), None)
+    return Case("ssd_scan_backward", args, 2 * size_of(*inputs) + size_of(grad, state))
+
+
 def ssd_influence(batch: int, tokens: int, channels: int, states: int) -> Case:
     """The score of Mamba-2."""
     x, dt, A, B, C, _, bias = _ssd(batch, tokens, channels)
@@ -178,10 +228,16 @@ def gated_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
 CASES: dict[str, Callable[..., Case]] = {
     maker.__name__: maker
     for maker in (
-        selective_scan, influence, select, gather, causal_conv1d, rms_norm, state_update,
+        selective_scan, kept_scan, influence, select, gather, causal_conv1d, rms_norm, state_update, conv_update,
         ssd_scan, ssd_influence, ssd_state_update, gated_norm,
+        selective_scan_backward, causal_conv1d_backward, ssd_scan_backward,
     )
 }  # fmt: skip
+OF_PROMPTS = (
+    "selective_scan", "kept_scan", "influence", "gather", "causal_conv1d", "rms_norm",
+    "ssd_scan", "ssd_influence", "gated_norm",
+)  # fmt: skip
+HALF_AS_WIDE = ("gather", "rms_norm")  # they work on the residual stream
 
 
 def copy_bandwidth(device: Device, megabytes: int) -> float:
@@ -193,38 +249,73 @@ def copy_bandwidth(device: Device, megabytes: int) -> float:
     return 2 * size_of(source) / device.time(lambda: target.copy_(source), 10, 1.0).median
 
 
-def error(name: str, device: Device) -> float:
-    """How far a small case is off its definition in float64, as a share of the largest number.
+def error(name: str, device: Device, dtype: str) -> float:
+    """How far a small case is off its definition in float64; what is updated in place counts as a result.
 
-    Of scores, as a share of the largest influence; of positions, the share that differs.
+    `dtype` is what takes bfloat16's place.
     """
     torch.manual_seed(0)
     with device.on():
         case = CASES[name](**SMALL)
-    exact_args = [_exact(value) for value in case.args]
-    actual, exact = case.run(), getattr(reference, name)(*exact_args)
-    pairs = zip(actual, exact, strict=True) if isinstance(exact, tuple) else [(actual, exact)]
+    halves = [isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in case.args]
+    args = [value.to(TYPES[dtype]) if half else value for half, value in zip(halves, case.args, strict=True)]
+    exact_args = [_exact(value) for value in args]
+    actual, exact = dataclasses.replace(case, args=tuple(args)).run(), getattr(reference, case.operator)(*exact_args)
+    held = [(one, other) for one, other in zip(args, exact_args, strict=True) if isinstance(one, Tensor)]
+    return off([*_pairs(actual, exact), *held], case.operator)
+
+
+def far_error(name: str, device: Device, shape: dict[str, int]) -> float:
+    """How far the last sequence of a large batch is off what comes out for it alone, where offsets are small."""
+    torch.manual_seed(0)
+    with device.on():
+        case = CASES[name](**shape)
+    batch = shape["batch"]
+    alone = [value[-1:] if isinstance(value, Tensor) and value.shape[0] == batch else value for value in case.args]
+    one = dataclasses.replace(case, args=tuple(alone)).run()
+    every = case.run()
+    every = tuple(value[-1:] for value in every) if isinstance(every, tuple) else every[-1:]
+    return off(_pairs(every, one), case.operator)
+
+
+def _pairs(actual: Any, exact: Any) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(actual, exact, strict=True)) if isinstance(exact, tuple) else [(actual, exact)]
+
+
+def off(pairs: list[tuple[Tensor, Tensor]], operator: str = "") -> float:
+    """The largest difference, as a share of the largest number; infinite where one is not a number.
+
+    Of scores, as a share of the largest influence; of positions, the share that differs.
+    """
     worst = 0.0
     for one, other in pairs:
-        one, other = one.cpu(), other.cpu()
+        other = other.to(one.device)
+        if other.numel() == 0:
+            continue
         if one.dtype == torch.int64:
             worst = max(worst, (one != other).double().mean().item())
             continue
         one, other = one.double(), other.double()
-        if name.endswith("influence"):
+        if operator.endswith("influence") and other.dim() == 2:
             one, other = ((score - other.max()).exp() for score in (one, other))
-        worst = max(worst, ((one - other).abs().max() / other.abs().max()).item())
+        share = ((one - other).abs().max() / other.abs().max()).item()
+        worst = max(worst, math.inf if math.isnan(share) else share)
     return worst
+
+
+def most(dtype: str) -> float:
+    """How far a right result may be off: the factors of a product are rounded to the type, besides what comes of it."""
+    return max(LEAST, 8 * torch.finfo(TYPES[dtype]).eps)
 
 
 def _exact(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.cpu().double() if value.is_floating_point() else value.cpu()
+    return value.cpu().double() if value.is_floating_point() else value.cpu().clone()
 
 
 def measure(name: str, device: Device, shape: dict[str, int], runs: int) -> dict[str, Any]:
-    """Time an operator and its peer at one shape.
+    """Time an operator and its peer at one shape, without what it takes to start them (`Device.time_on_it`).
 
     Returns
     -------
@@ -236,13 +327,13 @@ def measure(name: str, device: Device, shape: dict[str, int], runs: int) -> dict
     with device.on():
         case = CASES[name](**shape)
     case.run()
-    timing = device.time(case.run, runs, 2.0)
+    timing = device.time_on_it(case.run, runs, 2.0)
     result: dict[str, Any] = {"timing": timing.to_dict(), "bytes": case.moved, "rate": case.moved / timing.median}
     if case.peer is not None:
         result["peer"] = case.peer_name
         try:
             case.peer()
-            result["peer_timing"] = device.time(case.peer, runs, 2.0).to_dict()
+            result["peer_timing"] = device.time_on_it(case.peer, runs, 2.0).to_dict()
         except Exception as failure:
             result["peer_failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
     return result

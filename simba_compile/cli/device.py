@@ -93,10 +93,24 @@ class Device:
         if self.is_gpu:
             torch.cuda.empty_cache()
 
-    def captured(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The call as a CUDA graph, which starts all its kernels at once; the CPU has none, and runs the call."""
+    def time_on_it(self, call: Callable[[], object], runs: int, most: float) -> Timing:
+        """`time` of what a call has the device do alone: to start a short kernel takes the host longer than the kernel runs.
+
+        The call is repeated within a CUDA graph, for up to a millisecond.
+        """
+        repeats = max(1, min(100, int(1e-3 / max(self.seconds(call), 1e-6))))
+        taken = self.time(self.captured(call, repeats), runs, most)
+        return Timing(tuple(run / repeats for run in taken.runs))
+
+    def captured(self, call: Callable[[], object], repeats: int = 1) -> Callable[[], object]:
+        """So many calls as one CUDA graph, which starts all their kernels at once; the CPU has none, and runs the calls."""
+
+        def every() -> None:
+            for _ in range(repeats):
+                call()
+
         if not self.is_gpu:
-            return call
+            return every
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warmed up beside what is captured, as torch asks for
@@ -105,7 +119,7 @@ class Device:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call()
+            every()
         return graph.replay
 
     def profiled(self, call: Callable[[], object]) -> tuple[dict[str, float], dict[str, int]]:

@@ -118,7 +118,7 @@ def selective_scan(
     softplus: bool,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops.selective_scan`."""
+    """See `simba_compile.kernels.ops.scan.selective_scan`."""
     _check_scan(x, dt, A, B, C, D, z, dt_bias)
     batch, tokens, channels = x.shape
     if index is not None and index.dim() != 2:
@@ -194,7 +194,7 @@ def influence(
     pool: str,
     bias_in_decay: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops.influence`."""
+    """See `simba_compile.kernels.ops.scan.influence`."""
     _check_scan(x, dt, A, B, C, None, None, dt_bias)
     batch, tokens, channels = x.shape
     kind = compute_dtype(x.dtype)
@@ -224,7 +224,7 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, axes: str) -> No
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """See `simba_compile.kernels.ops.causal_conv1d`."""
+    """See `simba_compile.kernels.ops.conv.causal_conv1d`."""
     _check_conv(x, weight, bias, "batch token channel")
     x, kind = _rows(x), compute_dtype(x.dtype)
     across, bias = weight.to(kind).t().contiguous(), _constant(bias, kind)
@@ -264,7 +264,7 @@ def state_update(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops.state_update`."""
+    """See `simba_compile.kernels.ops.scan.state_update`."""
     each = [value if value is None else value[:, None] for value in (x, dt, B, C, z)]
     _check_scan(each[0], each[1], A, each[2], each[3], D, each[4], dt_bias)  # type: ignore[arg-type]
     batch, channels = x.shape
@@ -286,7 +286,7 @@ def state_update(
 
 
 def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """See `simba_compile.kernels.ops.conv_update`."""
+    """See `simba_compile.kernels.ops.conv.conv_update`."""
     _check_conv(x, weight, bias, "batch channel")
     batch, channels = x.shape
     kind = compute_dtype(x.dtype)
@@ -307,12 +307,12 @@ MAX_GROUP = 1 << 16  # channels that the norm keeps on its stack
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """See `simba_compile.kernels.ops.rms_norm`."""
+    """See `simba_compile.kernels.ops.norm.rms_norm`."""
     return gated_norm(x, None, weight, eps, 1)
 
 
 def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int) -> Tensor:
-    """See `simba_compile.kernels.ops.gated_norm`."""
+    """See `simba_compile.kernels.ops.norm.gated_norm`."""
     if x.dtype not in DTYPES or x.dim() == 0:
         raise ValueError(
             f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16."
@@ -341,7 +341,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """See `simba_compile.kernels.ops.gather`: tokens in axis 1, everything behind them contiguous."""
+    """See `simba_compile.kernels.ops.tokens.gather`: tokens in axis 1, everything behind them contiguous."""
     if x.dim() < 2 or index.dim() != 2 or (x.numel() and not x[0, 0].is_contiguous()):
         raise ValueError(
             f"x is {tuple(x.shape)} with strides {x.stride()} and index {tuple(index.shape)}; expected (batch, token, ...), "
@@ -364,7 +364,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
-    """See `simba_compile.kernels.ops.select`."""
+    """See `simba_compile.kernels.ops.tokens.select`."""
     if scores.dim() != 2 or min(first, last) < 0 or not first + last <= k <= scores.shape[1]:
         raise ValueError(
             f"scores is {tuple(scores.shape)}, k {k}, first {first}, last {last}; expected (batch, token) and "

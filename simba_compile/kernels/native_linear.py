@@ -53,7 +53,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
-    """See `simba_compile.kernels.ops_linear.linear`."""
+    """See `simba_compile.kernels.ops.linear.linear`."""
     if x.dtype not in DTYPES or x.dim() < 1 or weight.dim() != 2:
         raise ValueError(
             f"x is {tuple(x.shape)}, {x.dtype} and weight {tuple(weight.shape)}; expected x (..., depth) in float32, "

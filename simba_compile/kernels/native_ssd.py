@@ -65,7 +65,7 @@ def ssd_scan(
     initial: Tensor | None,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops_ssd.ssd_scan`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_scan`."""
     batch, tokens, heads, channels, groups, states = _check(x, dt, A, B, C, D, dt_bias)
     _expect("initial", initial, (batch, heads, channels, states), None)
     if index is not None:
@@ -150,7 +150,7 @@ def ssd_influence(
     pool: str,
     bias_in_decay: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_influence`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_influence`."""
     batch, tokens, heads, channels, groups, states = _check(x, dt, A, B, C, None, dt_bias)
     x, dt, B, C = _alike(x, dt, B, C)
     A, dt_bias = (_constant(value, compute_dtype(x.dtype)) for value in (A, dt_bias))  # type: ignore[assignment]
@@ -173,7 +173,7 @@ def ssd_state_update(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_state_update`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
     batch, _, heads, channels, groups, states = _check(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, dt_bias)
     _expect("state", state, (batch, heads, channels, states), None)
     dtype = x.dtype

@@ -31,7 +31,7 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, index: Tensor | None = None
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_linear.linear`."""
+    """See `simba_compile.kernels.ops.linear.linear`."""
     bias = None if bias is None else bias.to(x.dtype)
     if add is None:
         return F.linear(x, weight, bias).contiguous()
@@ -61,7 +61,7 @@ def selective_scan(
     softplus: bool = True,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops.selective_scan`."""
+    """See `simba_compile.kernels.ops.scan.selective_scan`."""
     if index is not None:
         x, dt, B, C = (gather(value, index) for value in (x, dt, B, C))
         z = None if z is None else gather(z, index)
@@ -92,7 +92,7 @@ def selective_scan_backward(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
 ) -> tuple[Tensor, ...]:
-    """See `simba_compile.kernels.ops.selective_scan_backward`. The adjoint recurrence, token by token."""
+    """See `simba_compile.kernels.ops.scan.selective_scan_backward`. The adjoint recurrence, token by token."""
     delta = step_size(dt, dt_bias, softplus)
     kind = delta.dtype
     u, g, a, b, c = (value.to(kind) for value in (x, grad, A, B, C))
@@ -179,7 +179,7 @@ def influence(
     pool: str = "max",
     bias_in_decay: bool = True,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops.influence`."""
+    """See `simba_compile.kernels.ops.scan.influence`."""
     delta = step_size(dt, dt_bias, softplus)
     decay = (delta if bias_in_decay else step_size(dt, None, softplus)).double()
     x, A, weight = x.to(delta.dtype), A.to(delta.dtype), B.to(delta.dtype) * C[:, -1:].to(delta.dtype)
@@ -200,7 +200,7 @@ def influence(
 
 
 def select(scores: Tensor, k: int, first: int = 0, last: int = 1) -> Tensor:
-    """See `simba_compile.kernels.ops.select`."""
+    """See `simba_compile.kernels.ops.tokens.select`."""
     batch, tokens = scores.shape
     middle = scores[:, first : tokens - last]
     order = middle.flip(1).sort(dim=1, descending=True, stable=True).indices  # flipped: of equals the later comes first
@@ -210,7 +210,7 @@ def select(scores: Tensor, k: int, first: int = 0, last: int = 1) -> Tensor:
 
 
 def token_scores(x: Tensor, k: int, criterion: str, seed: int = 0) -> Tensor:
-    """See `simba_compile.kernels.ops.token_scores`."""
+    """See `simba_compile.kernels.ops.tokens.token_scores`."""
     batch, tokens = x.shape[:2]
     if criterion == "recent":
         scores = torch.arange(tokens, dtype=torch.float64, device=x.device)
@@ -224,7 +224,7 @@ def token_scores(x: Tensor, k: int, criterion: str, seed: int = 0) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """See `simba_compile.kernels.ops.gather`."""
+    """See `simba_compile.kernels.ops.tokens.gather`."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
     sizes = list(x.shape)
@@ -233,7 +233,7 @@ def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
 
 
 def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int = 1) -> Tensor:
-    """See `simba_compile.kernels.ops.scatter`."""
+    """See `simba_compile.kernels.ops.tokens.scatter`."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
     return full.scatter(dim, index.view(shape).expand(x.shape), x)
@@ -248,7 +248,7 @@ _MARKS = {  # a NaN that no arithmetic makes, as the integer of its bits
 
 
 def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
-    """See `simba_compile.kernels.ops.cache_entries`."""
+    """See `simba_compile.kernels.ops.tokens.cache_entries`."""
     integer, mark = _MARKS[x.dtype]
     full = torch.full([*x.shape[:dim], tokens, *x.shape[dim + 1 :]], mark, dtype=integer, device=x.device)
     return scatter(full, positions, x.view(integer), dim).view(x.dtype)
@@ -263,7 +263,7 @@ def is_marked(x: Tensor) -> Tensor:
 
 
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
-    """See `simba_compile.kernels.ops.last_tokens`."""
+    """See `simba_compile.kernels.ops.tokens.last_tokens`."""
     have = min(k, x.shape[dim])
     pad = [0, 0] * (x.dim() - 1 - dim) + [k - have, 0]
     return F.pad(x.narrow(dim, x.shape[dim] - have, have), pad)
@@ -278,7 +278,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
-    """See `simba_compile.kernels.ops.causal_conv1d`."""
+    """See `simba_compile.kernels.ops.conv.causal_conv1d`."""
     y = _convolution(x, weight, bias)
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -286,7 +286,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: b
 def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `simba_compile.kernels.ops.causal_conv1d_backward`."""
+    """See `simba_compile.kernels.ops.conv.causal_conv1d_backward`."""
     kind, tokens, width = compute_dtype(x.dtype), x.shape[1], weight.shape[1]
     g = grad.to(kind)
     if silu:
@@ -314,7 +314,7 @@ def state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops.state_update`."""
+    """See `simba_compile.kernels.ops.scan.state_update`."""
     delta = step_size(dt, dt_bias, softplus)
     u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
     new = torch.exp(delta[..., None] * A) * state.to(delta.dtype) + (delta * u)[..., None] * B[:, None]
@@ -328,7 +328,7 @@ def state_update(
 
 
 def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
-    """See `simba_compile.kernels.ops.conv_update`."""
+    """See `simba_compile.kernels.ops.conv.conv_update`."""
     kind = compute_dtype(x.dtype)
     state.copy_(torch.cat([state[..., 1:], x[..., None].to(state.dtype)], -1))
     y = (state.to(kind) * weight.to(kind)).sum(-1)
@@ -338,7 +338,7 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """See `simba_compile.kernels.ops.rms_norm`."""
+    """See `simba_compile.kernels.ops.norm.rms_norm`."""
     kind = compute_dtype(x.dtype)
     u = x.to(kind)
     y = u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
@@ -346,7 +346,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
-    """See `simba_compile.kernels.ops.gated_norm`."""
+    """See `simba_compile.kernels.ops.norm.gated_norm`."""
     kind = compute_dtype(x.dtype)
     grouped = (x.to(kind) * F.silu(gate.to(kind))).unflatten(-1, (groups, -1))
     y = (grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
@@ -388,7 +388,7 @@ def ssd_scan(
     initial: Tensor | None = None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops_ssd.ssd_scan`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_scan`."""
     if index is not None:
         x, dt, B, C = (gather(value, index) for value in (x, dt, B, C))
     delta = ssd_step_size(dt, dt_bias, softplus, (dt_min, dt_max))
@@ -417,7 +417,7 @@ def ssd_scan_backward(
     dt_max: float = math.inf,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """See `simba_compile.kernels.ops_ssd.ssd_scan_backward`. The adjoint recurrence, token by token."""
+    """See `simba_compile.kernels.ops.ssd.ssd_scan_backward`. The adjoint recurrence, token by token."""
     raw = step_size(dt, dt_bias, False)
     free = F.softplus(raw) if softplus else raw
     delta = free.clamp(dt_min, dt_max)
@@ -494,7 +494,7 @@ def ssd_influence(
     pool: str = "max",
     bias_in_decay: bool = True,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_influence`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_influence`."""
     limits = (dt_min, dt_max)
     delta = ssd_step_size(dt, dt_bias, softplus, limits)
     decay = delta if bias_in_decay else ssd_step_size(dt, None, softplus, limits)
@@ -521,7 +521,7 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_state_update`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
     one, step, b, c = (value[:, None] for value in (x, dt, B, C))  # a sequence of one token
     y, new = ssd_scan(one, step, A, b, c, D, dt_bias, softplus, -math.inf, math.inf, state)
     state.copy_(new)

@@ -12,8 +12,8 @@ import torch
 from conftest import left_padding, random_ids, simba, tiny_model
 from eager_reference import pruned_forward
 
-from simba_compile.kernels import ops
 from simba_compile.kernels.gpu import influence, runtime
+from simba_compile.kernels.ops import dispatch
 
 OPTIONS: dict[str, Any] = {"keep": 0.3, "min_tokens": 4}
 
@@ -28,7 +28,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts[kernel.__name__] += 1
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(ops, "GPU", "cpu")
+    monkeypatch.setattr(dispatch, "GPU", "cpu")
     monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
     monkeypatch.setattr(runtime, "launch", count)
     monkeypatch.setattr(influence, "CHUNK", 8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import Source, assert_influence_near, assert_near, layouts, seeds, wide
+from kernel_inputs import Source, assert_influence_near, assert_near, layouts, seeds, wide
 from torch import Tensor
 
 from simba_compile.kernels import reference

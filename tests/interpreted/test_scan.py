@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import Source, assert_near, layouts, seeds, wide
+from kernel_inputs import Source, assert_near, layouts, seeds, wide
 
 from simba_compile.kernels import reference
 from simba_compile.kernels.gpu import scan, scan_backward, ssd, ssd_backward
@@ -142,6 +142,15 @@ def test_ssd_scan(
     dtype: torch.dtype, tokens: int, groups: int, size: int, states: int, initial: bool, kept: int | None
 ) -> None:
     assert_ssd(mamba2(Source(4, dtype, "plain"), tokens, groups, size, states, initial, kept))
+
+
+def test_ssd_scan_shows_a_bad_step() -> None:
+    """A NaN in dt is in the outputs from there on, and in the state: the limits do not hide it."""
+    args = mamba2(Source(6, torch.float32, "plain"), 20, 1, 5, 4, True, None)
+    args[1][0, 3, 1] = math.nan
+    (y, state), (exact_y, exact_state) = ssd.ssd_scan(*args), reference.ssd_scan(*wide(args))
+    assert exact_y[0, 3:, 1].isnan().all() and y[exact_y.isnan()].isnan().all()
+    assert torch.equal(state.isnan(), exact_state.isnan())
 
 
 @pytest.mark.parametrize("limits", [(0.0, math.inf), (0.3, 1.0)])

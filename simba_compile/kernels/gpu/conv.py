@@ -134,7 +134,7 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """See `simba_compile.kernels.ops.causal_conv1d`."""
+    """See `simba_compile.kernels.ops.conv.causal_conv1d`."""
     runtime.expect(weight=(weight, (x.shape[2], weight.shape[1])), bias=(bias, (x.shape[2],)))
     out = x.new_empty(x.shape)
     if x.numel():
@@ -150,7 +150,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
 def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `simba_compile.kernels.ops.causal_conv1d_backward`."""
+    """See `simba_compile.kernels.ops.conv.causal_conv1d_backward`."""
     (batch, tokens, channels), width = x.shape, weight.shape[1]
     runtime.expect(grad=(grad, (batch, tokens, channels)), weight=(weight, (channels, width)), bias=(bias, (channels,)))
     dx = x.new_empty(x.shape)
@@ -170,7 +170,7 @@ def causal_conv1d_backward(
 
 
 def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """See `simba_compile.kernels.ops.conv_update`."""
+    """See `simba_compile.kernels.ops.conv.conv_update`."""
     (batch, channels), width = x.shape, weight.shape[1]
     runtime.expect(
         state=(state, (batch, channels, width)), weight=(weight, (channels, width)), bias=(bias, (channels,))

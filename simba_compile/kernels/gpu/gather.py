@@ -1,4 +1,4 @@
-"""The tokens of every sequence at given positions (`simba_compile.kernels.ops.gather`): a copy, of any dtype."""
+"""The tokens of every sequence at given positions (`simba_compile.kernels.ops.tokens.gather`): a copy, of any dtype."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def _gather(
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """See `simba_compile.kernels.ops.gather`. Tokens in axis 1; plain torch takes them along any other.
+    """See `simba_compile.kernels.ops.tokens.gather`. Tokens in axis 1; plain torch takes them along any other.
 
     A position outside the sequence gives zeros: reading it back to raise an error would wait for the GPU.
     """

@@ -1,4 +1,4 @@
-"""The influence of each token on the last output, in the log domain (`simba_compile.kernels.ops.influence`).
+"""The influence of each token on the last output, in the log domain (`simba_compile.kernels.ops.scan.influence`).
 
 ``log |Δy_T(t)[d]| = m + log|x_t Δ_t Σ_n C_T B_t exp(A S_t − m)|`` needs S_t, a sum over all later tokens. Three kernels
 make it parallel over tokens:
@@ -192,7 +192,7 @@ def influence(
     pool: str,
     bias_in_decay: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops.influence`."""
+    """See `simba_compile.kernels.ops.scan.influence`."""
     (batch, tokens, channels), states = x.shape, A.shape[1]
     runtime.expect(
         dt=(dt, (batch, tokens, channels)), A=(A, (channels, states)), B=(B, (batch, tokens, states)),

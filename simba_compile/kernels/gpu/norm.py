@@ -1,4 +1,4 @@
-"""The RMS norms over the last axis: `simba_compile.kernels.ops.rms_norm` and `gated_norm`."""
+"""The RMS norms over the last axis: `simba_compile.kernels.ops.norm.rms_norm` and `gated_norm`."""
 
 import triton
 import triton.language as tl
@@ -30,12 +30,12 @@ def _rms_norm(
         gate += whole // inner * gate_outer + whole % inner * gate_inner + before * gate_entry
     squares = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, size, BLOCK_N):
-        n = (start + tl.arange(0, BLOCK_N))[None, :]
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         u = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, (r < rows) & (n < size))
         squares += u * u
     scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / size + eps)
     for start in range(0, size, BLOCK_N):  # the second time from the cache
-        n = (start + tl.arange(0, BLOCK_N))[None, :]
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         valid = (r < rows) & (n < size)
         y = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, valid) * scale
         if weight is not None:
@@ -44,12 +44,12 @@ def _rms_norm(
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """See `simba_compile.kernels.ops.rms_norm`."""
+    """See `simba_compile.kernels.ops.norm.rms_norm`."""
     return _norm(x, None, weight, eps, 1)
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
-    """See `simba_compile.kernels.ops.gated_norm`."""
+    """See `simba_compile.kernels.ops.norm.gated_norm`."""
     runtime.expect(gate=(gate, tuple(x.shape)))
     return _norm(x, gate, weight, eps, groups)
 

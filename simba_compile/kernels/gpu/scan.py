@@ -1,4 +1,4 @@
-"""The selective scan of Mamba-1 in Triton: `simba_compile.kernels.ops.selective_scan` on a GPU.
+"""The selective scan of Mamba-1 in Triton: `simba_compile.kernels.ops.scan.selective_scan` on a GPU.
 
 The scan is bound by its exponentials: one for each (token, channel, state), of which a streaming multiprocessor (SM) does 16
 a cycle, against 128 multiply-adds. So a program is one warp that walks over the tokens with its states in registers, one
@@ -270,7 +270,7 @@ def selective_scan(
     softplus: bool,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops.selective_scan`."""
+    """See `simba_compile.kernels.ops.scan.selective_scan`."""
     batch, tokens, channels = x.shape
     states = A.shape[1]
     runtime.expect(

@@ -1,4 +1,4 @@
-"""The gradients of the selective scan in Triton: `simba_compile.kernels.ops.selective_scan_backward` on a GPU.
+"""The gradients of the selective scan in Triton: `simba_compile.kernels.ops.scan.selective_scan_backward` on a GPU.
 
 The forward pass keeps nothing but its inputs. With h the states and g their gradients (the adjoint), both recurrences
 
@@ -219,7 +219,7 @@ def selective_scan_backward(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> tuple[Tensor, ...]:
-    """See `simba_compile.kernels.ops.selective_scan_backward`."""
+    """See `simba_compile.kernels.ops.scan.selective_scan_backward`."""
     batch, tokens, channels = x.shape
     states, wide = A.shape[1], torch.float32
     runtime.expect(

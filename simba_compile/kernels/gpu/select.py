@@ -1,4 +1,4 @@
-"""The k best tokens of every sequence, in their order (`simba_compile.kernels.ops.select`).
+"""The k best tokens of every sequence, in their order (`simba_compile.kernels.ops.tokens.select`).
 
 A radix search: eight passes over a sequence each fix eight bits of its k-th largest score, a last pass writes the positions.
 One program does a whole sequence, so that it is one launch and nothing waits for the host. Scores of a sequence (8 bytes a
@@ -15,6 +15,7 @@ from simba_compile.kernels.gpu import runtime
 
 ALWAYS = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # ranks above every score
 NOT_A_NUMBER = tl.constexpr(0x7FFFFFFFFFFFFFFE)
+TOP_BYTE = tl.constexpr(-(1 << 56))
 
 
 @triton.jit
@@ -35,16 +36,16 @@ def _select(scores, index, tokens, k, first, last, BLOCK: tl.constexpr):
     index += row * k
     digits = tl.arange(0, 256)
 
-    # `prefix`: the bits of the k-th largest key that are known, those below 0; `wanted`: its rank among keys that have them.
-    prefix, wanted, equal = tl.zeros([], tl.int64), k, tokens
+    # `prefix`: the bits of the k-th largest key that are known, those below 0; `known`: which they are; `wanted`: its rank
+    # among keys that have them.
+    prefix, known, wanted, equal = tl.zeros([], tl.int64), tl.zeros([], tl.int64), k, tokens
     for i in range(8):
         shift = 56 - 8 * i
         counts = tl.zeros([256], tl.int32)
         for start in range(0, tokens, BLOCK):
             t = start + tl.arange(0, BLOCK)
             unsigned = _keys(scores, t, tokens, first, last) ^ (-ALWAYS - 1)
-            # All bits above the digit agree. A shift by 64 is undefined, so it is made in two steps.
-            alike = (((unsigned ^ prefix) >> shift) >> 8) & ((1 << (8 * i)) - 1) == 0
+            alike = ((unsigned ^ prefix) & known) == 0
             digit = ((unsigned >> shift) & 255).to(tl.int32)
             counts += tl.histogram(digit, 256, mask=(t < tokens) & alike)
         at_least = tl.cumsum(counts, 0, reverse=True)
@@ -52,6 +53,7 @@ def _select(scores, index, tokens, k, first, last, BLOCK: tl.constexpr):
         equal = tl.sum(tl.where(digits == digit, counts, 0), 0)
         wanted -= tl.sum(tl.where(digits == digit, at_least, 0), 0) - equal
         prefix |= digit.to(tl.int64) << shift
+        known = (known >> 8) | TOP_BYTE  # the sign comes along; `1 << 8 i` would be of 32 bits, as i is
     threshold = prefix ^ (-ALWAYS - 1)
 
     # Of the `equal` keys at the threshold the last `wanted` stay.
@@ -69,7 +71,7 @@ def _select(scores, index, tokens, k, first, last, BLOCK: tl.constexpr):
 
 
 def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
-    """See `simba_compile.kernels.ops.select`."""
+    """See `simba_compile.kernels.ops.tokens.select`."""
     batch, tokens = scores.shape
     index = scores.new_empty((batch, k), dtype=torch.int64)
     if index.numel():

@@ -1,4 +1,4 @@
-"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops_ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024).
+"""The scan of Mamba-2 in Triton: `simba_compile.kernels.ops.ssd.ssd_scan` on a GPU, as matrix products (Dao & Gu 2024).
 
 A head's decay is one number, so within a chunk of tokens the recurrence is a masked matrix product. With ``a_t`` the running
 sum of Δ A within the chunk:
@@ -35,7 +35,8 @@ FLOAT_STATES = 16  # of the states, where outputs of float32 are made: 32 leave 
 def steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constexpr):
     """Δ of a chunk's tokens (0 past the end), and the logarithms to base 2 of their decays."""
     shift = None if bias is None else tl.load(bias + head).to(tl.float32)
-    delta = tl.clamp(step_size(tl.load(dt + at * stride), shift, SOFTPLUS), low, high)
+    delta = step_size(tl.load(dt + at * stride), shift, SOFTPLUS)
+    delta = tl.clamp(delta, low, high, propagate_nan=tl.PropagateNan.ALL)  # else a NaN would become `low`
     delta = tl.where(inside, delta, 0.0)
     return delta, delta * (tl.load(A + head).to(tl.float32) * LOG2E)
 
@@ -180,7 +181,7 @@ def ssd_scan(
     initial: Tensor | None,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `simba_compile.kernels.ops_ssd.ssd_scan`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_scan`."""
     batch, tokens, heads, size = x.shape
     groups, states = B.shape[2:]
     runtime.expect(

@@ -1,4 +1,4 @@
-"""The gradients of Mamba-2's scan in Triton: `simba_compile.kernels.ops_ssd.ssd_scan_backward` on a GPU.
+"""The gradients of Mamba-2's scan in Triton: `simba_compile.kernels.ops.ssd.ssd_scan_backward` on a GPU.
 
 With λ_t the gradient of the state h_t, ``λ_{t−1} = exp(Δ_t A) (λ_t + ∂y_t ⊗ C_t)`` is the forward recurrence against time:
 it is cut into the same chunks and carried by the same kernels (`ssd.chunk_states`). With ``a_t`` the running sum of Δ A in a
@@ -228,7 +228,7 @@ def ssd_scan_backward(
     dt_max: float,
     initial: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """See `simba_compile.kernels.ops_ssd.ssd_scan_backward`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_scan_backward`."""
     (batch, tokens, heads, size), (groups, states) = x.shape, B.shape[2:]
     runtime.expect(
         grad=(grad, tuple(x.shape)), grad_state=(grad_state, (batch, heads, size, states)), dt=(dt, (batch, tokens, heads)),

@@ -1,4 +1,4 @@
-"""The influence of each token on the last output of an SSD scan (`simba_compile.kernels.ops_ssd.ssd_influence`).
+"""The influence of each token on the last output of an SSD scan (`simba_compile.kernels.ops.ssd.ssd_influence`).
 
 A is one number for each head, so ``log |Δy_T(t)[h, p]| = A_h S_t[h] + log|x_t[h, p] Δ_t[h] (C_T · B_t)|``: one logarithm
 for a head, and a pool over its channels. What is left is reading x once.
@@ -91,7 +91,7 @@ def ssd_influence(
     pool: str,
     bias_in_decay: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_influence`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_influence`."""
     (batch, tokens, heads, channels), (groups, states) = x.shape, B.shape[2:]
     runtime.expect(
         dt=(dt, (batch, tokens, heads)), A=(A, (heads,)), B=(B, (batch, tokens, groups, states)),

@@ -1,4 +1,4 @@
-"""One step of the scan of Mamba-2 (`simba_compile.kernels.ops_ssd.ssd_state_update`): its state is read and written once."""
+"""One step of the scan of Mamba-2 (`simba_compile.kernels.ops.ssd.ssd_state_update`): its state is read and written once."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,7 @@ def ssd_state_update(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops_ssd.ssd_state_update`."""
+    """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
     (batch, heads, size), (groups, states) = x.shape, B.shape[1:]
     runtime.expect(
         state=(state, (batch, heads, size, states)), dt=(dt, (batch, heads)), A=(A, (heads,)),
@@ -62,10 +62,11 @@ def ssd_state_update(
         width = runtime.power_of_two(states)
         block = min(runtime.power_of_two(size), max(2, 1024 // width))
         blocks = runtime.blocks_of(size, block)
+        warps = max(1, min(4, block * width // 32))  # a spare one would read what another has updated in place
         runtime.launch(
             _ssd_step, (batch * heads * blocks,), state, *state.stride(), x, *x.stride(), dt, *dt.stride(), runtime.flat(A),
             B, *B.stride(), C, *C.stride(), runtime.flat(D), runtime.flat(dt_bias), out,
             heads, heads // groups, size, states, blocks,
-            SOFTPLUS=softplus, BLOCK_P=block, BLOCK_N=width, num_warps=4,
+            SOFTPLUS=softplus, BLOCK_P=block, BLOCK_N=width, num_warps=warps,
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""One step of the selective scan (`simba_compile.kernels.ops.state_update`)."""
+"""One step of the selective scan (`simba_compile.kernels.ops.scan.state_update`)."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,7 @@ def state_update(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    """See `simba_compile.kernels.ops.state_update`."""
+    """See `simba_compile.kernels.ops.scan.state_update`."""
     (batch, channels), states = x.shape, A.shape[1]
     runtime.expect(
         state=(state, (batch, channels, states)), dt=(dt, (batch, channels)), A=(A, (channels, states)),

@@ -1,4 +1,4 @@
-"""The operators of Mamba-2 (SSD: A is one number for each head), in the manner of `simba_compile.kernels.ops`.
+"""The operators of Mamba-2 (SSD: A is one number for each head).
 
 ``x`` is (batch, token, head, p): a head has p channels, each with a state of n numbers. Heads share B and C in groups: head
 h reads those of group ``h // (heads / groups)``.
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from simba_compile.kernels import reference
-from simba_compile.kernels.ops import LIBRARY, empty_gradients, fake, gradients_of, implementation, kept_of, left, operator
+from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels.ops.scan import empty_gradients, gradients_of, kept_of, left
 from simba_compile.kernels.reference import compute_dtype
 
 SSD_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
@@ -41,7 +42,7 @@ def ssd_influence(
     x, dt, A, B, C, dt_bias, softplus, dt_min, dt_max
         See `ssd_scan`. Of C, only the last token's rows are read.
     pool, bias_in_decay
-        See `simba_compile.kernels.ops.influence`.
+        See `simba_compile.kernels.ops.scan.influence`.
 
     Returns
     -------
@@ -184,7 +185,7 @@ def _ssd_backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> t
     return *found, None, None, None, None if initial is None else dinitial.to(initial.dtype), None
 
 
-torch.library.register_autograd("simba::ssd_scan", _ssd_backward, setup_context=_ssd_setup, lib=LIBRARY)
+differentiable("ssd_scan", _ssd_backward, _ssd_setup)
 
 
 @operator(f"(Tensor(a!) state, {SSD_INPUTS}, Tensor? D, Tensor? dt_bias, bool softplus) -> Tensor")

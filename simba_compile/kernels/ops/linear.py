@@ -1,4 +1,4 @@
-"""The operator of linear layers, in the manner of `simba_compile.kernels.ops`."""
+"""The operator of linear layers, with its gradient."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simba_compile.kernels import native_linear, reference
-from simba_compile.kernels.ops import LIBRARY, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
 
 
 @operator("(Tensor x, Tensor weight, Tensor? bias, Tensor? add, Tensor? index) -> Tensor")
@@ -61,4 +61,4 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     return dx, dweight, dbias, dadd, None
 
 
-torch.library.register_autograd("simba::linear", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
+differentiable("linear", _linear_backward, _linear_setup)

@@ -1,0 +1,88 @@
+"""How an operator ``torch.ops.simba.*`` is registered, and what runs it on each device."""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from simba_compile.kernels import native, native_linear, native_ssd, reference
+
+log = logging.getLogger("simba_compile")
+
+LIBRARY = torch.library.Library("simba", "DEF")
+GPU = "cuda"  # the device type of AMD's GPUs too
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = ("select", "gather")  # whose Triton kernels take every dtype
+
+
+def operator(schema: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the operator ``simba::<its name>`` with this schema, on every device."""
+
+    def register(function: Callable) -> Callable:
+        LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+        _open_to_inductor(function)
+        return function
+
+    return register
+
+
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """The decorated function gives the operator's output shapes."""
+    return torch.library.register_fake(f"simba::{name}", lib=LIBRARY)
+
+
+def differentiable(name: str, backward: Callable, setup: Callable) -> None:
+    """Give the operator a gradient: `setup(ctx, inputs, output)` saves what `backward(ctx, *grads)` reads."""
+    torch.library.register_autograd(f"simba::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+@cache
+def _triton_kernels() -> dict[str, Callable]:
+    """The Triton kernels by operator, loaded when a tensor on a GPU first needs one; none without triton."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("triton is not installed: on the GPU plain torch runs in place of our kernels, many times slower.")
+        return {}
+    from simba_compile.kernels import gpu
+
+    return gpu.KERNELS
+
+
+def _on_gpu(name: str, tensors: list[Tensor]) -> Callable | None:
+    """The Triton kernel for these tensors, if there is one. The first of them decides about the dtype."""
+    if not tensors or any(value.device.type != GPU for value in tensors):
+        return None
+    if name not in COPIES and tensors[0].dtype not in GPU_DTYPES:
+        return None
+    return _triton_kernels().get(name)
+
+
+def _open_to_inductor(function: Callable) -> None:
+    """Make an operator show its Triton kernels while AOTAutograd traces, as `torch.library.triton_op` does."""
+    name = function.__name__
+
+    def trace(mode: Any, operation: Any, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _on_gpu(name, [value for value in args if isinstance(value, Tensor)]) is None:
+            return mode.__torch_dispatch__(operation, types, args, kwargs)
+        with mode:
+            return function(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(f"simba::{name}", FunctionalTensorMode, trace, lib=LIBRARY)
+
+
+def implementation(name: str, *tensors: Tensor | None) -> Callable:
+    """What runs the operator `name` on these tensors: the Triton kernel, the native one, or its reference."""
+    given = [value for value in tensors if value is not None]
+    triton_kernel = _on_gpu(name, given)
+    if triton_kernel is not None:
+        return triton_kernel
+    if all(value.device.type == "cpu" for value in given) and native.available():
+        for kernels in (native, native_ssd, native_linear):
+            if hasattr(kernels, name):
+                return getattr(kernels, name)
+    return getattr(reference, name)

@@ -1,0 +1,91 @@
+"""The RMS norms, with and without the gate of Mamba-2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels.reference import compute_dtype
+
+
+@operator("(Tensor x, Tensor? weight, float eps) -> Tensor")
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``weight · x / sqrt(mean(x²) + eps)`` over the last axis, in x's dtype, computed in float32 or wider."""
+    return implementation("rms_norm", x, weight)(x, weight, eps)
+
+
+@fake("rms_norm")
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors
+    kind = compute_dtype(x.dtype)
+    u, g = x.to(kind), grad.to(kind)
+    inverse = torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + ctx.eps)
+    normed = u * inverse
+    dweight = None if weight is None else (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    g = g if weight is None else g * weight.to(kind)
+    dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dweight, None
+
+
+differentiable("rms_norm", _norm_backward, _norm_setup)
+
+
+@operator("(Tensor x, Tensor gate, Tensor? weight, float eps, SymInt groups) -> Tensor")
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    """The norm after the scan of Mamba-2: `rms_norm` of ``x silu(gate)``, each of so many groups of channels by itself.
+
+    Parameters
+    ----------
+    x, gate : Tensor
+        (..., channel); they may differ in dtype.
+    weight : Tensor, optional
+        (channel).
+    eps : float
+        Is added to the mean of the squares.
+    groups : int
+        Divides the number of channels.
+
+    Returns
+    -------
+    Tensor
+        As `x`.
+    """
+    return implementation("gated_norm", x, gate, weight)(x, gate, weight, eps, groups)
+
+
+@fake("gated_norm")
+def _(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gated_norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.groups = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, gate, weight = ctx.saved_tensors
+    kind = compute_dtype(x.dtype)
+    u, z, g = x.to(kind), gate.to(kind), grad.to(kind)
+    sigmoid = torch.sigmoid(z)
+    grouped = (u * z * sigmoid).unflatten(-1, (ctx.groups, -1))
+    inverse = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + ctx.eps)
+    normed = grouped * inverse
+    dweight = None if weight is None else (g * normed.flatten(-2)).flatten(0, -2).sum(0).to(weight.dtype)
+    g = (g if weight is None else g * weight.to(kind)).unflatten(-1, (ctx.groups, -1))
+    dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).flatten(-2)
+    dgate = dy * u * (sigmoid + z * sigmoid * (1 - sigmoid))
+    return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None
+
+
+differentiable("gated_norm", _gated_norm_backward, _gated_norm_setup)

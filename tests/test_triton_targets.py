@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -236,6 +237,18 @@ ONES: dict[str, tuple[Any, ...]] = {
 def test_sizes_of_one_compile(name: str) -> None:
     """Triton writes an argument of 1 into the code: as a constant, not as a tensor, and the interpreter does not."""
     check("sm_90", record(gpu.KERNELS[name], *ONES[name]))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "gather-numbers"])
+def test_one_compilation_serves_all_lengths(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for masks, whose rows are as far apart as they are long: that loads wide numbers is worth a second one."""
+    name, arguments = CASES[case]
+    compiled = []
+    for tokens in (4096, 4097, 1000):
+        monkeypatch.setattr(sys.modules[__name__], "TOKENS", tokens)
+        sources = [launch.source() for launch in record(gpu.KERNELS[name], *arguments())]
+        compiled.append([(source.name, source.signature, source.constants, source.attrs, rest) for source, rest in sources])
+    assert compiled[0] == compiled[1] == compiled[2]
 
 
 def test_shifts_are_of_64_bits() -> None:

@@ -56,15 +56,15 @@ class Launch:
         named = dict(zip(self.kernel.arg_names, self.args, strict=False))
         named |= {name: value for name, value in self.constants.items() if name not in OPTIONS}
         for place, name in enumerate(self.kernel.arg_names):
-            value = named[name]
+            value, free = named[name], self.kernel.params[place].do_not_specialize
             if isinstance(value, Tensor):
                 signature[name] = POINTERS[value.dtype]
                 attributes[(place,)] = [["tt.divisibility", 16]]
-            elif name in self.constants or value is None or (type(value) is int and value == 1):
+            elif name in self.constants or value is None or (type(value) is int and value == 1 and not free):
                 signature[name], constants[(place,)] = "constexpr", value
             elif isinstance(value, int):
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and not free:
                     attributes[(place,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32"

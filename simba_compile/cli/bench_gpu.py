@@ -231,7 +231,7 @@ def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None
 
 def title(job: Job) -> str:
     """A job, to read."""
-    parts = [str(value) for name, value in job.items() if name in ("kind", "operator", "contender")]
+    parts = [str(value) for name, value in job.items() if name in ("kind", "operator", "dtype", "contender")]
     if "model" in job:
         parts.append(f"hidden {job['model']['hidden_size']}, {job['model']['num_hidden_layers']} layers")
     return " ".join(parts) + (f", {job['tokens']} tokens" if "tokens" in job else "")

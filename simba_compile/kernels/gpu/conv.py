@@ -33,7 +33,7 @@ def _sum_over_window(x, x_token, t, tokens, weight, weight_width, bias, valid, i
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _conv(
     x, x_batch, x_token, x_channel, weight, weight_channel, weight_width, bias, out,
     tokens, channels, spans, blocks,
@@ -52,7 +52,7 @@ def _conv(
     tl.store(out + (batch * tokens + t) * channels + c[None, :], y, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _conv_through_silu(
     grad, grad_batch, grad_token, grad_channel, x, x_batch, x_token, x_channel,
     weight, weight_channel, weight_width, bias, inner, dweight, dbias,
@@ -82,7 +82,7 @@ def _conv_through_silu(
         tl.store(dbias + row, tl.sum(g, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _conv_to_input(
     inner, weight, weight_channel, weight_width, dx, tokens, channels, spans, blocks,
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -8,7 +8,7 @@ from simba_compile.kernels import reference
 from simba_compile.kernels.gpu import runtime
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _gather(
     x, x_batch, x_token, x_entry, index, index_batch, index_kept, out, tokens, kept, size, blocks,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

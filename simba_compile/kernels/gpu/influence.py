@@ -23,7 +23,7 @@ CHUNK = 64  # tokens: long enough that its double sums (8 bytes for a channel) a
 UNDERFLOW = tl.constexpr(-126.0)  # the exponent below which a power of two is 0 in float32, subnormals aside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _chunk_sums(
     dt, dt_batch, dt_token, dt_channel, dt_bias, sums,
     tokens, channels, chunks, blocks, low, high,
@@ -47,7 +47,7 @@ def _chunk_sums(
     tl.store(sums + (batch * chunks + chunk) * channels + c, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _suffix_sums(sums, channels, chunks, blocks, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
     """sums[b, j, c]: the sum over chunks j and later, in place."""
     program = tl.program_id(0)
@@ -64,7 +64,7 @@ def _suffix_sums(sums, channels, chunks, blocks, BLOCK_J: tl.constexpr, BLOCK_C:
         carry += tl.sum(part, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _chunk_scores(
     x, x_batch, x_token, x_channel, dt, dt_batch, dt_token, dt_channel, A, A_channel, A_state,
     B, B_batch, B_token, B_state, C, C_batch, C_state, dt_bias, later, partial,

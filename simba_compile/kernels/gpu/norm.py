@@ -17,17 +17,17 @@ def _entries(x, gate, known):
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _rms_norm(
-    x, x_outer, x_inner, x_entry, gate, gate_outer, gate_inner, gate_entry, weight, out, rows, inner, size, groups, eps,
+    x, x_outer, x_inner, x_entry, gate, gate_outer, gate_inner, gate_entry, weight, out, rows, inner_rows, size, groups, eps,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R rows at once, BLOCK_N entries at a time; a row is one group of x[r // inner, r % inner]."""
+    """BLOCK_R rows at once, BLOCK_N entries at a time; a row is one group of x[r // inner_rows, r % inner_rows]."""
     r = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     whole, before = r // groups, r % groups * size
-    x += whole // inner * x_outer + whole % inner * x_inner + before * x_entry
+    x += whole // inner_rows * x_outer + whole % inner_rows * x_inner + before * x_entry
     if gate is not None:
-        gate += whole // inner * gate_outer + whole % inner * gate_inner + before * gate_entry
+        gate += whole // inner_rows * gate_outer + whole % inner_rows * gate_inner + before * gate_entry
     squares = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(0, size, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]

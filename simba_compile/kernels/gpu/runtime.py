@@ -8,6 +8,10 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
+# Parameters that follow the length of a sequence. Triton would compile a kernel anew for a 1, for a multiple of 16 and for
+# any other number in each of them, and a pruned model has another length in every layer.
+LENGTHS = ("tokens", "kept", "k", "chunk", "chunks", "spans", "rows", "inner_rows", "index_batch")
+
 
 def launch(kernel: Callable, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Start a Triton kernel on the device of its tensors.

@@ -73,7 +73,7 @@ def program_place(chunks, blocks):
 # --- pass 1 ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def chunk_kernel(
     x, x_batch, x_token, x_channel, dt, dt_batch, dt_token, dt_channel, A, B, B_batch, B_token, B_state, bias,
     index, index_batch, index_token, sums, ends, channels, chunk, chunks,
@@ -127,7 +127,7 @@ def compose(decay, add, later_decay, later_add):
     return decay * later_decay, tl.fma(later_decay, add, later_add)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def carry_kernel(
     A, sums, ends, chunks, channels, states, REVERSE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def carry_kernel(
 # --- pass 3 ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def scan_kernel(
     x, x_batch, x_token, x_channel, dt, dt_batch, dt_token, dt_channel, A, B, B_batch, B_token, B_state,
     C, C_batch, C_token, C_state, D, z, z_batch, z_token, z_channel, bias,

@@ -38,7 +38,7 @@ from simba_compile.kernels.gpu.scan import (
 CHUNK = 16  # tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def adjoint_kernel(
     dt, dt_batch, dt_token, dt_channel, A, C, C_batch, C_token, C_state, z, z_batch, z_token, z_channel, bias,
     grad, grad_batch, grad_token, grad_channel, grad_state, sums, ends, tokens, channels, chunk, chunks,
@@ -87,7 +87,7 @@ def adjoint_kernel(
     tl.store(scattered(ends, (place * STATES + n[:, None]) * channels + d[None, :]), adjoint, mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def gradient_kernel(
     x, x_batch, x_token, x_channel, dt, dt_batch, dt_token, dt_channel, A, B, B_batch, B_token, B_state,
     C, C_batch, C_token, C_state, D, z, z_batch, z_token, z_channel, bias,

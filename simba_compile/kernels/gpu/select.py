@@ -29,7 +29,7 @@ def _keys(scores, t, tokens, first, last):
     return tl.where(valid & ((t < first) | (t >= tokens - last)), ALWAYS, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _select(scores, index, tokens, k, first, last, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     scores += row * tokens

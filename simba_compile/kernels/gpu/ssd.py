@@ -41,7 +41,7 @@ def steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constex
     return delta, delta * (tl.load(A + head).to(tl.float32) * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _chunk_states(
     x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state, bias,
     index, index_batch, index_token, sums, held, tokens, chunks, heads, share, size, states, low, high,
@@ -80,7 +80,7 @@ def _chunk_states(
         tl.store(held + p[:, None] * states + n[None, :], state, mask=(p < size)[:, None] & (n < states)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _carry(sums, held, chunks, heads, entries, REVERSE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """The states from zero in held become the true ones, from its first row on (REVERSE: its last); entries: p times n."""
     blocks = tl.cdiv(entries, BLOCK)
@@ -106,7 +106,7 @@ def _carry(sums, held, chunks, heads, entries, REVERSE: tl.constexpr, CHUNKS: tl
         state = tl.sum(tl.where(step[:, None] == CHUNKS - 1, adds, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _outputs(
     x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state,
     C, C_batch, C_token, C_group, C_state, D, bias, index, index_batch, index_token, held, y,

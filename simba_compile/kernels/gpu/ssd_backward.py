@@ -26,7 +26,7 @@ from simba_compile.kernels.gpu.elementary import sigmoid, step_size
 from simba_compile.kernels.gpu.ssd import chunk_states, steps, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _to_x(
     grad, grad_batch, grad_token, grad_head, grad_p, dt, dt_batch, dt_token, dt_head, A,
     B, B_batch, B_token, B_group, B_state, C, C_batch, C_token, C_group, C_state, D, bias, after, dx,
@@ -92,7 +92,7 @@ def _decays(since, row, inside):
     return tl.exp2(tl.where(live, since[:, None] - since[None, :], float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _to_B_and_C(
     grad, grad_batch, grad_token, grad_head, grad_p, x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A,
     B, B_batch, B_token, B_group, B_state, C, C_batch, C_token, C_group, C_state, bias, before, after,
@@ -161,7 +161,7 @@ def _to_B_and_C(
     tl.store(through + (batch * chunks + chunk) * heads + head, tl.exp2(total) * tl.sum(products, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _to_dt(
     grad, grad_batch, grad_token, grad_head, grad_p, x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A,
     B, B_batch, B_token, B_group, B_state, C, C_batch, C_token, C_group, C_state, bias, from_start, to_end, through,

@@ -15,7 +15,7 @@ from simba_compile.kernels.gpu.elementary import LN2, step_size
 BLOCK_T = 16  # tokens at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _products(
     B, B_batch, B_token, B_group, B_state, C, C_batch, C_group, C_state, products, tokens, groups, states, spans,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -32,7 +32,7 @@ def _products(
     tl.store(products + (batch * tokens + t) * groups + group, product, mask=t < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=runtime.LENGTHS)
 def _head_scores(
     x, x_batch, x_token, x_head, x_channel, dt, dt_batch, dt_token, dt_head, A, dt_bias, products, later, partial,
     tokens, heads, channels, groups, chunks, low, high,

@@ -40,7 +40,7 @@ class Settings:
     """
 
     keeps: tuple[float, ...] = (0.5, 0.3, 0.1)
-    texts: tuple[tuple[int, int], ...] = ((512, 48), (2048, 16))
+    texts: tuple[tuple[int, int], ...] = ((512, 384), (2048, 128))
     recalls: tuple[tuple[int, int], ...] = ((192, 2), (768, 2), (192, 8), (768, 8))
     sequences: int = 200
     last: int = 32

@@ -69,10 +69,10 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     if result.pruned is None or result.plan is None:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
-    place, axis = plan.length.find(result.dense.graph.find_nodes(op="placeholder"))
+    tokens_of = plan.length.reader(result.dense.graph.find_nodes(op="placeholder"))
 
     def run(*args: Any) -> Any:
-        tokens = args[place] if axis is None else args[place].shape[axis]
+        tokens = tokens_of(args)
         counts = plan.inputs(tokens)
         if counts[-1] == tokens:
             log.info("Dense: %s.", plan.why_all_stay(int(tokens)))

@@ -159,10 +159,10 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
         return []
     scanned = result.mixers[0].x
     try:
-        place, axis = Length(scanned).find(result.dense.graph.find_nodes(op="placeholder"))
+        tokens_of = Length(scanned).reader(result.dense.graph.find_nodes(op="placeholder"))
     except ValueError:  # the length is fixed in this graph
         return mixer_rows(result, int(scanned.shape[1]))
-    return mixer_rows(result, int(inputs[place] if axis is None else inputs[place].shape[axis]))
+    return mixer_rows(result, int(tokens_of(inputs)))
 
 
 def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:

@@ -53,8 +53,7 @@ class Watch:
                 return result.dense(*args) if self.way == "dense" else original(*args)
             if self.way == "pruned":
                 return original(*args)
-            place, axis = result.plan.length.find(result.dense.graph.find_nodes(op="placeholder"))
-            tokens = args[place] if axis is None else args[place].shape[axis]
+            tokens = result.plan.length.reader(result.dense.graph.find_nodes(op="placeholder"))(args)
             if tokens < result.plan.protect_first + result.plan.protect_last:  # never pruned, whatever is kept
                 return original(*args)
             return result.pruned(*args, *[tokens] * len(result.plan.pruning))

@@ -112,7 +112,7 @@ def cancel_transposes(node: Node) -> None:
     if not _is_transpose(inner):
         return
     x: Node = inner.args[0]  # type: ignore[assignment]
-    if inner is not node.args[0] and _written_between(inner, next(iter(reversed(node.graph.nodes))), x, node):
+    if inner is not node.args[0] and _written_between(inner, node.graph.output_node(), x, node):
         return  # the copy is there because x changes, or the copy itself
     node.replace_all_uses_with(x)
     erase(node)

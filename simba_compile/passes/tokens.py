@@ -6,7 +6,7 @@ operations. What is not known to be safe is not.
 """
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -95,6 +95,11 @@ class Length:
                 return place, self.axis(value)
         raise ValueError(f"no input of the graph has the length {self.symbol}")
 
+    def reader(self, inputs: Iterable[Node]) -> Callable[[Sequence[Any]], Any]:
+        """What reads the length off the arguments of a call: an integer, or a symbolic one while tracing."""
+        place, axis = self.find(inputs)
+        return lambda args: args[place] if axis is None else args[place].shape[axis]
+
     def batch_axis(self, value: Any) -> int | None:
         """The axis that counts sequences, or None where none does, or none alone: sequences are then not told apart."""
         if self.axis(value) == FLAT:
@@ -105,10 +110,8 @@ class Length:
         sizes = [expression(size) for size in first.shape]
         if self.batch == 1:
             return sizes.index(self.batch) if self.batch in sizes else None
-        if not self.batch.free_symbols:
-            depends = [axis for axis, size in enumerate(sizes) if size == self.batch]
-        else:
-            depends = [axis for axis, size in enumerate(sizes) if size.free_symbols & self.batch.free_symbols]
+        symbols = self.batch.free_symbols
+        depends = [axis for axis, size in enumerate(sizes) if size == self.batch or size.free_symbols & symbols]
         return depends[0] if len(depends) == 1 and sizes[depends[0]] == self.batch else None
 
     def is_shared(self, value: Any) -> bool:

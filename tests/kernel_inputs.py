@@ -101,6 +101,7 @@ def scans(draw: st.DrawFn, dtype: torch.dtype, indexed: bool = True) -> list[Any
     index = None
     if indexed and draw(st.booleans()):
         index = source.kept(batch, tokens, draw(st.integers(1, tokens)))
+        z = z[:, : index.shape[1]]
     return [x, dt, A, B, C, D, z if with_z else None, dt_bias, softplus, index]
 
 

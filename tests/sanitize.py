@@ -131,6 +131,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         index = None
         if tokens and chance.random() < 0.5:
             index = torch.randint(0, tokens, (batch, chance.randint(1, 2 * tokens)))[:, :: chance.choice([1, 2])]
+        gate = z if z is None or index is None else make(batch, index.shape[1], channels)
         grad, grad_state = make(batch, tokens, channels), maybe(torch.randn(batch, channels, states))
         one = functools.partial(make, batch)
         k = chance.randint(0, tokens)
@@ -139,7 +140,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         weight = parameter(dtype, channels, width)
         held = chance.choice([dtype, torch.float32, torch.float64])
         cases = {
-            "selective_scan": (x, dt, A, B, C, D, z, bias, softplus, index),
+            "selective_scan": (x, dt, A, B, C, D, gate, bias, softplus, index),
             "selective_scan_backward": (grad, grad_state, x, dt, A, B, C, D, z, bias, softplus),
             "influence": (x, dt, A, B, C, bias, softplus, chance.choice(POOLS), chance.random() < 0.5),
             "causal_conv1d": (x, weight, bias, softplus),

@@ -31,6 +31,8 @@ def test_gradients_of_selective_scan(
     x, dt, z, B, C = leaf(2, 5, 3), leaf(2, 5, 3, seed=1), leaf(2, 5, 3, seed=2), leaf(2, 5, 2), leaf(2, 5, 2, seed=4)
     A, D, bias = (-leaf(3, 2).exp()).detach().requires_grad_(), leaf(3), leaf(3, seed=5)
     index = torch.tensor([[0, 2, 4], [1, 3, 4]]) if indexed else None
+    if indexed:
+        z = leaf(2, 3, 3, seed=2)
     if optional:
         inputs = (x, dt, A, B, C, D, z, bias)
         torch.autograd.gradcheck(lambda *v: OPS.selective_scan(*v, softplus, index), inputs)

@@ -25,6 +25,7 @@ from simba_compile.passes import Transformed, lower, match, prune
 from simba_compile.passes.functional import make_functional
 from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.plan import make_plan, shares
+from simba_compile.passes.rows import make_rows
 from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
 
 OPS = torch.ops.simba
@@ -108,6 +109,7 @@ def tokens(length: int = 20) -> Tensor:
 
 def test_match_finds_the_mixers_and_their_parts() -> None:
     captured = Captured(toys(2), tokens())
+    make_rows(captured.gm.graph)
     mixers = match(captured.gm.graph)
     assert len(mixers) == 2
     assert [mixer.reason for mixer in mixers] == [None, None]
@@ -121,9 +123,10 @@ def test_match_finds_the_mixers_and_their_parts() -> None:
         assert name in mixer.path.split(".")[-1]
         assert mixer.add is not None and [scan.target for scan in mixer.scans] == [OPS.selective_scan]
         assert mixer.windows == []
-        projections = HIDDEN * 2 * WIDTH + WIDTH * (RANK + 2 * STATES) + RANK * WIDTH + WIDTH * TAPS
+        projections = HIDDEN * WIDTH + WIDTH * (RANK + 2 * STATES) + RANK * WIDTH + WIDTH * TAPS
         assert mixer.entering_flops == 2 * projections
-        assert mixer.scanned_flops == 2 * WIDTH * HIDDEN + 7 * per_state
+        gate = HIDDEN * WIDTH
+        assert mixer.scanned_flops == 2 * (gate + WIDTH * HIDDEN) + 7 * per_state
         assert mixer.scoring_flops == 4 * per_state
 
 
@@ -274,6 +277,7 @@ def test_lower_fuses_a_layer() -> None:
 
 def test_lower_hands_the_gathers_to_the_scan() -> None:
     captured = Captured(toys(2), tokens(40))
+    make_rows(captured.gm.graph)
     options = Options(keep=0.2, min_tokens=1)
     plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
     pruned = prune(captured.gm, plan, options)
@@ -282,12 +286,70 @@ def test_lower_hands_the_gathers_to_the_scan() -> None:
     assert captured.targets(pruned).count(OPS.gather) >= 6
     lower(pruned)
     after = captured.targets(pruned)
-    assert OPS.gather not in after  # that of the residual went into the product which it is added to
+    assert after.count(OPS.gather) == 1  # that of the residual went into the product which it is added to
+    (gathered,) = (node for node in pruned.graph.nodes if node.target is OPS.gather)
+    (gate,) = gathered.users  # in_proj, whose gate is made for the tokens that stay alone
+    assert gate.target is OPS.linear
     scans = [node for node in pruned.graph.nodes if node.target is OPS.selective_scan]
     assert [scan.args[-1] is None for scan in scans] == [True, False]
-    assert scans[1].args[-1].target is OPS.select
+    assert scans[1].args[-1].target is OPS.select and scans[1].args[6] is gate
     with torch.no_grad():
         torch.testing.assert_close(pruned(*captured.args, 8)[0], before, rtol=1e-5, atol=1e-6)
+
+
+def _gate_alone(h: Tensor, kept: Tensor) -> Tensor:
+    _, z, x = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
+    return OPS.gather(z, kept, 1) + OPS.gather(h, kept, 1) + x.sum()
+
+
+def _gate_read_twice(h: Tensor, kept: Tensor) -> Tensor:
+    x, z = F.linear(h, wide).chunk(2, -1)
+    return OPS.gather(z, kept, 1) + z.sum() + x.sum()
+
+
+def _projection_read_whole(h: Tensor, kept: Tensor) -> Tensor:
+    projected = F.linear(h, wide)
+    return OPS.gather(projected.chunk(2, -1)[1], kept, 1) + projected.sum()
+
+
+def _split_of_tokens(h: Tensor, kept: Tensor) -> Tensor:
+    return OPS.gather(F.linear(h, wide).split(20, 1)[0], kept, 1)
+
+
+def _input_written(h: Tensor, kept: Tensor) -> Tensor:
+    h = h + 1
+    view = h.view(h.shape)
+    x, z = F.linear(h, wide).chunk(2, -1)
+    view.mul_(2)
+    return OPS.gather(z, kept, 1) + x.sum() + view.sum()
+
+
+def _under_autocast(h: Tensor, kept: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        x, z = F.linear(h, wide).chunk(2, -1)
+    return OPS.gather(z, kept, 1).float() + x.sum().float()
+
+
+wide = torch.randn(3 * HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("function", "projects_kept"),
+    [
+        (_gate_alone, True),
+        (_gate_read_twice, False),
+        (_projection_read_whole, False),
+        (_split_of_tokens, False),
+        (_input_written, False),
+        (_under_autocast, False),
+    ],
+)
+def test_lower_makes_the_gate_for_kept_tokens(function: Callable, projects_kept: bool) -> None:
+    kept = torch.tensor([[0, 3, 4, 19], [1, 2, 7, 8]])
+    captured = Captured(function, tokens(), kept)
+    captured.lowered()
+    products = [node for node in captured.gm.graph.nodes if node.target in {F.linear, torch._C._nn.linear, OPS.linear}]
+    assert any(node.args[0].target is OPS.gather for node in products) == projects_kept
 
 
 def normed(x: Tensor, dim: int = -1, eps: float = 1e-5) -> Tensor:

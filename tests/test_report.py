@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import pytest
 import torch
 from conftest import KEEP_FEW, random_ids, tiny_model
@@ -11,8 +12,13 @@ from eager_reference import counts
 from torch import Tensor
 
 import simba_compile
+from simba_compile.backend import simba
+from simba_compile.passes import Transformed
+from simba_compile.passes.tokens import LINEAR
+from simba_compile.report import mixer_rows
 
-LENGTH = 50
+LENGTH, WORDS = 50, 70  # no width of a tiny model is 70
+OPS = torch.ops.simba
 
 
 def tokens_left(report: simba_compile.Report) -> list[int]:
@@ -38,6 +44,56 @@ def test_the_length_is_the_sequences_whatever_the_call_reads_first() -> None:
     with torch.no_grad():
         report = simba_compile.explain(scaled, torch.ones(4, 7), random_ids(2, LENGTH), options=KEEP_FEW)
     assert tokens_left(report) == counts(LENGTH, 3, **KEEP_FEW)
+
+
+class Counting(torch.fx.Interpreter):
+    """Runs a graph, and counts the operations of its projections, convolutions, scans and scores, one by one."""
+
+    operations = 0
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        result = super().call_function(target, args, kwargs)
+        if target in LINEAR | {OPS.linear} and args[1].shape[0] != WORDS:
+            self.operations += 2 * args[0].numel() * args[1].shape[0]
+        elif target is OPS.causal_conv1d:
+            self.operations += 2 * args[0].numel() * args[1].shape[-1]
+        elif target is OPS.selective_scan:
+            self.operations += 7 * result[0].numel() * args[2].shape[1]
+        elif target is OPS.influence:
+            self.operations += 4 * args[0].numel() * args[2].shape[1]
+        elif target is OPS.ssd_scan:
+            self.operations += 5 * result[0].numel() * args[3].shape[-1]
+        elif target is OPS.ssd_influence:
+            self.operations += 2 * args[3].numel() + 3 * args[0].numel()
+        return result
+
+
+@pytest.mark.parametrize("placement", ["scan", "layer"])
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", "codestral"])
+def test_operations_are_those_that_run(family: str, placement: str) -> None:
+    """Above all: in_proj makes the gate for the tokens that stay, where `explain` says so."""
+    operations = []
+
+    def counting(gm: torch.fx.GraphModule, inputs: list[Any], **given: Any) -> Any:
+        found: list[Transformed] = []
+        run = simba(gm, inputs, observe=found.append, **given)
+
+        def counted(*args: Any) -> Any:
+            (result,) = found
+            interpreter = Counting(result.pruned)  # type: ignore[arg-type]
+            interpreter.run(*args, *result.plan.inputs(LENGTH))  # type: ignore[union-attr]
+            operations.extend([interpreter.operations, sum(row.flops_pruned for row in mixer_rows(result, LENGTH))])
+            return run(*args)
+
+        return counted
+
+    counting.__wrapped__ = simba  # type: ignore[attr-defined]  # how capture knows the backend
+    model = families.tiny_model(family, vocab_size=WORDS)
+    compiled = torch.compile(model, backend=counting, options={**KEEP_FEW, "placement": placement})
+    with torch.no_grad():
+        compiled(random_ids(1, LENGTH), logits_to_keep=1)
+    ran, reported = operations
+    assert ran == reported
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
+from simba_compile.passes.pieces import SPLITS
 from simba_compile.passes.rows import make_rows
 
 OPS = torch.ops.simba
@@ -126,3 +127,28 @@ def test_other_padding_stays() -> None:
     ):
         torch._dynamo.reset()
         assert OPS.last_tokens not in targets(rewritten(pad, numbers(BATCH, CHANNELS, 9), 2))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda across: across.chunk(2, dim=1),
+        lambda across: torch.chunk(across, 2, 1),
+        lambda across: across.split([2, 4], dim=1),
+        lambda across: torch.split(across, [1, 5], dim=1),
+    ],
+)
+def test_a_split_of_the_channels(split: Callable) -> None:
+    def cut(h: Tensor) -> Tensor:
+        first, second = split(h.transpose(1, 2))
+        return F.silu(first).sum(1) * second.sum(1)
+
+    gm = rewritten(cut, numbers(BATCH, 9, CHANNELS), 1)
+    (node,) = (node for node in gm.graph.nodes if node.target in SPLITS)
+    assert node.args[0].op == "placeholder"
+
+
+def test_a_split_of_the_tokens_stays() -> None:
+    gm = rewritten(lambda h: h.transpose(1, 2).split(5, 2)[0], numbers(BATCH, CHANNELS, 9), 0)
+    (node,) = (node for node in gm.graph.nodes if node.target in SPLITS)
+    assert node.args[0].target == "transpose"

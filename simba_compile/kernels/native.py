@@ -74,9 +74,7 @@ def _expect_on_cpu(name: str, value: Tensor) -> None:
     _expect(name, value, tuple(value.shape), None)
 
 
-def _check_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None
-) -> None:
+def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
     if x.dim() != 3 or A.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(
             f"x is {tuple(x.shape)}, {x.dtype} and A is {tuple(A.shape)}; expected x (batch, token, channel) in float32, "
@@ -92,7 +90,6 @@ def _check_scan(
     _expect("B", B, (batch, tokens, states), x.dtype)
     _expect("C", C, (batch, tokens, states), x.dtype)
     _expect("D", D, (channels,), None)
-    _expect("z", z, (batch, tokens, channels), x.dtype)
     _expect("dt_bias", dt_bias, (channels,), None)
 
 
@@ -119,7 +116,7 @@ def selective_scan(
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `simba_compile.kernels.ops.scan.selective_scan`."""
-    _check_scan(x, dt, A, B, C, D, z, dt_bias)
+    _check_scan(x, dt, A, B, C, D, dt_bias)
     batch, tokens, channels = x.shape
     if index is not None and index.dim() != 2:
         raise ValueError(f"index is {tuple(index.shape)}; expected (batch, kept).")
@@ -127,6 +124,7 @@ def selective_scan(
     if index is not None:
         _expect("index", index, (batch, kept), torch.int64)
         index = index.contiguous()
+    _expect("z", z, (batch, kept, channels), x.dtype)
     kind = compute_dtype(x.dtype)
     x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
     z = None if z is None else _rows(z)
@@ -157,8 +155,9 @@ def selective_scan_backward(
     softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients for x, dt, A, B, C, D, z, dt_bias, in this order; empty where the input is missing."""
-    _check_scan(x, dt, A, B, C, D, z, dt_bias)
+    _check_scan(x, dt, A, B, C, D, dt_bias)
     _expect("grad", grad, tuple(x.shape), x.dtype)
+    _expect("z", z, tuple(x.shape), x.dtype)
     batch, tokens, channels = x.shape
     states, kind = A.shape[1], compute_dtype(x.dtype)
     _expect("grad_state", grad_state, (batch, channels, states), None)
@@ -195,7 +194,7 @@ def influence(
     bias_in_decay: bool,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.influence`."""
-    _check_scan(x, dt, A, B, C, None, None, dt_bias)
+    _check_scan(x, dt, A, B, C, None, dt_bias)
     batch, tokens, channels = x.shape
     kind = compute_dtype(x.dtype)
     x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
@@ -266,7 +265,8 @@ def state_update(
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.state_update`."""
     each = [value if value is None else value[:, None] for value in (x, dt, B, C, z)]
-    _check_scan(each[0], each[1], A, each[2], each[3], D, each[4], dt_bias)  # type: ignore[arg-type]
+    _check_scan(each[0], each[1], A, each[2], each[3], D, dt_bias)  # type: ignore[arg-type]
+    _expect("z", z, tuple(x.shape), x.dtype)
     batch, channels = x.shape
     kind = compute_dtype(x.dtype)
     _expect("state", state, (batch, channels, A.shape[1]), None)

@@ -64,7 +64,6 @@ def selective_scan(
     """See `simba_compile.kernels.ops.scan.selective_scan`."""
     if index is not None:
         x, dt, B, C = (gather(value, index) for value in (x, dt, B, C))
-        z = None if z is None else gather(z, index)
     delta = step_size(dt, dt_bias, softplus)
     u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
     states = scan_states(delta, u, A, B)

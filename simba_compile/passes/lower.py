@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.match import ADDS
+from simba_compile.passes.pieces import SPLITS, Piece, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
     CASTS,
@@ -34,7 +35,8 @@ MUL, POW, RSQRT, MEAN = (
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
     fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear)
-    for rewrite in (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, *fusions, read_cache):
+    plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
+    for rewrite in (*plainer, *fusions, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -133,6 +135,55 @@ def gather_first(node: Node) -> None:
         gathered.append(after)
         replace(node, after)
         node = gathered
+
+
+def project_kept(node: Node) -> None:
+    """The gate, a piece of ``linear(x, W)`` that is only gathered: ``linear(gather(x), W[a:b])``, for the tokens that stay.
+
+    The other pieces come from other rows of W, each by itself.
+    """
+    if node.target is not OPS.gather or node.args[2] != 1 or node.args[0].target is not operator.getitem:  # type: ignore
+        return
+    split: Node = node.args[0].args[0]  # type: ignore[assignment, union-attr]
+    projection = split.args[0] if split.target in SPLITS else None
+    if not isinstance(projection, Node) or projection.target not in LINEAR or _rank(projection) != 3:
+        return
+    pieces = pieces_of(projection)
+    gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
+    x, weight, bias = _linear_arguments(projection)
+    if gate is None or len(gate.node.users) != 1 or _mode_changes(projection, node):
+        return
+    if _written_between(projection, node, x, weight, *([] if bias is None else [bias])):
+        return
+
+    gathered = insert(node, OPS.gather, x, *node.args[1:])
+    gathered.meta = dict(x.meta)
+    for piece in pieces:
+        if piece is not gate:
+            replace(piece.node, _project(projection, piece, x, split))
+    replace(node, _project(projection, gate, gathered, node))
+
+
+def _project(projection: Node, piece: Piece, x: Node, before: Node) -> Node:
+    """A piece of a projection by itself: of x, by the rows of the weight that make it."""
+    rows: list[Node | None] = []
+    for value in _linear_arguments(projection)[1:]:
+        part = None if value is None else insert(before, operator.getitem, value, slice(piece.first, piece.last))
+        if part is not None:
+            part.meta = {"example_value": value_of(value)[piece.first : piece.last]}
+        rows.append(part)
+    new = insert(before, projection.target, x, *rows)
+    new.meta = dict(piece.node.meta)
+    return new
+
+
+def _mode_changes(first: Node, last: Node) -> bool:
+    """Whether autocast, or whether gradients are recorded, changes between two nodes."""
+    while first is not last:
+        first = first.next
+        if getattr(first.target, "__name__", "").startswith(("_enter_", "_exit_", "_set_grad_enabled")):
+            return True
+    return False
 
 
 def fuse_norm(node: Node) -> None:

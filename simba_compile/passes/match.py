@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
 from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
 
@@ -42,7 +43,8 @@ class Mixer:
     windows : list of Node
         Slices of the convolution's input that a cache keeps for decoding.
     entering_flops, scanned_flops, scoring_flops : int
-        Arithmetic for one token that enters, one that is scanned, one that is scored.
+        Arithmetic for one token that enters, one that is scanned, one that is scored. The gate is made for those that are
+        scanned (`lower.project_kept`).
     reason : str or None
         Why this mixer stays dense, where it does.
     """
@@ -86,8 +88,11 @@ def _mixer(scans: list[Node]) -> Mixer:
     out_proj = _after(scan, lambda node: node.target in LINEAR)
     weighted = LINEAR | PRODUCTS
     projections = {_before(source, lambda node: node.target in weighted) for source in (B, dt)}  # type: ignore[arg-type]
+    gate = 0
     if conv is not None:
-        projections.add(_before(conv.args[0], lambda node: node.target in weighted))  # type: ignore[arg-type]
+        in_proj = _before(conv.args[0], lambda node: node.target in weighted)  # type: ignore[arg-type]
+        projections.add(in_proj)
+        gate = _gate_weights(in_proj, scans)
     add = _after(out_proj or scan, lambda node: _residual(node, scan) is not None)
     residual = None if add is None else _residual(add, scan)
     windows: list[Node] = []
@@ -106,8 +111,8 @@ def _mixer(scans: list[Node]) -> Mixer:
         residual=residual,
         windows=windows,
         # Two operations for each weight.
-        entering_flops=2 * sum(_weights(node) for node in projections) + 2 * _weights(conv),
-        scanned_flops=2 * _weights(out_proj) + sum(scanned for scanned, _ in work),
+        entering_flops=2 * (sum(_weights(node) for node in projections) + _weights(conv) - gate),
+        scanned_flops=2 * (_weights(out_proj) + gate) + sum(scanned for scanned, _ in work),
         scoring_flops=sum(scored for _, scored in work),
         reason=reason,
     )
@@ -150,6 +155,19 @@ def _weights(node: Node | None) -> int:
     weights = [value for value in map(value_of, node.args[:2]) if isinstance(value, torch.nn.Parameter)]
     first = node.args[0] if node.target in PRODUCTS else node.args[1]
     return int((weights[0] if weights else value_of(first)).numel())
+
+
+def _gate_weights(in_proj: Node | None, scans: list[Node]) -> int:
+    """How many weights of in_proj make what the scores do not need: the gate."""
+    if in_proj is None or in_proj.target not in LINEAR:
+        return 0
+    scored = []
+    for scan in scans:
+        kind = SCANS[scan.target]  # type: ignore[index]
+        named = kind.named(scan.args)
+        scored += [value for name in kind.scored if isinstance(value := named[name], Node)]
+    spared = [piece for piece in pieces_of(in_proj) if not any(_reaches(piece.node, value) for value in scored)]
+    return sum(piece.last - piece.first for piece in spared) * value_of(in_proj.args[1]).shape[1]
 
 
 def _path(node: Node) -> str:

@@ -7,6 +7,7 @@ kernels are fastest there, and the convolution is one of the operators that `mat
 ``(W @ h.permute(2, 0, 1).reshape(c, b * l)).reshape(d, b, l).permute(1, 0, 2)``  →  ``linear(h, W).transpose(1, 2)``
 ``silu(conv1d(x, w, padding=k - 1, groups=c)[..., :l])``  →  ``causal_conv1d(x.transpose(1, 2), w, True).transpose(1, 2)``
 ``pad(x, (k - l, 0))``, the window that a cache keeps  →  ``last_tokens(x, k)``
+``h.transpose(1, 2).chunk(2, dim=1)``, of each piece  →  ``h.chunk(2, dim=-1)[i].transpose(1, 2)``
 """
 
 import operator
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from simba_compile.passes.edit import insert, replace, sizes
+from simba_compile.passes.pieces import split_axis
 from simba_compile.passes.tokens import PRODUCTS, expression, value_of
 
 OPS = torch.ops.simba
@@ -27,7 +29,7 @@ PAD = {F.pad, torch._C._nn.pad}
 
 def make_rows(graph: Graph) -> None:
     """Run over a graph, in place."""
-    for rewrite in (swap_as_transpose, project_rows, convolve_rows, keep_window):
+    for rewrite in (swap_as_transpose, project_rows, convolve_rows, keep_window, split_rows):
         for node in list(graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -116,6 +118,18 @@ def keep_window(node: Node) -> None:
         replace(node, _insert(node, "transpose", window, 1, 2))
     else:
         replace(node, _insert(node, OPS.last_tokens, x, int(width), 2))
+
+
+def split_rows(node: Node) -> None:
+    """A split of the channels of ``x.transpose(1, 2)``: the pieces of x, each transposed."""
+    if split_axis(node) != 1 or len(node.args) < 2 or not _is_swap(node.args[0]):  # type: ignore[arg-type]
+        return
+    if not all(user.target is operator.getitem for user in node.users):
+        return
+    across, sizes_or_count = node.args[:2]
+    rows = _insert(node, node.target, across.args[0], sizes_or_count, -1)  # type: ignore[arg-type, union-attr]
+    for piece in list(node.users):
+        replace(piece, _insert(piece, "transpose", _insert(piece, operator.getitem, rows, piece.args[1]), 1, 2))
 
 
 # --- what nodes are ----------------------------------------------------------------------------------------------------

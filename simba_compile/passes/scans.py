@@ -48,7 +48,7 @@ MAMBA1 = Scan(
     kind="mamba1",
     operator=OPS.selective_scan,
     arguments=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "index"),
-    along_tokens=("x", "dt", "B", "C", "z"),
+    along_tokens=("x", "dt", "B", "C"),
     influence=OPS.influence,
     scored=("x", "dt", "A", "B", "C", "dt_bias", "softplus"),
 )

@@ -39,6 +39,7 @@ def arguments(
     D, bias = (source.normal(channels, dtype=torch.float32) for _ in range(2))
     # As a column of a wider tensor: not contiguous.
     index = None if kept is None else torch.stack([source.kept(1, tokens, kept)] * 2, 2)[..., 0]
+    z = z[:, :kept]
     return [x, dt if rest else dt.abs() / 4, A, B, C, *((D, z, bias) if rest else (None,) * 3), rest, index]
 
 

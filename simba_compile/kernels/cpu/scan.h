@@ -115,7 +115,7 @@ INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec 
     int64_t next = first + CHUNK + t, row = a->index ? a->index[b * a->kept + next] : next;
     ask[lines++] = line_of(a->x, b, row, d);
     ask[lines++] = line_of(a->dt, b, row, d);
-    if (a->z.data) ask[lines++] = line_of(a->z, b, row, d);
+    if (a->z.data) ask[lines++] = line_of(a->z, b, next, d);
     if (a->out.data) ask[lines++] = line_of(a->out, b, next, d);
   }
   for (int n = 0; n < N; n += GROUP) {
@@ -131,7 +131,7 @@ INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec 
   }
   if (!a->out.data) return;
   if (a->z.data) {
-    for (int t = 0; t < T; t++) input[t] = load_at(a->z, b, chunk->row[t], d, count);
+    for (int t = 0; t < T; t++) input[t] = load_at(a->z, b, first + t, d, count);
     times_silu(y, input, T);
   }
   for (int t = 0; t < T; t++) store((elem *)a->out.data + b * a->out.batch + (first + t) * a->out.token + d, y[t], count);

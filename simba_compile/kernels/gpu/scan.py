@@ -31,9 +31,15 @@ CARRY_CHUNKS, CARRY_BLOCK = 8, 128  # chunks that pass 2 takes at once, and stat
 
 
 @triton.jit
+def group_places(first, end, GROUP: tl.constexpr):
+    """The tokens of a group; past the end, the last one again: no load needs a mask."""
+    return tl.minimum(first + tl.arange(0, GROUP), end - 1).to(tl.int64)
+
+
+@triton.jit
 def group_tokens(index, stride, first, end, GROUP: tl.constexpr):
-    """Where the tokens of a group stand in the sequence; past the end, the last one again: no load needs a mask."""
-    token = tl.minimum(first + tl.arange(0, GROUP), end - 1).to(tl.int64)
+    """Where the tokens of a group stand among those that entered."""
+    token = group_places(first, end, GROUP)
     if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
         token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
     return token
@@ -195,14 +201,14 @@ def scan_kernel(
     next_B, next_C = load_group(B, B_token, kept, live_n), load_group(C, C_token, kept, live_n)
     next_z = next_x
     if z is not None:
-        next_z = load_group(z, z_token, kept, live)
+        next_z = load_group(z, z_token, group_places(start, end, GROUP), live)
     kept = group_tokens(index, index_token, start + GROUP, end, GROUP)
     for first in range(start, end, GROUP):
         now_x, now_dt, now_B, now_C, now_z = next_x, next_dt, next_B, next_C, next_z
         next_x, next_dt = load_group(x, x_token, kept, live), load_group(dt, dt_token, kept, live)
         next_B, next_C = load_group(B, B_token, kept, live_n), load_group(C, C_token, kept, live_n)
         if z is not None:
-            next_z = load_group(z, z_token, kept, live)
+            next_z = load_group(z, z_token, group_places(first + GROUP, end, GROUP), live)
         kept = group_tokens(index, index_token, first + 2 * GROUP, end, GROUP)
         inside = first + tl.arange(0, GROUP) < end
         value = now_x.to(tl.float32)
@@ -275,11 +281,12 @@ def selective_scan(
     states = A.shape[1]
     runtime.expect(
         dt=(dt, (batch, tokens, channels)), A=(A, (channels, states)), B=(B, (batch, tokens, states)),
-        C=(C, (batch, tokens, states)), D=(D, (channels,)), z=(z, (batch, tokens, channels)), dt_bias=(dt_bias, (channels,)),
+        C=(C, (batch, tokens, states)), D=(D, (channels,)), dt_bias=(dt_bias, (channels,)),
     )  # fmt: skip
     if index is not None:
         tokens = index.shape[1]
         runtime.expect(index=(index, (batch, tokens)))
+    runtime.expect(z=(z, (batch, tokens, channels)))
     y = x.new_empty((batch, tokens, channels))
     last = x.new_empty((batch, channels, states), dtype=torch.float32)
     if y.numel() == 0:

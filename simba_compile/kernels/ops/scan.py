@@ -84,14 +84,16 @@ def selective_scan(
 
     Parameters
     ----------
-    x, dt, z : Tensor
-        (batch, token, channel); without `z` there is no gate.
+    x, dt : Tensor
+        (batch, token, channel).
     A : Tensor
         (channel, state).
     B, C : Tensor
         (batch, token, state).
     D, dt_bias : Tensor, optional
         (channel).
+    z : Tensor, optional
+        (batch, kept, channel): the gate, of the tokens that the scan runs over.
     softplus : bool
         Whether Δ goes through softplus.
     index : Tensor, optional
@@ -184,9 +186,9 @@ def _scan_backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> 
     x, dt, A, B, C, D, z, dt_bias = inputs
     if grad is None:
         grad = x.new_zeros((x.shape[0], left(x, index), x.shape[2]))
-    u, step, b, c, gate = kept_of([x, dt, B, C, z], index)
-    grads = torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, gate, dt_bias, ctx.softplus)
-    return *gradients_of(inputs, grads, index, (0, 1, 3, 4, 6)), None, None
+    u, step, b, c = kept_of([x, dt, B, C], index)
+    grads = torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, z, dt_bias, ctx.softplus)
+    return *gradients_of(inputs, grads, index, (0, 1, 3, 4)), None, None
 
 
 differentiable("selective_scan", _scan_backward, _scan_setup)

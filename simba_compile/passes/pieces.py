@@ -1,0 +1,44 @@
+"""What a projection's output is split into along its channels: the convolution's input, the gate, the steps."""
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from simba_compile.passes.tokens import value_of
+
+SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
+
+
+class Piece(NamedTuple):
+    """Channels ``first`` to ``last``, the latter not included, of what was split."""
+
+    node: Node
+    first: int
+    last: int
+
+
+def split_axis(node: Node) -> int | None:
+    """The axis that a node splits, counted from the left, where it is a split."""
+    if node.target not in SPLITS or not isinstance(value_of(node), list | tuple):
+        return None
+    axis = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    return axis % value_of(node)[0].dim()  # type: ignore[operator]
+
+
+def pieces_of(projection: Node) -> list[Piece]:
+    """The pieces of a projection, in order, where a split along the channels is all that reads it; else none."""
+    split = next(iter(projection.users)) if len(projection.users) == 1 else None
+    if split is None or split_axis(split) != value_of(projection).dim() - 1:
+        return []
+    taken = {user.args[1]: user for user in split.users if user.target is operator.getitem}
+    if set(taken.values()) != set(split.users) or not all(isinstance(place, int) for place in taken):
+        return []
+    pieces, first = [], 0
+    for place, part in enumerate(value_of(split)):
+        last = first + int(part.shape[-1])
+        if place in taken:
+            pieces.append(Piece(taken[place], first, last))
+        first = last
+    return pieces

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import re
 import statistics
 import time
@@ -54,9 +55,10 @@ class Ran:
 
 
 def stage_of(node: Node) -> str:
-    """What a node is part of: by the operator, or by the weight that it multiplies with."""
-    for source in node.all_input_nodes:
-        found = WEIGHT.search(source.name) if source.op == "placeholder" else None
+    """What a node is part of: by the operator, or by the weight that it multiplies with, or rows of it."""
+    for source in node.all_input_nodes if node.target is not operator.getitem else ():
+        weight: Node = source.args[0] if source.target is operator.getitem else source  # type: ignore[assignment]
+        found = WEIGHT.search(weight.name) if weight.op == "placeholder" else None
         if found:
             return found[1]
     name = str(node.target).removeprefix("simba.") if str(node.target).startswith("simba.") else ""

@@ -59,15 +59,15 @@ def selective_scan() -> dict[str, Call]:
 
 
 def selective_scan_of_kept_tokens() -> dict[str, Call]:
-    inputs = mixer_inputs()
+    x, dt, A, B, C, D, z, dt_bias = mixer_inputs()
     index = torch.randperm(TOKENS)[:KEPT].sort().values[None]
-    x, dt, A, B, C, D, z, dt_bias = inputs
+    rest = D, z[:, :KEPT], dt_bias, True  # the gate is made for them alone
 
     def gathers_first() -> object:
-        taken = [OPS.gather(value, index, 1) for value in (x, dt, B, C, z)]
-        return OPS.selective_scan(taken[0], taken[1], A, taken[2], taken[3], D, taken[4], dt_bias, True, None)
+        taken = [OPS.gather(value, index, 1) for value in (x, dt, B, C)]
+        return OPS.selective_scan(*taken[:2], A, *taken[2:], *rest, None)
 
-    return {"simba": lambda: OPS.selective_scan(*inputs, True, index), "simba, gathers first": gathers_first}
+    return {"simba": lambda: OPS.selective_scan(x, dt, A, B, C, *rest, index), "simba, gathers first": gathers_first}
 
 
 def causal_conv1d() -> dict[str, Call]:

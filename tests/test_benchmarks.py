@@ -147,11 +147,13 @@ def test_the_clock_finds_every_stage_and_its_products(model: MambaForCausalLM, i
     for node in run:
         found.setdefault(node.stage, []).append(node)
     pruning = sum(mixer.tokens_out < mixer.tokens_in for mixer in report.mixers)
-    each = {"in_proj": LAYERS, "x_proj": LAYERS, "dt_proj": LAYERS, "out_proj": LAYERS, "scan": LAYERS, "conv": LAYERS}
-    each |= {"norm": LAYERS + 1, "score": pruning, "select": pruning}
+    each = dict.fromkeys(("x_proj", "dt_proj", "out_proj", "scan", "conv"), LAYERS)
+    each |= {"in_proj": LAYERS + pruning, "norm": LAYERS + 1, "score": pruning, "select": pruning}
     assert {stage: len(found[stage]) for stage in each} == each
-    rows = [node.product for node in found["in_proj"]]
-    assert rows == [(3 * mixer.tokens_in, HIDDEN, 4 * HIDDEN) for mixer in report.mixers]
+    first, *rest = report.mixers
+    assert pruning == len(rest)  # of the others, the gate is a product of its own, for the tokens that stay
+    gates = [(3 * count, HIDDEN, 2 * HIDDEN) for mixer in rest for count in (mixer.tokens_in, mixer.tokens_out)]
+    assert [node.product for node in found["in_proj"]] == [(3 * first.tokens_in, HIDDEN, 4 * HIDDEN), *gates]
     rows = [node.product for node in found["out_proj"]]
     assert rows == [(3 * mixer.tokens_out, 2 * HIDDEN, HIDDEN) for mixer in report.mixers]
     for node, mixer in zip(found["norm"], report.mixers, strict=False):

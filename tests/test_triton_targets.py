@@ -68,7 +68,7 @@ def scan(dtype: torch.dtype, states: int, batch: int = 1, kept: int | None = Non
     x, BC = empty(batch, TOKENS, CHANNELS, dtype=dtype), empty(batch, TOKENS, 2 * states, dtype=dtype)
     D = empty(CHANNELS, dtype=F32)
     index = None if kept is None else empty(batch, kept, dtype=torch.int64)
-    return x, x, empty(CHANNELS, states, dtype=F32), BC[..., :states], BC[..., states:], D, x, D, True, index
+    return x, x, empty(CHANNELS, states, dtype=F32), BC[..., :states], BC[..., states:], D, x[:, :kept], D, True, index
 
 
 def scan_backward(dtype: torch.dtype, states: int) -> tuple[Any, ...]:

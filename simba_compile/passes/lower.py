@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.pieces import SPLITS, Piece, pieces_of
+from simba_compile.passes.pieces import SPLITS, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
     CASTS,
@@ -140,7 +140,7 @@ def gather_first(node: Node) -> None:
 def project_kept(node: Node) -> None:
     """The gate, a piece of ``linear(x, W)`` that is only gathered: ``linear(gather(x), W[a:b])``, for the tokens that stay.
 
-    The other pieces come from other rows of W, each by itself.
+    The other pieces come from the other rows of W.
     """
     if node.target is not OPS.gather or node.args[2] != 1 or node.args[0].target is not operator.getitem:  # type: ignore
         return
@@ -158,22 +158,28 @@ def project_kept(node: Node) -> None:
 
     gathered = insert(node, OPS.gather, x, *node.args[1:])
     gathered.meta = dict(x.meta)
-    for piece in pieces:
-        if piece is not gate:
-            replace(piece.node, _project(projection, piece, x, split))
-    replace(node, _project(projection, gate, gathered, node))
+    place = pieces.index(gate)
+    for run in (pieces[:place], pieces[place + 1 :]):  # its neighbours on either side stay one product
+        if run:
+            made = _project(projection, x, run[0].first, run[-1].last, split)
+            parts = insert(split, torch.split, made, [piece.last - piece.first for piece in run], -1)
+            parts.meta = {"example_value": tuple(value_of(piece.node) for piece in run)}
+            for i, piece in enumerate(run):
+                replace(piece.node, insert(split, operator.getitem, parts, i) if len(run) > 1 else made)
+            erase(parts)
+    replace(node, _project(projection, gathered, gate.first, gate.last, node))
 
 
-def _project(projection: Node, piece: Piece, x: Node, before: Node) -> Node:
-    """A piece of a projection by itself: of x, by the rows of the weight that make it."""
+def _project(projection: Node, x: Node, first: int, last: int, before: Node) -> Node:
+    """Channels ``first`` to ``last`` of a projection, of x, by the rows of the weight that make them."""
     rows: list[Node | None] = []
     for value in _linear_arguments(projection)[1:]:
-        part = None if value is None else insert(before, operator.getitem, value, slice(piece.first, piece.last))
+        part = None if value is None else insert(before, operator.getitem, value, slice(first, last))
         if part is not None:
-            part.meta = {"example_value": value_of(value)[piece.first : piece.last]}
+            part.meta = {"example_value": value_of(value)[first:last]}
         rows.append(part)
     new = insert(before, projection.target, x, *rows)
-    new.meta = dict(piece.node.meta)
+    new.meta = {**projection.meta, "example_value": value_of(projection)[..., first:last]}
     return new
 
 

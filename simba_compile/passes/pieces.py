@@ -28,17 +28,16 @@ def split_axis(node: Node) -> int | None:
 
 
 def pieces_of(projection: Node) -> list[Piece]:
-    """The pieces of a projection, in order, where a split along the channels is all that reads it; else none."""
+    """The pieces of a projection, in order, where all that reads it is a split along the channels; else none."""
     split = next(iter(projection.users)) if len(projection.users) == 1 else None
     if split is None or split_axis(split) != value_of(projection).dim() - 1:
         return []
     taken = {user.args[1]: user for user in split.users if user.target is operator.getitem}
-    if set(taken.values()) != set(split.users) or not all(isinstance(place, int) for place in taken):
+    parts = value_of(split)
+    if len(taken) != len(split.users) or set(taken) != set(range(len(parts))):
         return []
     pieces, first = [], 0
-    for place, part in enumerate(value_of(split)):
-        last = first + int(part.shape[-1])
-        if place in taken:
-            pieces.append(Piece(taken[place], first, last))
-        first = last
+    for place, part in enumerate(parts):
+        pieces.append(Piece(taken[place], first, first + int(part.shape[-1])))
+        first = pieces[-1].last
     return pieces

@@ -298,13 +298,18 @@ def test_lower_hands_the_gathers_to_the_scan() -> None:
 
 
 def _gate_alone(h: Tensor, kept: Tensor) -> Tensor:
-    _, z, x = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
-    return OPS.gather(z, kept, 1) + OPS.gather(h, kept, 1) + x.sum()
+    x, z, y = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
+    return OPS.gather(z, kept, 1) + OPS.gather(h, kept, 1) + x.sum() + y.sum()
 
 
 def _gate_read_twice(h: Tensor, kept: Tensor) -> Tensor:
     x, z = F.linear(h, wide).chunk(2, -1)
     return OPS.gather(z, kept, 1) + z.sum() + x.sum()
+
+
+def _gate_first(h: Tensor, kept: Tensor) -> Tensor:
+    z, x, y = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
+    return OPS.gather(z, kept, 1) + x.sum() + y.sin().sum()
 
 
 def _projection_read_whole(h: Tensor, kept: Tensor) -> Tensor:
@@ -337,6 +342,7 @@ wide = torch.randn(3 * HIDDEN, HIDDEN)
     ("function", "projects_kept"),
     [
         (_gate_alone, True),
+        (_gate_first, True),
         (_gate_read_twice, False),
         (_projection_read_whole, False),
         (_split_of_tokens, False),

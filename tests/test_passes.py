@@ -21,9 +21,10 @@ from torch.fx import GraphModule, Node
 
 import simba_compile.backend
 from simba_compile import Options
-from simba_compile.passes import Transformed, lower, match, prune
+from simba_compile.passes import Transformed, lower, prune
 from simba_compile.passes.functional import make_functional
 from simba_compile.passes.lower import linear_onto
+from simba_compile.passes.match import match
 from simba_compile.passes.plan import make_plan, shares
 from simba_compile.passes.rows import make_rows
 from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix

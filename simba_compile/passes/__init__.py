@@ -1,5 +1,6 @@
 """The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
 
+subgraphs   finds the graphs that higher-order operators run
 functional  writes in-place operations as ordinary ones
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each
@@ -8,7 +9,7 @@ prune       scores, selects, and lets what follows run on what is left (with `at
             needed)
 lower       fuses what belongs together
 
-The third and the fourth only read the graph. Logger ``simba_compile.passes`` shows the graph before and after the last.
+`match` and `plan` only read the graph. Logger ``simba_compile.passes`` shows the graph before and after the last.
 """
 
 import dataclasses
@@ -19,10 +20,11 @@ from torch.fx import GraphModule
 from simba_compile.options import Options
 from simba_compile.passes.functional import make_functional
 from simba_compile.passes.lower import lower
-from simba_compile.passes.match import Mixer, match
+from simba_compile.passes.match import Mixer
 from simba_compile.passes.plan import Plan, make_plan
 from simba_compile.passes.prune import Unprunable, prune
 from simba_compile.passes.rows import make_rows
+from simba_compile.passes.subgraphs import checkpoint_as_eager, find_mixers, with_subgraphs
 
 log = logging.getLogger("simba_compile.passes")
 
@@ -54,10 +56,16 @@ class Transformed:
 
 def transform(gm: GraphModule, options: Options) -> Transformed:
     """Run the passes on a graph; `gm` itself becomes the dense one."""
-    make_functional(gm.graph)
-    make_rows(gm.graph)
-    mixers = match(gm.graph)
+    graphs = with_subgraphs(gm)
+    for each in graphs:
+        make_functional(each.graph)
+        make_rows(each.graph)
+    mixers = find_mixers(gm)
     plan = make_plan(gm.graph, mixers, options)
+    for each in graphs:
+        checkpoint_as_eager(each)
+    for inner in graphs[1:]:
+        lower(inner)
     pruned = None
     while plan is not None and plan.pruning:
         try:

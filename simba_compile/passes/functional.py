@@ -45,5 +45,5 @@ def _plain(node: Node) -> Any:
         return IN_PLACE.get(node.target)
     name = node.target if node.op == "call_method" else None
     if isinstance(name, str) and name.endswith("_") and not name.endswith("__") and name != "copy_":
-        return name[:-1] if hasattr(torch.Tensor, name[:-1]) else None
+        return name[:-1] if callable(getattr(torch.Tensor, name[:-1], None)) else None  # requires_grad is no method
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from simba_compile.passes.scans import CONTRACT
 
@@ -253,11 +253,21 @@ def _is_plain_index(node: Node) -> bool:
     return all(item is None or item is Ellipsis or isinstance(item, int | slice) for item in items)
 
 
+def subgraphs(node: Node) -> list[GraphModule]:
+    """The graphs that a higher-order operator runs: those among its arguments."""
+    owner = node.graph.owning_module
+    names = [source.target for source in node.all_input_nodes if source.op == "get_attr"]
+    found = [getattr(owner, name, None) for name in names if isinstance(name, str)]
+    return [value for value in found if isinstance(value, GraphModule)]
+
+
 def is_inplace(node: Node) -> bool:
     """Whether the node writes into one of its inputs."""
     target = node.target
     if node.op not in ("call_function", "call_method"):
         return False
+    if any(is_inplace(inner) for graph in subgraphs(node) for inner in graph.graph.nodes):
+        return True
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
     if isinstance(target, torch._ops.OpOverloadPacket):

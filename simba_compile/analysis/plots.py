@@ -101,7 +101,8 @@ def evaluation(path: Path, results: Sequence[dict[str, Any]], subject: str) -> N
         panels.setdefault(title, []).append(result)
     wide = min(WIDE, len(panels))
     high = -(-len(panels) // wide)
-    figure = Figure(figsize=(2.9 * wide + 1.2, 2.6 * high + 1.0), layout="constrained", dpi=150)
+    width = max(2.9 * wide + 1.2, 5.5)  # of one panel, the title needs more
+    figure = Figure(figsize=(width, 2.6 * high + 1.0), layout="constrained", dpi=150)
     grid = list(figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flat)
     for axes, (title, found) in zip(grid, panels.items(), strict=False):
         _plain(axes)

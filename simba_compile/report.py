@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
 
-from simba_compile.backend import simba
+from simba_compile.backend import PADDED, padding_reader, simba
 from simba_compile.capture import with_own_code
 from simba_compile.options import Options
 from simba_compile.passes import Transformed
@@ -162,7 +162,12 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
         tokens_of = Length(scanned).reader(result.dense.graph.find_nodes(op="placeholder"))
     except ValueError:  # the length is fixed in this graph
         return mixer_rows(result, int(scanned.shape[1]))
-    return mixer_rows(result, int(tokens_of(inputs)))
+    tokens = int(tokens_of(inputs))
+    rows = mixer_rows(result, tokens)
+    if rows[-1].tokens_out < tokens and padding_reader(result)(inputs):
+        dense = mixer_rows(dataclasses.replace(result, plan=None), tokens)
+        rows = [dataclasses.replace(row, reason=PADDED) for row in dense]
+    return rows
 
 
 def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:

@@ -18,7 +18,7 @@ ONE, NARROW, W = torch.randn(2, 7), torch.randn(2, 3), torch.randn(7, 4)
 WIDE = B.repeat(1, 1, 99)
 INDEX = torch.tensor([[0, 2, 4], [1, 2, 3]])
 CALLS: dict[str, tuple[Any, ...]] = {
-    "selective_scan": (X, X, A, B, B, V, X, V, True, INDEX),
+    "selective_scan": (X, X, A, B, B, V, X[:, :3], V, True, INDEX),
     "selective_scan_backward": (X, torch.randn(2, 7, 3), X, X, A, B, B, V, X, V, True),
     "influence": (X, X, A, B, B, V, True, "max", True),
     "causal_conv1d": (X, W, V, True),

@@ -89,7 +89,7 @@ def test_gradients_of_what_moves_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_halves_come_in_their_own_type(dtype: torch.dtype) -> None:
     source = Source(0, dtype, "plain")
-    x, dt, z = (source.normal(2, 9, 5).requires_grad_() for _ in range(3))
+    x, dt, z = (source.normal(2, tokens, 5).requires_grad_() for tokens in (9, 9, 3))
     B, C = (source.normal(2, 9, 3).requires_grad_() for _ in range(2))
     A = (-torch.rand(5, 3)).requires_grad_()
     out, _ = OPS.selective_scan(x, dt, A, B, C, None, z, None, True, torch.tensor([[0, 3, 8]] * 2))

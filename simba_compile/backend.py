@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 from simba_compile import capture
 from simba_compile.options import Options
 from simba_compile.passes import Transformed, transform
-from simba_compile.passes.tokens import value_of
 
 log = logging.getLogger("simba_compile")
 
@@ -72,7 +71,8 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     if result.pruned is None or result.plan is None:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
-    tokens_of, ends_in_padding = plan.length.reader(result.dense.graph.find_nodes(op="placeholder")), padding_reader(result)
+    inputs = result.dense.graph.find_nodes(op="placeholder")
+    tokens_of, ends_in_padding = plan.length.reader(inputs), plan.length.padding_reader(inputs)
     warned = False
 
     def run(*args: Any) -> Any:
@@ -90,21 +90,6 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
         return pruned(*args, *counts)
 
     return run
-
-
-def padding_reader(result: Transformed) -> Callable[[Sequence[Any]], bool]:
-    """What tells of a call's arguments whether its attention mask ends in padding, in any sequence.
-
-    Masks on a GPU are not looked at: the host would have to wait for them.
-    """
-    if result.plan is None:
-        return lambda args: False
-    masks = [
-        place
-        for place, node in enumerate(result.dense.graph.find_nodes(op="placeholder"))
-        if "attention_mask" in node.name and result.plan.length.of(node) == 1 and value_of(node).dim() == 2
-    ]
-    return lambda args: any(args[place].device.type == "cpu" and not args[place][:, -1].all() for place in masks)
 
 
 def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:

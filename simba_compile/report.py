@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
 
-from simba_compile.backend import PADDED, padding_reader, simba
+from simba_compile.backend import PADDED, simba
 from simba_compile.capture import with_own_code
 from simba_compile.options import Options
 from simba_compile.passes import Transformed
@@ -158,13 +158,14 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
     if not result.mixers:
         return []
     scanned = result.mixers[0].x
+    length, arguments = Length(scanned), result.dense.graph.find_nodes(op="placeholder")
     try:
-        tokens_of = Length(scanned).reader(result.dense.graph.find_nodes(op="placeholder"))
+        tokens_of = length.reader(arguments)
     except ValueError:  # the length is fixed in this graph
         return mixer_rows(result, int(scanned.shape[1]))
     tokens = int(tokens_of(inputs))
     rows = mixer_rows(result, tokens)
-    if rows[-1].tokens_out < tokens and padding_reader(result)(inputs):
+    if rows[-1].tokens_out < tokens and length.padding_reader(arguments)(inputs):
         dense = mixer_rows(dataclasses.replace(result, plan=None), tokens)
         rows = [dataclasses.replace(row, reason=PADDED) for row in dense]
     return rows

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from simba_compile.passes.pieces import SPLITS
 from simba_compile.passes.rows import make_rows
+from simba_compile.passes.tokens import SPLITS
 
 OPS = torch.ops.simba
 BATCH, CHANNELS, WIDTH = 2, 6, 4

@@ -83,11 +83,10 @@ def selective_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
 
 def kept_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
     """The scan of a pruned layer, over half of the tokens."""
-    (*inputs, z, bias), index = _scan(batch, tokens, channels, states), _half(batch, tokens)
-    inputs += [z[:, : index.shape[1]], bias]
-    read, written = size_of(*inputs[:2], *inputs[3:5]), size_of(inputs[0])
-    moved = (read + written) // 2 + size_of(z) // 2 + size_of(inputs[2], index) + 4 * batch * channels * states
-    return Case("selective_scan", (*inputs, True, index), moved)
+    (x, dt, A, B, C, D, z, bias), index = _scan(batch, tokens, channels, states), _half(batch, tokens)
+    read, written = size_of(x, dt, B, C, z), size_of(x)
+    moved = (read + written) // 2 + size_of(A, index) + 4 * batch * channels * states
+    return Case("selective_scan", (x, dt, A, B, C, D, z[:, : index.shape[1]], bias, True, index), moved)
 
 
 def selective_scan_backward(batch: int, tokens: int, channels: int, states: int) -> Case:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.pieces import SPLITS, pieces_of
+from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
     CASTS,
@@ -17,6 +17,7 @@ from simba_compile.passes.tokens import (
     POINTWISE,
     PRODUCTS,
     RESHAPES,
+    SPLITS,
     is_inplace,
     storage_of,
     value_of,
@@ -150,23 +151,26 @@ def project_kept(node: Node) -> None:
         return
     pieces = pieces_of(projection)
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
-    x, weight, bias = _linear_arguments(projection)
     if gate is None or len(gate.node.users) != 1 or _mode_changes(projection, node):
         return
-    if _written_between(projection, node, x, weight, *([] if bias is None else [bias])):
+    if _written_between(projection, node, *projection.all_input_nodes):
         return
+    x: Node = projection.args[0]  # type: ignore[assignment]
 
     gathered = insert(node, OPS.gather, x, *node.args[1:])
     gathered.meta = dict(x.meta)
     place = pieces.index(gate)
     for run in (pieces[:place], pieces[place + 1 :]):  # its neighbours on either side stay one product
-        if run:
-            made = _project(projection, x, run[0].first, run[-1].last, split)
-            parts = insert(split, torch.split, made, [piece.last - piece.first for piece in run], -1)
-            parts.meta = {"example_value": tuple(value_of(piece.node) for piece in run)}
-            for i, piece in enumerate(run):
-                replace(piece.node, insert(split, operator.getitem, parts, i) if len(run) > 1 else made)
-            erase(parts)
+        if not run:
+            continue
+        made = _project(projection, x, run[0].first, run[-1].last, split)
+        if len(run) == 1:
+            replace(run[0].node, made)
+            continue
+        parts = insert(split, torch.split, made, [piece.last - piece.first for piece in run], -1)
+        parts.meta = {"example_value": tuple(value_of(piece.node) for piece in run)}
+        for i, piece in enumerate(run):
+            replace(piece.node, insert(split, operator.getitem, parts, i))
     replace(node, _project(projection, gathered, gate.first, gate.last, node))
 
 

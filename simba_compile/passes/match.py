@@ -161,11 +161,8 @@ def _gate_weights(in_proj: Node | None, scans: list[Node]) -> int:
     """How many weights of in_proj make what the scores do not need: the gate."""
     if in_proj is None or in_proj.target not in LINEAR:
         return 0
-    scored = []
-    for scan in scans:
-        kind = SCANS[scan.target]  # type: ignore[index]
-        named = kind.named(scan.args)
-        scored += [value for name in kind.scored if isinstance(value := named[name], Node)]
+    read = [value for scan in scans for value in SCANS[scan.target].scored_of(scan.args)]  # type: ignore[index]
+    scored = [value for value in read if isinstance(value, Node)]
     spared = [piece for piece in pieces_of(in_proj) if not any(_reaches(piece.node, value) for value in scored)]
     return sum(piece.last - piece.first for piece in spared) * value_of(in_proj.args[1]).shape[1]
 

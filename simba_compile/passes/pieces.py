@@ -1,14 +1,11 @@
 """What a projection's output is split into along its channels: the convolution's input, the gate, the steps."""
 
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch.fx import Node
 
-from simba_compile.passes.tokens import value_of
-
-SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
+from simba_compile.passes.tokens import SPLITS, value_of
 
 
 class Piece(NamedTuple):

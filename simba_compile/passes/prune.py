@@ -237,8 +237,7 @@ class _Pruning:
 
     def _influence(self, scan: Node) -> Node:
         kind = SCANS[scan.target]  # type: ignore[index]
-        named = kind.named(scan.args)
-        scored = (named[name] for name in kind.scored)
+        scored = kind.scored_of(scan.args)
         given = [self.at(value, self.latest) if isinstance(value, Node) else value for value in scored]
         return self._call(kind.influence, *given, self.options.pool, self.options.dt_bias == "include")
 

@@ -43,6 +43,11 @@ class Scan:
         """The arguments of a call by name."""
         return dict(zip(self.arguments, given, strict=True))
 
+    def scored_of(self, given: Sequence[Any]) -> list[Any]:
+        """What the score reads of a call's arguments."""
+        named = self.named(given)
+        return [named[name] for name in self.scored]
+
 
 MAMBA1 = Scan(
     kind="mamba1",

@@ -100,6 +100,18 @@ class Length:
         place, axis = self.find(inputs)
         return lambda args: args[place] if axis is None else args[place].shape[axis]
 
+    def padding_reader(self, inputs: Iterable[Node]) -> Callable[[Sequence[Any]], bool]:
+        """What tells of the arguments of a call whether an attention mask ends in padding, in any sequence.
+
+        Masks on a GPU are not looked at: the host would have to wait for them.
+        """
+        masks = [
+            place
+            for place, node in enumerate(inputs)
+            if "attention_mask" in node.name and self.of(node) == 1 and value_of(node).dim() == 2
+        ]
+        return lambda args: any(args[place].device.type == "cpu" and not args[place][:, -1].all() for place in masks)
+
     def batch_axis(self, value: Any) -> int | None:
         """The axis that counts sequences, or None where none does, or none alone: sequences are then not told apart."""
         if self.axis(value) == FLAT:
@@ -147,9 +159,10 @@ DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments;
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 NORMS: set[Any] = {_F.layer_norm, _F.rms_norm}  # over the last axes, as many as ``normalized_shape`` has
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
-VIEWS: set[Any] = {
-    *("transpose", "permute", "squeeze", "unsqueeze", "expand", "chunk", "split", torch.transpose, torch.permute),
-    *(torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.functional.split),
+SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
+VIEWS: set[Any] = SPLITS | {
+    *("transpose", "permute", "squeeze", "unsqueeze", "expand", torch.transpose, torch.permute),
+    *(torch.squeeze, torch.unsqueeze),
 }
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}

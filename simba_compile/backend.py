@@ -73,21 +73,21 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
     inputs = result.dense.graph.find_nodes(op="placeholder")
     tokens_of, ends_in_padding = plan.length.reader(inputs), plan.length.padding_reader(inputs)
-    warned = False
+    told: set[int] = set()
 
     def run(*args: Any) -> Any:
-        nonlocal warned
         tokens = tokens_of(args)
         counts = plan.inputs(tokens)
         if counts[-1] == tokens:
-            log.info("Dense: %s.", plan.why_all_stay(int(tokens)))
-            return dense(*args)
-        if ends_in_padding(args):
-            if not warned:
-                log.warning("Dense: %s.", PADDED)
-            warned = True
-            return dense(*args)
-        return pruned(*args, *counts)
+            level, reason = logging.INFO, plan.why_all_stay(int(tokens))
+        elif ends_in_padding(args):
+            level, reason = logging.WARNING, PADDED
+        else:
+            return pruned(*args, *counts)
+        if level not in told:
+            log.log(level, "Dense: %s.", reason)
+        told.add(level)
+        return dense(*args)
 
     return run
 

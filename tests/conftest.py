@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from eager_reference import Reference, pruned_forward
 from torch import Tensor, nn
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import DynamicCache, FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 import simba_compile.backend
 from simba_compile.kernels import native, ops, reference
@@ -33,6 +33,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["int
 collect_ignore_glob += [] if os.environ.get("SIMBA_WITH_MAMBA_SSM") == "1" else ["with_mamba_ssm/*"]
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
+each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 VOCABULARY = 64
 KEEP_FEW = {"keep": 0.2, "min_tokens": 4}
 REGISTERED = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("simba::")}
@@ -205,3 +206,36 @@ def original_places(chosen: list[Tensor], entering: int) -> list[list[list[int]]
             places = places.gather(1, index)
             kept.append(places.tolist())
     return kept
+
+
+def conv_states(cache: DynamicCache) -> list[Tensor]:
+    """The convolution's window of each layer."""
+    return [layer.conv_states[0] for layer in cache.layers]
+
+
+def ssm_states(cache: DynamicCache) -> list[Tensor]:
+    """The scan's last state of each layer."""
+    return [layer.recurrent_states[0] for layer in cache.layers]
+
+
+def assert_as_contracted(
+    compiled: Callable, model: nn.Module, ids: Tensor, mask: Tensor | None, selected: list[Tensor], **options: Any
+) -> Reference:
+    """Logits, hidden states, cache and kept positions of a float64 model are those of the eager reference."""
+    selected.clear()
+    with torch.no_grad():
+        out = compiled(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
+        expected = pruned_exactly(model, ids, mask, **options)
+    length = ids.shape[1]
+    kept = [places for before, places in zip([None, *expected.kept], expected.kept, strict=False)
+            if places.shape[1] < (length if before is None else before.shape[1])]  # fmt: skip
+    assert original_places(selected, length) == [places.tolist() for places in kept]
+    close(out.logits, expected.logits, 1e-6)  # logits are float32
+    assert len(out.hidden_states) == len(expected.hidden_states)
+    for actual, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
+        close(actual, wanted, 1e-11)
+    for actual, wanted in zip(conv_states(out.cache_params), expected.conv_states, strict=True):
+        close(actual, wanted, 1e-11)
+    for actual, wanted in zip(ssm_states(out.cache_params), expected.ssm_states, strict=True):
+        close(actual, wanted, 1e-11)
+    return expected

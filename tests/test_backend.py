@@ -3,74 +3,36 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import math
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     FAMILIES,
     KEEP_FEW,
     SELECTING,
     VOCABULARY,
+    assert_as_contracted,
     close,
+    conv_states,
+    each_family,
     left_padding,
     original_places,
     pruned_exactly,
     random_ids,
     simba,
+    ssm_states,
     tiny_model,
 )
-from eager_reference import Reference
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import simba_compile.backend
 from simba_compile.passes import Transformed
-
-each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
-
-
-def conv_states(cache: DynamicCache) -> list[Tensor]:
-    """The convolution's window of each layer."""
-    return [layer.conv_states[0] for layer in cache.layers]
-
-
-def ssm_states(cache: DynamicCache) -> list[Tensor]:
-    """The scan's last state of each layer."""
-    return [layer.recurrent_states[0] for layer in cache.layers]
-
-
-def assert_as_contracted(
-    compiled: Callable, model: nn.Module, ids: Tensor, mask: Tensor | None, selected: list[Tensor], **options: Any
-) -> Reference:
-    """Logits, hidden states, cache and kept positions of a float64 model are those of the eager reference."""
-    selected.clear()
-    with torch.no_grad():
-        out = compiled(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
-        expected = pruned_exactly(model, ids, mask, **options)
-    length = ids.shape[1]
-    kept = [places for before, places in zip([None, *expected.kept], expected.kept, strict=False)
-            if places.shape[1] < (length if before is None else before.shape[1])]  # fmt: skip
-    assert original_places(selected, length) == [places.tolist() for places in kept]
-    close(out.logits, expected.logits, 1e-6)  # logits are float32
-    assert len(out.hidden_states) == len(expected.hidden_states)
-    for actual, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
-        close(actual, wanted, 1e-11)
-    for actual, wanted in zip(conv_states(out.cache_params), expected.conv_states, strict=True):
-        close(actual, wanted, 1e-11)
-    for actual, wanted in zip(ssm_states(out.cache_params), expected.ssm_states, strict=True):
-        close(actual, wanted, 1e-11)
-    return expected
-
 
 # --- against the eager reference -------------------------------------------------------------------------------------
 
@@ -343,308 +305,6 @@ def test_other_backends_see_the_graphs_that_they_always_saw() -> None:
     run = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "unchanged" in run.stdout
-
-
-# --- generation ------------------------------------------------------------------------------------------------------
-
-MODES: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "temperature": 2.0},
-    "beams": {"do_sample": False, "num_beams": 3},
-    "padded": {"do_sample": False},
-}
-
-
-@pytest.mark.parametrize(("family", "mode"), [*(("mamba", mode) for mode in MODES), ("falcon_mamba", "padded")])
-def test_generation_that_keeps_everything_is_hugging_faces(family: str, mode: str) -> None:
-    model = tiny_model(family, layers=2)
-    ids = random_ids(3, 40)
-    extra = dict(MODES[mode], max_new_tokens=8)
-    if mode == "padded":
-        extra["attention_mask"] = left_padding(3, 40)
-        ids = ids * extra["attention_mask"]
-    torch.manual_seed(1)
-    expected = model.generate(ids, **extra)
-    model.compile(backend="simba", options={"keep": 1.0})
-    torch.manual_seed(1)
-    assert torch.equal(model.generate(ids, **extra), expected)
-
-
-def continued(model: nn.Module, ids: Tensor, mask: Tensor | None, following: Tensor, **options: Any) -> list[Tensor]:
-    """The logits of eager decoding from the reference's pruned states, for given tokens (or greedily, for a count)."""
-    expected = pruned_exactly(model, ids, mask, **options)
-    cache = model(ids, attention_mask=mask, use_cache=True).cache_params
-    for layer, conv, ssm in zip(cache.layers, expected.conv_states, expected.ssm_states, strict=True):
-        layer.conv_states[0].copy_(conv)
-        layer.recurrent_states[0].copy_(ssm)
-    logits = [expected.logits[:, -1]]
-    for token in following.unbind(1):
-        logits.append(model(token[:, None], cache_params=cache, use_cache=True).logits[:, -1])
-    return logits
-
-
-@each_family
-@pytest.mark.parametrize("padded", [False, True])
-def test_decoding_goes_on_from_the_pruned_states(family: str, padded: bool, selected: list[Tensor]) -> None:
-    model = tiny_model(family, torch.float64, layers=2)
-    ids, following = random_ids(3, 50), random_ids(3, 5, seed=1)
-    mask = left_padding(3, 50) if padded else None
-    with torch.no_grad():
-        expected = continued(model, ids, mask, following, **KEEP_FEW)
-        compiled = simba(model, **KEEP_FEW)
-        out = compiled(ids, attention_mask=mask, use_cache=True)
-        prunings = len(selected)
-        actual, cache = [out.logits[:, -1]], out.cache_params
-        for token in following.unbind(1):
-            out = compiled(token[:, None], cache_params=cache, use_cache=True)
-            actual.append(out.logits[:, -1])
-    assert prunings > 0 and len(selected) == prunings  # decoding prunes nothing
-    for ours, theirs in zip(actual, expected, strict=True):
-        close(ours, theirs, 1e-5)  # Hugging Face's step rounds its activations to float32
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_generate_after_a_pruned_prefill(padded: bool, selected: list[Tensor]) -> None:
-    """What `generate` writes is what eager decoding from the reference's states ranks first, step by step."""
-    model = tiny_model(dtype=torch.float64, layers=2)
-    plain = copy.deepcopy(model)
-    ids, mask = random_ids(2, 60), left_padding(2, 60) if padded else torch.ones(2, 60, dtype=torch.int64)
-    model.compile(backend="simba", options=KEEP_FEW)
-    written = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 60:]
-    assert selected
-    protected = {**KEEP_FEW, "protect_last": 1}
-    with torch.no_grad():
-        logits = continued(plain, ids, mask if padded else None, written[:, :-1], **protected)
-    assert torch.equal(torch.stack([step.argmax(-1) for step in logits], 1), written)
-
-
-def test_beams_and_samples_with_pruning_run(selected: list[Tensor]) -> None:
-    model = tiny_model(layers=2)
-    model.compile(backend="simba", options=KEEP_FEW)
-    for extra in (MODES["beams"], MODES["sampled"]):
-        written = model.generate(random_ids(2, 50), max_new_tokens=4, **extra)
-        assert written.shape == (2, 54) and torch.equal(written[:, :50], random_ids(2, 50))
-    assert selected
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-@each_family
-@pytest.mark.parametrize("options", [KEEP_FEW, {**KEEP_FEW, "placement": "layer"}], ids=["scan", "layer"])
-def test_gradients_are_the_references(family: str, options: dict[str, Any], selected: list[Tensor]) -> None:
-    model = tiny_model(family, torch.float64, layers=3).train()
-    other = copy.deepcopy(model)
-    ids = random_ids(2, 50)
-    out = simba(model, **options)(ids, labels=ids)
-    out.loss.backward()
-    logits = pruned_exactly(other, ids, **options).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    loss.backward()
-    assert selected
-    close(out.loss, loss, 1e-6)
-    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert ours.grad is not None and ours.grad.any(), name
-        close(ours.grad, theirs.grad, 1e-5)
-
-
-def test_a_training_step_in_place() -> None:
-    """The compiled model sees what the optimiser wrote, and its loss falls."""
-    model = tiny_model(layers=2).train()
-    compiled = simba(model, **KEEP_FEW)
-    ids = random_ids(2, 50)
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        optimiser.zero_grad()
-        loss = compiled(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_inner_compilers_compute_the_same(inner: str, selected: list[Tensor]) -> None:
-    model = tiny_model(dtype=torch.float64, layers=2)
-    results = []
-    for chosen in ("eager", inner):
-        torch._dynamo.reset()
-        compiled = simba(model, inner=chosen, **KEEP_FEW)
-        selected.clear()
-        with torch.no_grad():
-            results.append([compiled(random_ids(2, length)).logits for length in (40, 55)])
-        assert len(selected) == 2
-    for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs, 1e-6)
-
-
-def test_gradients_through_aot_eager() -> None:
-    model, ids = tiny_model(dtype=torch.float64, layers=2).train(), random_ids(2, 40)
-    grads = []
-    for inner in ("eager", "aot_eager"):
-        torch._dynamo.reset()
-        model.zero_grad()
-        simba(model, inner=inner, **KEEP_FEW)(ids, labels=ids).loss.backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    for ours, theirs in zip(*grads, strict=True):
-        close(ours, theirs, 1e-6)
-
-
-# --- what callers pass -----------------------------------------------------------------------------------------------
-
-
-def test_labels_embeddings_and_tuples(selected: list[Tensor]) -> None:
-    model = tiny_model(dtype=torch.float64, layers=2)
-    ids = random_ids(2, 50)
-    compiled = simba(model, **KEEP_FEW)
-    with torch.no_grad():
-        expected = pruned_exactly(model, ids, **KEEP_FEW).logits
-        out = compiled(ids, labels=ids)
-        close(out.loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), 1e-6)
-        close(out.logits, expected, 1e-6)
-        embedded = compiled(inputs_embeds=model.backbone.embeddings(ids), use_cache=False)
-        close(embedded.logits, expected, 1e-6)
-        close(compiled(ids, return_dict=False)[0], expected, 1e-6)
-    assert len(selected) == 3
-
-
-@pytest.mark.parametrize("square_first", [True, False])
-def test_a_batch_as_large_as_the_length(square_first: bool) -> None:
-    """Pruned or dense, but never wrong; and other shapes still prune."""
-    model = tiny_model(dtype=torch.float64, layers=2)
-    compiled = simba(model, **KEEP_FEW)
-    shapes = [(40, 40), (3, 40), (40, 40)] if square_first else [(3, 40), (40, 40), (3, 40)]
-    for batch, length in shapes:
-        ids = random_ids(batch, length)
-        with torch.no_grad():
-            out = compiled(ids).logits
-            pruned, dense = pruned_exactly(model, ids, **KEEP_FEW).logits, model(ids).logits
-        is_pruned = torch.allclose(out.double(), pruned, atol=1e-4)
-        assert is_pruned or (batch == length and torch.allclose(out, dense, atol=1e-4))
-
-
-@pytest.mark.parametrize("length", [1, 3, 4])
-def test_short_prompts_are_dense(length: int, selected: list[Tensor]) -> None:
-    """Down to fewer tokens than the convolution has taps, with a cache and decoding after it."""
-    model = tiny_model(layers=2)
-    ids = random_ids(2, length)
-    compiled = simba(model)
-    with torch.no_grad():
-        dense = model(ids, use_cache=True)
-        out = compiled(ids, use_cache=True)
-        close(out.logits, dense.logits, 2e-5)
-        for ours, theirs in zip(conv_states(out.cache_params), conv_states(dense.cache_params), strict=True):
-            close(ours, theirs, 2e-5)
-        following = random_ids(2, 1, seed=1)
-        close(
-            compiled(following, cache_params=out.cache_params, use_cache=True).logits,
-            model(following, cache_params=dense.cache_params, use_cache=True).logits,
-            2e-5,
-        )
-    assert not any(index.shape[1] < length for index in selected)
-
-
-def test_at_most_min_tokens_is_dense(selected: list[Tensor]) -> None:
-    model = tiny_model(layers=2)
-    compiled = simba(model, keep=0.1)  # min_tokens is 32
-    for length in (20, 32):
-        with torch.no_grad():
-            close(compiled(random_ids(2, length)).logits, model(random_ids(2, length)).logits, 2e-5)
-    assert not selected
-    with torch.no_grad():
-        compiled(random_ids(2, 33))
-    assert [index.shape[1] for index in selected] == [32]
-
-
-def test_a_prompt_of_less_than_the_convolution_and_then_a_long_one(selected: list[Tensor]) -> None:
-    model = tiny_model(dtype=torch.float64, layers=2)
-    compiled = simba(model, **KEEP_FEW)
-    with torch.no_grad():
-        for length in (2, 3):
-            close(compiled(random_ids(2, length), use_cache=True).logits, model(random_ids(2, length)).logits, 1e-5)
-    assert_as_contracted(compiled, model, random_ids(2, 50), None, selected, **KEEP_FEW)
-    assert selected
-
-
-@pytest.mark.parametrize("warm", [False, True])
-def test_empty_batch(warm: bool) -> None:
-    model = tiny_model(layers=2)
-    compiled = simba(model, **KEEP_FEW)
-    with torch.no_grad():
-        if warm:
-            compiled(random_ids(2, 50))
-        out = compiled(torch.zeros(0, 50, dtype=torch.int64))
-    assert out.logits.shape == (0, 50, VOCABULARY)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_bad_numbers_stay_visible(value: float) -> None:
-    """Non-finite where the dense model is, in their own sequence, from their own position on."""
-    model = tiny_model(layers=3)
-    embedded = model.backbone.embeddings(random_ids(3, 50)).detach().clone()
-    embedded[1, 20, 5] = value
-    with torch.no_grad():
-        dense = model(inputs_embeds=embedded).logits
-        out = simba(model, **KEEP_FEW)(inputs_embeds=embedded).logits
-    assert not dense[1, 20:].isfinite().any()  # what is compared with
-    assert torch.equal(out.isfinite(), dense.isfinite())
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"kep": 0.1}, r"'kep' is no option.*Did you mean keep\?.*protect_first"),
-    "nothing near": ({"qqq": 1}, r"'qqq' is no option.*The options are keep, schedule"),
-    "keep of text": ({"keep": "0.1"}, r"option keep is '0\.1'.*above 0 and at most 1"),
-    "keep of 0": ({"keep": 0.0}, r"option keep is 0\.0.*above 0 and at most 1"),
-    "keep of 2": ({"keep": 2}, r"option keep is 2;.*at most 1"),
-    "keep of nan": ({"keep": math.nan}, r"option keep is nan"),
-    "pool": ({"pool": "maxx"}, r"option pool is 'maxx'.*'max', 'absmax', 'l2'.*did you mean"),
-    "criterion": ({"criterion": 3}, r"option criterion is 3;.*'influence'"),
-    "min_tokens": ({"min_tokens": 0}, r"option min_tokens is 0;.*at least 1"),
-    "protect_last": ({"protect_last": 0}, r"option protect_last is 0;.*at least 1"),
-    "every": ({"every": 1.5}, r"option every is 1\.5;.*whole number"),
-    "schedule": ({"schedule": "lineal"}, r"option schedule is 'lineal'.*did you mean 'linear'"),
-    "schedule length": ({"schedule": [1.0, 0.5, 0.2]}, r"schedule lists 3 shares.*2 mixers"),
-    "schedule rises": ({"schedule": [0.5, 0.6]}, r"option schedule is \[0\.5, 0\.6\].*larger than the one before"),
-    "inner": ({"inner": "cudagraphs"}, r"option inner is 'cudagraphs'.*'inductor'"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_options_raise_from_the_call(case: str) -> None:
-    options, message = WRONG[case]
-    counts_mixers = case == "schedule length"
-    compiled = torch.compile(tiny_model(layers=2) if counts_mixers else torch.sin, backend="simba", options=options)
-    with pytest.raises(ValueError, match=message):
-        compiled(random_ids(2, 40))
-
-
-def test_wrong_options_raise_from_a_model_too() -> None:
-    compiled = simba(tiny_model(layers=2), kep=0.1)
-    with pytest.raises(ValueError, match="Did you mean keep"):
-        compiled(random_ids(2, 40))
-
-
-def test_mode_needs_inductor() -> None:
-    backend = functools.partial(simba_compile.backend.simba, options={"inner": "eager"})
-    with pytest.raises(ValueError, match=r"mode.*inner"):
-        torch.compile(tiny_model(layers=1), backend=backend, mode="max-autotune")(random_ids(2, 40))
-
-
-def test_mode_is_for_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.compile` takes a mode or options, not both: a mode alone has Inductor compile the rest."""
-    asked = []
-
-    def spy(gm: torch.fx.GraphModule, inner: str, mode: str | None = None) -> Callable:
-        asked.append((inner, mode))
-        return gm
-
-    monkeypatch.setattr(simba_compile.backend, "compile_inner", spy)
-    torch.compile(tiny_model(layers=2), backend="simba", mode="reduce-overhead")(random_ids(2, 40))
-    assert asked == [("inductor", "reduce-overhead")] * 2  # the dense graph and the pruned one
 
 
 # --- other models, several models, changed weights -------------------------------------------------------------------

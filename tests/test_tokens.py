@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_passes import HIDDEN, Captured, matrix, tokens
 from torch import Tensor
+from toys import HIDDEN, Captured, matrix, tokens
 
 from simba_compile.passes.attention import why_not
 from simba_compile.passes.tokens import FLAT, Length, is_one_result, is_tokenwise, value_of

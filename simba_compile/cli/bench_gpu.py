@@ -5,6 +5,7 @@ fails is noted and the next one goes on; where the process dies (of a bad addres
 new process goes on with the job after it. What does not fit into the time that is left is skipped, with the reason.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -287,6 +288,11 @@ class _Worker:
         return f"its process ended with {code}: {self.told}"
 
     def end(self) -> None:
-        """Stop the process."""
-        self.process.kill()
-        self.process.wait()
+        """Stop the process: by the end of its input, where it still listens."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self.process.wait(0.0 if self.late else 10.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

@@ -1,0 +1,183 @@
+"""Operations between mixers that look along the tokens, and other structures: dense with a reason or right, never wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import eager_reference as eager
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SELECTING, exact_casts, tiny_model
+from torch import Tensor, nn
+
+import simba_compile.backend
+from simba_compile.passes import Transformed
+
+TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda h: h,
+    "layer norm": lambda h: h + F.layer_norm(h, (32,)),
+    "mean": lambda h: h + h.mean(1, keepdim=True),
+    "sum over T": lambda h: h + h.sum(1, keepdim=True) / h.shape[1],
+    "mean of all": lambda h: h * h.abs().mean(),
+    "largest": lambda h: h - h.amax(1, keepdim=True),
+    "deviation": lambda h: h / h.std(1, keepdim=True),
+    "cumsum": lambda h: h.cumsum(1) / 10,
+    "flip": lambda h: h.flip(1),
+    "roll": lambda h: torch.roll(h, 1, 1),
+    "shift by cat": lambda h: h + torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1),
+    "softmax": lambda h: h * torch.softmax(h, dim=1),
+    "softmax of scores": lambda h: h + torch.softmax(h @ h.transpose(1, 2), -1) @ h,
+    "doubled": lambda h: torch.cat([h, h], 1)[:, : h.shape[1]],
+    "sorted": lambda h: h.sort(1).values,
+    "first": lambda h: h + h[:, :1],
+    "last": lambda h: h + h[:, -1:],
+    "last three": lambda h: h + h[:, -3:].mean(1, keepdim=True),
+    "pooled": lambda h: h + F.avg_pool1d(h.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "scrambled": lambda h: h + h.reshape(h.shape[0], h.shape[2], h.shape[1]).transpose(1, 2),
+    "flattened batch": lambda h: h + h.reshape(-1, 32).softmax(0).view(h.shape),
+    "positions": lambda h: h + torch.arange(h.shape[1])[None, :, None] * 0.01,
+    "batch mean": lambda h: h + h.mean(0, keepdim=True),
+    "group norm": lambda h: h + F.group_norm(h.transpose(1, 2), 4).transpose(1, 2),
+    "layer norm of tokens": lambda h: h + F.layer_norm(h, h.shape[1:]),
+    "argmax": lambda h: h + h.argmax(1, keepdim=True) * 0.01,
+    "in place": lambda h: h.clone().mul_(h.mean(1, keepdim=True)),
+    "normalize": lambda h: F.normalize(h, dim=1) * 5,
+    "interpolate": lambda h: h + F.interpolate(h.transpose(1, 2), scale_factor=2)[..., ::2].transpose(1, 2),
+    "chunks of tokens": lambda h: h + torch.cat(h.chunk(2, 1)[::-1], 1),
+    "softmax over the batch": lambda h: h + h * h.softmax(0),
+    "over the length": lambda h: h + h / h.shape[1] * 10,
+}
+
+
+class Between(nn.Module):
+    """Two blocks of Hugging Face's Mamba with a function of the stream between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = tiny_model(dtype=torch.float64, layers=2).backbone.layers
+        self.function = function
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The stream at the end."""
+        return self.layers[1](self.function(self.layers[0](h)))
+
+
+def acceptable(model: Between, h: Tensor, sizes: list[int]) -> list[Tensor]:
+    """What the pruned model may give: the function sees the restored stream.
+
+    What follows the function may begin on all tokens or on the kept ones, and a token that has left may take part in
+    the function or keep what it had.
+    """
+    results = []
+    for all_enter in (False, True):
+        for those_who_left_take_part in (False, True):
+            full, positions = h, torch.arange(h.shape[1]).expand(h.shape[0], -1)
+            for i, (block, size) in enumerate(zip(model.layers, sizes, strict=True)):
+                if i == 1:
+                    changed = model.function(full)
+                    if not those_who_left_take_part:
+                        kept = eager._take(changed, positions)
+                        changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
+                    full = changed
+                if i == 1 and all_enter:
+                    inputs = eager._before_scan(block.mixer, block.norm(full), None).take(positions)
+                else:
+                    inputs = eager._before_scan(block.mixer, block.norm(eager._take(full, positions)), None)
+                index = eager.select(
+                    eager._scores(block.mixer, inputs, size, "influence", "max", "include"), size, 0, 1
+                )
+                positions = eager._take(positions, index)
+                output, _ = eager._scan_and_after(block.mixer, inputs.take(index))
+                output = eager._take(full, positions) + output
+                full = full.scatter(1, positions[..., None].expand_as(output), output)
+            results.append(full)
+    return results
+
+
+@pytest.mark.parametrize("name", TOKEN_MIXING)
+def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is one that the contract allows, or the model (or its end) stays dense, with the reason."""
+    model = Between(TOKEN_MIXING[name]).eval()
+    h = torch.randn(2, 24, 32, dtype=torch.float64)
+    found: list[Transformed] = []
+    original = simba_compile.backend.transform
+    monkeypatch.setattr(simba_compile.backend, "transform", lambda *args: found.append(original(*args)) or found[-1])
+    prunings: list[Tensor] = []
+    select = SELECTING.select
+    monkeypatch.setattr(SELECTING, "select", lambda *args: prunings.append(select(*args)) or prunings[-1])
+    options = {"schedule": [0.7, 0.3], "min_tokens": 3, "protect_last": 1}
+    if name == "last three":
+        options["protect_last"] = 3
+    with torch.no_grad():
+        out = torch.compile(model, backend="simba", fullgraph=False, options=options)(h)
+        sizes = eager.counts(24, 2, **options)
+        if prunings:
+            sizes = [*[index.shape[1] for index in prunings], *[prunings[-1].shape[1]] * (2 - len(prunings))]
+        if name == "last three":
+            monkeypatch.setattr(
+                eager, "select", lambda s, k, first, last, original=eager.select: original(s, k, first, 3)
+            )
+        with exact_casts():
+            allowed = acceptable(model, h, sizes)
+            dense = model(h)
+    reasons = [mixer.reason for graph in found for mixer in graph.mixers]
+    is_dense = torch.allclose(out, dense, rtol=1e-7, atol=1e-7)
+    if not prunings:
+        assert is_dense and all(reasons) and reasons
+        return
+    assert len(prunings) == 2 or any(reasons)
+    assert not is_dense
+    assert any(torch.allclose(out, one, rtol=1e-7, atol=1e-7) for one in allowed), [
+        (out - a).abs().max() for a in allowed
+    ]
+
+
+Step = Callable[[nn.Module, Tensor, Tensor], Tensor]  # layer, stream, what the model was given
+STRUCTURES: dict[str, Step] = {
+    "no residual": lambda layer, h, _: layer.mixer(h),
+    "scaled residual": lambda layer, h, _: 0.5 * h + layer.mixer(layer.norm(h)),
+    "norm after": lambda layer, h, _: layer.norm(h + layer.mixer(h)),
+    "side by side": lambda layer, h, x: h + layer.mixer(x),
+    "mean added": lambda layer, h, _: h + layer.mixer(h) + h.mean(1, keepdim=True),
+    "both directions": lambda layer, h, _: h + layer.mixer(h) + layer.mixer(h.flip(1)).flip(1),
+    "input added again": lambda layer, h, x: layer(h) + x,
+    "input concatenated": lambda layer, h, x: layer(torch.cat([h, x], -1)[..., ::2]),
+    "gated": lambda layer, h, _: h + torch.sigmoid(h) * layer.mixer(layer.norm(h)),
+    "same layer twice": lambda layer, h, _: layer(layer(h)),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense with the reason and equal to eager; or pruned, and equal to eager where everything is kept."""
+    layers = tiny_model(dtype=torch.float64, layers=2).backbone.layers
+    h = torch.randn(2, 24, 32, dtype=torch.float64)
+    found: list[Transformed] = []
+    original = simba_compile.backend.transform
+    monkeypatch.setattr(simba_compile.backend, "transform", lambda *args: found.append(original(*args)) or found[-1])
+
+    def function(x: Tensor) -> Tensor:
+        h = x
+        for layer in layers:
+            h = STRUCTURES[name](layer, h, x)
+        return h
+
+    with torch.no_grad():
+        with exact_casts():
+            dense = function(h)
+        out = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)
+    assert out.shape == dense.shape and out.isfinite().all()
+    if all(graph.pruned is None for graph in found):
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+        assert any(mixer.reason for graph in found for mixer in graph.mixers)
+        return
+    torch._dynamo.reset()  # with counts as large as the sequence, the rewritten graph is the dense one
+    monkeypatch.setattr(
+        simba_compile.backend,
+        "run_by_length",
+        lambda result, mode=None: lambda *args: result.pruned(*args, *[24] * len(result.plan.pruning)),
+    )
+    with torch.no_grad():
+        everything = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)
+    torch.testing.assert_close(everything, dense, rtol=1e-5, atol=1e-5)

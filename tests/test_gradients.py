@@ -1,0 +1,82 @@
+"""Gradients and training steps through a pruned model, and the inner compilers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    KEEP_FEW,
+    close,
+    each_family,
+    pruned_exactly,
+    random_ids,
+    simba,
+    tiny_model,
+)
+from torch import Tensor
+
+
+@each_family
+@pytest.mark.parametrize("options", [KEEP_FEW, {**KEEP_FEW, "placement": "layer"}], ids=["scan", "layer"])
+def test_gradients_are_the_references(family: str, options: dict[str, Any], selected: list[Tensor]) -> None:
+    model = tiny_model(family, torch.float64, layers=3).train()
+    other = copy.deepcopy(model)
+    ids = random_ids(2, 50)
+    out = simba(model, **options)(ids, labels=ids)
+    out.loss.backward()
+    logits = pruned_exactly(other, ids, **options).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert selected
+    close(out.loss, loss, 1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None and ours.grad.any(), name
+        close(ours.grad, theirs.grad, 1e-5)
+
+
+def test_a_training_step_in_place() -> None:
+    """The compiled model sees what the optimiser wrote, and its loss falls."""
+    model = tiny_model(layers=2).train()
+    compiled = simba(model, **KEEP_FEW)
+    ids = random_ids(2, 50)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = compiled(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_inner_compilers_compute_the_same(inner: str, selected: list[Tensor]) -> None:
+    model = tiny_model(dtype=torch.float64, layers=2)
+    results = []
+    for chosen in ("eager", inner):
+        torch._dynamo.reset()
+        compiled = simba(model, inner=chosen, **KEEP_FEW)
+        selected.clear()
+        with torch.no_grad():
+            results.append([compiled(random_ids(2, length)).logits for length in (40, 55)])
+        assert len(selected) == 2
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+def test_gradients_through_aot_eager() -> None:
+    model, ids = tiny_model(dtype=torch.float64, layers=2).train(), random_ids(2, 40)
+    grads = []
+    for inner in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        simba(model, inner=inner, **KEEP_FEW)(ids, labels=ids).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs, 1e-6)

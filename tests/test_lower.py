@@ -1,0 +1,301 @@
+"""What is fused and moved when a graph is lowered, and what must be left as it is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+from toys import HIDDEN, OPS, Captured, matrix, tokens, toys
+
+from simba_compile import Options
+from simba_compile.passes import lower, prune
+from simba_compile.passes.lower import linear_onto
+from simba_compile.passes.match import match
+from simba_compile.passes.plan import make_plan
+from simba_compile.passes.rows import make_rows
+
+
+def test_lower_fuses_a_layer() -> None:
+    captured = Captured(toys(1), tokens())
+    before = captured.targets()
+    assert "pow" in before and "transpose" in before and "to" in before
+    after = captured.lowered()
+    assert after.count(OPS.rms_norm) == 1 and after.count(OPS.linear) == 4 and F.linear not in after
+    assert not {"pow", "mean", torch.rsqrt, "to"} & set(after)
+    assert after.count("transpose") <= 3 < before.count("transpose")  # in_proj's, and back for each of its halves
+
+
+def test_lower_hands_the_gathers_to_the_scan() -> None:
+    captured = Captured(toys(2), tokens(40))
+    make_rows(captured.gm.graph)
+    options = Options(keep=0.2, min_tokens=1)
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
+    pruned = prune(captured.gm, plan, options)
+    with torch.no_grad():
+        before = pruned(*captured.args, 8)[0]
+    assert captured.targets(pruned).count(OPS.gather) >= 6
+    lower(pruned)
+    after = captured.targets(pruned)
+    assert after.count(OPS.gather) == 1  # that of the residual went into the product which it is added to
+    (gathered,) = (node for node in pruned.graph.nodes if node.target is OPS.gather)
+    (gate,) = gathered.users  # in_proj, whose gate is made for the tokens that stay alone
+    assert gate.target is OPS.linear
+    scans = [node for node in pruned.graph.nodes if node.target is OPS.selective_scan]
+    assert [scan.args[-1] is None for scan in scans] == [True, False]
+    assert scans[1].args[-1].target is OPS.select and scans[1].args[6] is gate
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(*captured.args, 8)[0], before, rtol=1e-5, atol=1e-6)
+
+
+def _gate_alone(h: Tensor, kept: Tensor) -> Tensor:
+    x, z, y = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
+    return OPS.gather(z, kept, 1) + OPS.gather(h, kept, 1) + x.mean() + y.mean()
+
+
+def _gate_read_twice(h: Tensor, kept: Tensor) -> Tensor:
+    x, z = F.linear(h, wide).chunk(2, -1)
+    return OPS.gather(z, kept, 1) + z.mean() + x.mean()
+
+
+def _gate_first(h: Tensor, kept: Tensor) -> Tensor:
+    z, x, y = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
+    return OPS.gather(z, kept, 1) + x.mean() + y.sin().mean()
+
+
+def _projection_read_whole(h: Tensor, kept: Tensor) -> Tensor:
+    projected = F.linear(h, wide)
+    return OPS.gather(projected.chunk(2, -1)[1], kept, 1) + projected.mean()
+
+
+def _split_of_tokens(h: Tensor, kept: Tensor) -> Tensor:
+    return OPS.gather(F.linear(h, wide).split(20, 1)[0], kept, 1)
+
+
+def _input_written(h: Tensor, kept: Tensor) -> Tensor:
+    h = h + 1
+    view = h.view(h.shape)
+    x, z = F.linear(h, wide).chunk(2, -1)
+    view.mul_(2)
+    return OPS.gather(z, kept, 1) + x.mean() + view.mean()
+
+
+def _under_autocast(h: Tensor, kept: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        x, z = F.linear(h, wide).chunk(2, -1)
+    return OPS.gather(z, kept, 1).float() + x.mean().float()
+
+
+wide = torch.randn(3 * HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("function", "projects_kept"),
+    [
+        (_gate_alone, True),
+        (_gate_first, True),
+        (_gate_read_twice, False),
+        (_projection_read_whole, False),
+        (_split_of_tokens, False),
+        (_input_written, False),
+        (_under_autocast, False),
+    ],
+)
+def test_lower_makes_the_gate_for_kept_tokens(function: Callable, projects_kept: bool) -> None:
+    kept = torch.tensor([[0, 3, 4, 19], [1, 2, 7, 8]])
+    captured = Captured(function, tokens(), kept)
+    captured.lowered()
+    products = [node for node in captured.gm.graph.nodes if node.target in {F.linear, torch._C._nn.linear, OPS.linear}]
+    assert any(node.args[0].target is OPS.gather for node in products) == projects_kept
+
+
+def normed(x: Tensor, dim: int = -1, eps: float = 1e-5) -> Tensor:
+    """An RMS norm over some axis."""
+    return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
+
+
+weight = torch.rand(HIDDEN) + 0.5
+NORMS: dict[str, tuple[Callable, int]] = {
+    "plain": (lambda h: weight * normed(h), 1),
+    "weight last": (lambda h: normed(h) * weight, 1),
+    "no weight": (lambda h: normed(h), 1),
+    "in halves": (lambda h: (weight.half() * normed(h.half().float()).half()).float(), 1),
+    "over tokens": (lambda h: weight * normed(h, 1), 0),
+    "cubes": (lambda h: weight * (h * torch.rsqrt(h.pow(3).abs().mean(-1, keepdim=True) + 1e-5)), 0),
+    "of another": (lambda h: weight * (h * torch.rsqrt((h + 1).pow(2).mean(-1, keepdim=True) + 1e-5)), 0),
+    "used twice": (lambda h: normed(h) * weight + normed(h), 2),
+    "one weight for all": (lambda h: torch.full((1,), 2.0) * normed(h), 0),
+    "written between": (lambda h: (lambda x: (lambda s, _: s * (x + 1))(normed(x), x.mul_(2)))(h.clone()), 1),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_lower_fuses_norms_and_only_norms(case: str) -> None:
+    function, count = NORMS[case]
+    captured = Captured(function, tokens())
+    if case == "in halves":  # Hugging Face rounds before the weight, the operator after it
+        captured.result = captured.result.half().float()
+        lower(captured.gm)
+        with torch.no_grad():
+            torch.testing.assert_close(captured.gm(*captured.args)[0], captured.result, rtol=2e-3, atol=2e-3)
+        assert captured.targets().count(OPS.rms_norm) == count
+    else:
+        assert captured.lowered().count(OPS.rms_norm) == count
+
+
+RESIDUALS: dict[str, tuple[Callable, int]] = {
+    "right": (lambda h: h + F.linear(h, matrix), 1),
+    "left": (lambda h: F.linear(h, matrix) + h, 1),
+    "bias": (lambda h: h + F.linear(h, matrix, weight), 0),
+    "read twice": (lambda h: (lambda y: (h + y) * y)(F.linear(h, matrix)), 0),
+    "one number": (lambda h: F.linear(h, matrix) + 1, 0),
+    "broadcast": (lambda h: h[:, :1] + F.linear(h, matrix), 0),
+    "broadcast batch": (lambda h: h[:1] + F.linear(h, matrix), 0),
+    "scaled": (lambda h: torch.add(h, F.linear(h, matrix), alpha=2), 0),
+    "flat": (lambda h: h[:, 0] + F.linear(h[:, 0], matrix), 0),
+    "wider": (lambda h: (h.double() + F.linear(h, matrix)).float(), 0),
+    "transposed": (lambda h: F.linear(h, matrix) + h.transpose(0, 1).contiguous().transpose(0, 1), 1),
+    "itself": (lambda h: (lambda y: y + y)(F.linear(h, matrix)), 1),
+    "written between": (lambda h: (lambda x: (lambda y, _: x + y)(F.linear(x, matrix), x.mul_(2)))(h.clone()), 0),
+}
+
+
+def sums(nodes: Iterable[Node]) -> int:
+    """How many of them are products that add a residual themselves."""
+    return sum(node.target is linear_onto or (node.target is OPS.linear and node.args[3] is not None) for node in nodes)
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lower as for the CPU, where linear layers are ours, and as for other devices, where they are torch's."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
+    return request.param
+
+
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_lower_fuses_residual_adds_and_only_those(case: str, device: str) -> None:
+    function, count = RESIDUALS[case]
+    h = tokens()
+    kept = h.clone()
+    captured = Captured(function, h)
+    captured.lowered()
+    assert sums(captured.gm.graph.nodes) == count
+    assert (OPS.linear in captured.targets()) == (device == "cpu")
+    assert torch.equal(h, kept)
+
+
+def test_lower_overwrites_only_what_it_gathered_itself(device: str) -> None:
+    for function in (
+        lambda h, index: OPS.gather(h, index, 1) + F.linear(h, matrix),
+        lambda h, index: (lambda g: (g + F.linear(h, matrix)) * g)(OPS.gather(h, index, 1)),
+    ):
+        h, index = tokens(), torch.arange(20).expand(2, 20).contiguous()
+        kept = h.clone()
+        captured = Captured(function, h, index)
+        captured.lowered()
+        captured.lowered()  # runs it again on the same inputs
+        assert torch.equal(h, kept)
+
+
+def test_lower_gathers_the_residual_in_the_product() -> None:
+    def function(h: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        return OPS.gather(h, index, 1) + F.linear(x, matrix)
+
+    after = Captured(function, tokens(20), tokens(5), torch.arange(3, 8).expand(2, 5)).lowered()
+    assert OPS.gather not in after and OPS.linear in after
+
+    def read_twice(h: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        gathered = OPS.gather(h, index, 1)
+        return (gathered + F.linear(x, matrix)) * gathered
+
+    after = Captured(read_twice, tokens(20), tokens(5), torch.arange(3, 8).expand(2, 5)).lowered()
+    assert OPS.gather in after and OPS.linear in after
+
+
+def test_lower_leaves_linear_layers_under_autocast_alone() -> None:
+    def function(h: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(h, matrix)
+
+    assert F.linear in Captured(function, tokens()).lowered()
+
+
+def test_lower_drops_casts_that_do_nothing() -> None:
+    assert "to" not in Captured(lambda h: h.to(torch.float32) + 1, tokens()).lowered()
+    assert "float" not in Captured(lambda h: h.float() * 2, tokens()).lowered()
+    assert "double" in Captured(lambda h: h.double().float(), tokens()).lowered()
+    assert "to" in Captured(lambda h: h.to(torch.float32, copy=True), tokens()).lowered()
+
+
+def test_lower_projects_rows() -> None:
+    after = Captured(lambda h: (matrix @ h.transpose(1, 2)).transpose(1, 2), tokens()).lowered()
+    assert OPS.linear in after and "transpose" not in after
+    kept = Captured(lambda h: torch.matmul(h.transpose(1, 2), h), tokens()).lowered()
+    assert F.linear not in kept
+
+
+TURNS: dict[str, tuple[Callable, int]] = {  # and how many transposes are left
+    "twice": (lambda h: h.transpose(1, 2).transpose(1, 2) + 1, 0),
+    "with a copy between": (lambda h: h.transpose(1, 2).contiguous().transpose(1, 2) + 1, 0),
+    "other axes": (lambda h: h.transpose(1, 2).transpose(0, 1) + 1, 2),
+    "read before it is written": (
+        lambda h: (lambda x: (lambda y, _: y + x)(x.transpose(1, 2).contiguous().transpose(1, 2), x.copy_(-x)))(h.clone()),
+        2,
+    ),
+    "written before the second": (
+        lambda h: (lambda x: (lambda t, _: t.transpose(1, 2) + x)(x.transpose(1, 2).contiguous(), x.copy_(-x)))(h.clone()),
+        2,
+    ),
+    "the copy is written": (
+        lambda h: (lambda y: y.copy_(-y) + h)(h.transpose(1, 2).contiguous().transpose(1, 2)),
+        2,
+    ),
+    "a view is written": (lambda h: (lambda x: x.transpose(1, 2).transpose(1, 2).copy_(-x) + x)(h.clone()), 0),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_transposes_cancel_only_where_no_copy_is_needed(case: str) -> None:
+    function, left = TURNS[case]
+    assert Captured(function, tokens()).lowered().count("transpose") == left
+
+
+def test_gathers_go_before_what_is_computed_from_one_value() -> None:
+    index = torch.tensor([[0, 3, 5], [1, 2, 19]])
+    captured = Captured(lambda h: OPS.gather(F.silu((2 * h).float()), index, 1), tokens())
+    after = captured.lowered()
+    assert after.index(OPS.gather) < after.index(F.silu)
+    twice = Captured(lambda h: (lambda y: OPS.gather(y, index, 1).sum() + y)(F.silu(h)), tokens())
+    after = twice.lowered()
+    assert after.index(F.silu) < after.index(OPS.gather)  # all of it is needed anyway
+
+
+GATED: dict[str, tuple[Callable, int]] = {
+    "two groups": (lambda h: gated(h, h + 1, 2), 1),
+    "one group": (lambda h: gated(h, h + 1, 1), 1),
+    "in float32": (lambda h: weight * groups_normed(h.float() * F.silu((h + 1).float()), 2).to(h.dtype), 1),
+    "no gate": (lambda h: weight * groups_normed(h * torch.sigmoid(h), 2), 0),
+    "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
+}
+
+
+def groups_normed(h: Tensor, groups: int) -> Tensor:
+    """As Hugging Face writes it."""
+    grouped = h.view(*h.shape[:-1], groups, h.shape[-1] // groups)
+    return (grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + 1e-5)).view(*h.shape[:-1], h.shape[-1])
+
+
+def gated(h: Tensor, z: Tensor, groups: int) -> Tensor:
+    """The norm after the scan of Mamba-2."""
+    return weight * groups_normed(h * F.silu(z), groups)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_fuse_gated_norm(case: str) -> None:
+    function, count = GATED[case]
+    assert Captured(function, tokens()).lowered().count(OPS.gated_norm) == count

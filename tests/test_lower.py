@@ -130,7 +130,15 @@ NORMS: dict[str, tuple[Callable, int]] = {
     "used twice": (lambda h: normed(h) * weight + normed(h), 2),
     "one weight for all": (lambda h: torch.full((1,), 2.0) * normed(h), 0),
     "written between": (lambda h: (lambda x: (lambda s, _: s * (x + 1))(normed(x), x.mul_(2)))(h.clone()), 1),
+    "a copy written": (lambda h: (lambda x, _: weight * normed(x))(*half_written(h.clone())), 0),
+    "itself written": (lambda h: (lambda x, _: weight * x)(*half_written(normed(h))), 0),
+    "a copy of it written": (lambda h: (lambda x, _: weight * x)(*half_written(normed(h).clone())), 0),
 }
+
+
+def half_written(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The value, and what it was multiplied through: a view, so that the write stays one."""
+    return x, x.transpose(1, 2)[:, :3].mul_(2)
 
 
 @pytest.mark.parametrize("case", NORMS)
@@ -217,6 +225,22 @@ def test_lower_gathers_the_residual_in_the_product() -> None:
     assert OPS.gather in after and OPS.linear in after
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_lower_gathers_in_the_scan_only_what_stays_as_it_is(write: bool) -> None:
+    A = -matrix.exp()
+
+    def function(h: Tensor, index: Tensor) -> Tensor:
+        x = h.clone()
+        gathered = OPS.gather(x, index, 1)
+        if write:
+            half_written(x)
+        y, _ = OPS.selective_scan(*[gathered] * 2, A, *[gathered] * 2, None, None, None, True, None)
+        return y + x.mean()
+
+    index = torch.tensor([[0, 3, 5], [1, 2, 19]])
+    assert (OPS.gather in Captured(function, tokens(), index).lowered()) == write
+
+
 def test_lower_leaves_linear_layers_under_autocast_alone() -> None:
     def function(h: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -281,7 +305,14 @@ GATED: dict[str, tuple[Callable, int]] = {
     "in float32": (lambda h: weight * groups_normed(h.float() * F.silu((h + 1).float()), 2).to(h.dtype), 1),
     "no gate": (lambda h: weight * groups_normed(h * torch.sigmoid(h), 2), 0),
     "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
+    "a gate written": (lambda h: (lambda z, y, _: weight * groups_normed(h * y, 2))(*silu_written(h.clone())), 0),
+    "a product written": (lambda h: (lambda y, _: weight * groups_normed(y, 2))(*half_written(h * F.silu(h + 1))), 0),
 }
+
+
+def silu_written(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A gate, applied and then written to."""
+    return z, F.silu(z), half_written(z)[1]
 
 
 def groups_normed(h: Tensor, groups: int) -> Tensor:

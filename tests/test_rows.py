@@ -70,6 +70,28 @@ def test_a_product_taken_apart_otherwise_stays() -> None:
     assert F.linear not in targets(rewritten(project, numbers(BATCH, 9, CHANNELS), 1))
 
 
+def test_what_is_written_to_meanwhile_stays() -> None:
+    """The rows, or what is convolved, are read before the write."""
+    weight = numbers(5, CHANNELS)
+
+    def project(x: Tensor) -> Tensor:
+        h = x + 1
+        batch, tokens, channels = h.shape
+        product = weight @ h.permute(2, 0, 1).reshape(channels, batch * tokens)
+        h[:, :, :3].mul_(2)
+        return product.reshape(5, batch, tokens).permute(1, 0, 2) + h.mean()
+
+    assert F.linear not in targets(rewritten(project, numbers(BATCH, 9, CHANNELS), 1))
+
+    def convolve(x: Tensor) -> Tensor:
+        h = x + 1
+        y = F.conv1d(h, TAPS, padding=WIDTH - 1, groups=CHANNELS)
+        h[:, :3].mul_(2)
+        return y[..., : x.shape[-1]] + h.mean()
+
+    assert OPS.causal_conv1d not in targets(rewritten(convolve, numbers(BATCH, CHANNELS, 9), 2))
+
+
 @pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("bias", [None, numbers(CHANNELS)], ids=["", "bias"])

@@ -18,10 +18,8 @@ from simba_compile.passes.tokens import (
     PRODUCTS,
     RESHAPES,
     SPLITS,
-    is_inplace,
-    storage_of,
     value_of,
-    written,
+    written_between,
 )
 
 OPS = torch.ops.simba
@@ -64,14 +62,16 @@ def drop_marks(node: Node) -> None:
             replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
 
 
-def _written_between(first: Node, last: Node, *values: Node) -> bool:
-    """Whether one of the values is written in place between two nodes: it may not be what it was."""
-    places = {storage_of(value) for value in values}
-    while first is not last and first.op != "root":
-        first = first.next
-        if is_inplace(first) and (None in places or places & {storage_of(value) for value in written(first)}):
-            return True
-    return False
+def _stale(value: Node, node: Node, *sources: Node) -> bool:
+    """Whether sources of a value, the value or one on the way to it is written in place before a node.
+
+    The node then cannot compute from the sources what it computes from the value.
+    """
+    way = [value]
+    for step in way:  # grows while it is walked
+        if step not in sources:
+            way += [source for source in step.all_input_nodes if source not in way and _rank(source) >= 0]
+    return any(written_between(step, node, step) for step in way)
 
 
 def drop_casts(node: Node) -> None:
@@ -115,7 +115,7 @@ def cancel_transposes(node: Node) -> None:
     if not _is_transpose(inner):
         return
     x: Node = inner.args[0]  # type: ignore[assignment]
-    if inner is not node.args[0] and _written_between(inner, node.graph.output_node(), x, node):
+    if inner is not node.args[0] and written_between(inner, node.graph.output_node(), x, node):
         return  # the copy is there because x changes, or the copy itself
     node.replace_all_uses_with(x)
     erase(node)
@@ -128,7 +128,7 @@ def gather_first(node: Node) -> None:
         (read, *others) = applied.all_input_nodes
         if others or len(applied.users) != 1 or sizes(read) != sizes(applied):
             return
-        if _written_between(applied, node, read, node.args[1]):  # type: ignore[arg-type]
+        if written_between(applied, node, read, node.args[1]):  # type: ignore[arg-type]
             return
         gathered = insert(node, OPS.gather, read, *node.args[1:])
         gathered.meta = dict(read.meta)
@@ -153,7 +153,7 @@ def project_kept(node: Node) -> None:
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
     if gate is None or len(gate.node.users) != 1 or _mode_changes(projection, node):
         return
-    if _written_between(projection, node, *projection.all_input_nodes):
+    if written_between(projection, node, *projection.all_input_nodes):
         return
     x: Node = projection.args[0]  # type: ignore[assignment]
 
@@ -213,7 +213,7 @@ def fuse_norm(node: Node) -> None:
     if weight is not None and sizes(weight) != sizes(h)[-1:]:  # type: ignore[arg-type]
         return
     x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
-    if _written_between(x, node, x):  # type: ignore[arg-type]
+    if _stale(inner, node, x):  # type: ignore[arg-type]
         return
     if _dtype(node) != _dtype(x):
         return  # without a weight, the cast back comes later and is where this is fused
@@ -244,7 +244,7 @@ def fuse_gated_norm(node: Node) -> None:
         if gate.target is not F.silu or _dtype(node) != _dtype(x) or sizes(weight) != sizes(y)[-1:]:
             continue
         gate = _through_cast(gate.args[0])  # type: ignore[arg-type]
-        if sizes(x) == sizes(gate) == sizes(y) and not any(_written_between(read, node, read) for read in (x, gate)):
+        if sizes(x) == sizes(gate) == sizes(y) and not _stale(b, node, x, gate):
             replace(node, insert(node, OPS.gated_norm, x, gate, weight, eps, int(sizes(grouped)[-2])))
         return
 
@@ -292,12 +292,14 @@ def fuse_gather(node: Node) -> None:
         return
     if len({g.args[1] for g in gathers}) != 1:  # type: ignore[union-attr]
         return
+    if any(_stale(g, node, *g.all_input_nodes) for g in gathers):  # type: ignore[arg-type, union-attr]
+        return
     for name in kind.along_tokens:
         if args[name] is not None:
             args[name] = args[name].args[0]  # type: ignore[union-attr]
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
     node.args = tuple(args.values())
-    for gathered in gathers:
+    for gathered in dict.fromkeys(gathers):
         erase(gathered)  # type: ignore[arg-type]
 
 
@@ -324,12 +326,12 @@ def fuse_residual(node: Node) -> None:
         kinds = {_dtype(value) for value in (residual, product, x)}
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
             continue
-        if _written_between(product, node, x):
+        if written_between(product, node, *product.all_input_nodes):
             continue
         gathered = residual.target is OPS.gather and len(residual.users) == 1
         if not _is_ours(product):
             replace(node, insert(node, linear_onto, residual, x, weight, gathered))
-        elif gathered and residual.args[2] == 1 and not _written_between(residual, node, *residual.args[:2]):  # type: ignore[arg-type]
+        elif gathered and residual.args[2] == 1 and not written_between(residual, node, *residual.args[:2]):  # type: ignore[arg-type]
             replace(node, insert(node, OPS.linear, x, weight, None, *residual.args[:2]))
         else:
             replace(node, insert(node, OPS.linear, x, weight, None, residual, None))

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from simba_compile.passes.edit import insert, replace, sizes
 from simba_compile.passes.pieces import split_axis
-from simba_compile.passes.tokens import PRODUCTS, expression, value_of
+from simba_compile.passes.tokens import PRODUCTS, expression, value_of, written_between
 
 OPS = torch.ops.simba
 RESHAPE = {"reshape", "view"}
@@ -54,6 +54,8 @@ def project_rows(node: Node) -> None:
         return
     given = apart.args[1] if isinstance(apart.args[1], list | tuple) else apart.args[1:]
     channels, batch, tokens = given  # type: ignore[misc]
+    if written_between(node, swapped, rows, weight):  # type: ignore[arg-type]
+        return
     flat = len(sizes(rows)) == 2
     if sizes(rows)[: 1 if flat else 2] != ([sizes(apart)[1] * sizes(apart)[2]] if flat else sizes(apart)[1:]):
         return
@@ -98,6 +100,8 @@ def convolve_rows(node: Node) -> None:
     activated = after is not None and after.target is F.silu
     last = after if activated else cut
     assert last is not None
+    if written_between(node, last, *node.all_input_nodes):
+        return
     rows = _insert(last, "transpose", x, 1, 2)
     new = _insert(last, OPS.causal_conv1d, rows, _insert(last, "squeeze", weight, 1), given["bias"], activated)
     replace(last, new if swapped else _insert(last, "transpose", new, 1, 2))

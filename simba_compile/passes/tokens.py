@@ -305,6 +305,16 @@ def storage_of(node: Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
+def written_between(first: Node, last: Node, *values: Node) -> bool:
+    """Whether one of the values is written in place between two nodes: it may not be what it was."""
+    places = {storage_of(value) for value in values}
+    while first is not last and first.op != "root":
+        first = first.next
+        if is_inplace(first) and (None in places or places & {storage_of(value) for value in written(first)}):
+            return True
+    return False
+
+
 def takes_sizes(node: Node) -> bool:
     """Whether a number among the node's arguments is a size or a place: of pruned tokens, it is how many are left."""
     return node.target in RESHAPES | VIEWS or node.target is operator.getitem

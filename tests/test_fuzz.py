@@ -211,3 +211,10 @@ def test_each_function_between_two_blocks(kind: str, name: str) -> None:
     last = len(steps)
     steps += [Statement("block", a=last, layer=2)]
     check(Program(steps, [(last + 1, "all")], "mamba"), [(2, 24)], DEFAULTS)
+
+
+@pytest.mark.parametrize("name", WRITES if EXAMPLES else ["channels"])
+def test_a_copy_that_is_written_to_is_the_stream(name: str) -> None:
+    """A token that leaves has what was written, and not what was copied."""
+    steps = [Statement("copy", a=0), Statement("write", name, 1), Statement("block", a=2), Statement("block", a=3, layer=2)]
+    assert check(Program(steps, [(4, "all")], "mamba"), [(2, 24)], DEFAULTS) == ["pruned"]

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from simba_compile.options import Options
 from simba_compile.passes.attention import entries, is_attention, why_not
 from simba_compile.passes.plan import Plan
-from simba_compile.passes.restore import Stream, uncast
+from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import CONTRACT, SCANS
 from simba_compile.passes.tokens import (
     FLAT,
@@ -69,7 +69,7 @@ class _Pruning:
     def __init__(self, gm: GraphModule, plan: Plan, options: Options) -> None:
         self.gm, self.plan, self.options, self.length = gm, plan, options, plan.length
         self.out = Graph()
-        self.stream = Stream(plan.mixers)
+        self.stream = Stream(gm.graph, plan.mixers)
         self.version: dict[Node, int] = {}  # of every node of the old graph
         self.made: dict[tuple[Node, int], Node] = {}  # (old node, version) → new node
         self.counts: list[Node] = []  # version 1 is entry 0: how many tokens are left,
@@ -360,7 +360,7 @@ class _Pruning:
                     layers.setdefault(version, self.made[node, version])
             if node not in self.stream.before:
                 raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
-            node = uncast(self.stream.before[node])
+            node = self.stream.uncast(self.stream.before[node])
         order = sorted(layers)
         positions = [self._positions(version) for version in order]
         return self._call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

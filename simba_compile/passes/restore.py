@@ -5,10 +5,10 @@ of it has one operand that is the stream before. Restoring a node of the stream 
 the oldest, at full length, at the bottom; restoring anything that treats tokens apart computes it from restored inputs.
 """
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from simba_compile.passes.match import ADDS, Mixer
-from simba_compile.passes.tokens import CASTS
+from simba_compile.passes.tokens import CASTS, is_inplace, storage_of, written
 
 
 class Stream:
@@ -16,29 +16,33 @@ class Stream:
 
     Parameters
     ----------
+    graph : Graph
     mixers : iterable of Mixer
         Their residual adds are where the stream is known; other adds onto it (of an MLP, say) join by themselves.
     """
 
-    def __init__(self, mixers: tuple[Mixer, ...]) -> None:
+    def __init__(self, graph: Graph, mixers: tuple[Mixer, ...]) -> None:
+        writes = (node for node in graph.nodes if is_inplace(node))
+        self.changing = {storage_of(value) for node in writes for value in written(node)}
         self.before: dict[Node, Node] = {}
         self.sources: set[Node] = set()
         for mixer in mixers:
             if mixer.add is not None and mixer.residual is not None:
                 self.before[mixer.add] = mixer.residual
-                self.sources |= {mixer.add, uncast(mixer.residual)}
+                self.sources |= {mixer.add, self.uncast(mixer.residual)}
 
     def note(self, node: Node) -> None:
         """Take an add onto the stream into it."""
         if node.target in ADDS and node not in self.before:
-            onto = [source for source in node.all_input_nodes if uncast(source) in self.sources]
+            onto = [source for source in node.all_input_nodes if self.uncast(source) in self.sources]
             if len(onto) == 1:
                 self.before[node] = onto[0]
                 self.sources.add(node)
 
-
-def uncast(node: Node) -> Node:
-    """What the node is a cast of, if it is one."""
-    while node.target in CASTS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
+    def uncast(self, node: Node) -> Node:
+        """What the node is a cast or a copy of, if it is one, and both stay as they are."""
+        while node.target in CASTS and isinstance(node.args[0], Node):
+            if self.changing & {storage_of(node), storage_of(node.args[0])}:
+                break
+            node = node.args[0]
+        return node

@@ -11,6 +11,7 @@ from typing import Any
 import eager_reference as eager
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -184,6 +185,11 @@ def test_nothing_is_restored_where_a_suffix_is_read() -> None:
 
 # --- functional --------------------------------------------------------------------------------------------------------
 
+def both(w: Tensor, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A value and a view of it."""
+    return w, view(w)
+
+
 IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
     "read before and after": (lambda h: (lambda w, s: (w.mul_(2), w + s)[1])(h + 1, h.sum()), ["mul"]),
     "by an operator": (lambda h: operator.itruediv(h + 1, 2), [operator.truediv]),
@@ -195,6 +201,15 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
     "a view": (lambda h: (lambda w: (w[:, :3].mul_(2), w)[1])(h + 1), ["mul_"]),
     "seen through a view": (lambda h: (lambda w, v: (w.mul_(2), v + 1)[1])(*(lambda w: (w, w[:, :3]))(h + 1)), ["mul_"]),
     "another type": (lambda h: (h.half() + 1).mul_(h), ["mul_"]),
+    "twice": (lambda h: (lambda w: (w.mul_(2), w.mul_(3), w + 1)[2])(h + 1), ["mul", "mul"]),
+    "seen after": (lambda h: (lambda w: (lambda _, v: (w.mul_(3), v + 1)[1])(w.mul_(2), w[0]))(h + 1), ["mul", "mul_"]),
+    **{
+        f"seen by {name}": (lambda h, view=view: (lambda w, v: (w.mul_(2), v + 1)[1])(*both(h + 1, view)), ["mul_"])
+        for name, view in {
+            **{"narrow": lambda w: w.narrow(2, 0, 3), "mT": lambda w: w.mT, "select": lambda w: w.select(2, 1)},
+            **{"unbind": lambda w: w.unbind(2)[1], "dropout": lambda w: F.dropout(w, training=False)},
+        }.items()
+    },
 }
 
 

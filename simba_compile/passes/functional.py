@@ -5,30 +5,33 @@ nobody can see the difference: the value that is written to was made by an opera
 no input), and nothing made before the write is a view of it.
 """
 
-import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.tokens import CASTS, IN_PLACE, RESHAPES, VIEWS, value_of
+from simba_compile.passes.tokens import IN_PLACE, shares_memory, value_of
 
-_ALIASES: set[Any] = {*VIEWS, *RESHAPES, *CASTS, operator.getitem, "detach"}
+_GIVE_THEIR_INPUT: set[Any] = {F.dropout, torch.dropout}  # in evaluation, where Dynamo shows a copy
 
 
 def make_functional(graph: Graph) -> None:
     """Run over a graph, in place."""
     place = {node: i for i, node in enumerate(graph.nodes)}
+    made: set[Node] = set()  # results of writes that are ordinary operations now: no views of what was written to
     for node in graph.nodes:
         plain = _plain(node)
-        if plain is None or not node.args or not isinstance(node.args[0], Node):
+        if plain is None or not node.args or not isinstance(node.args[0], Node) or not _keeps_dtype(node):
             continue
         written = node.args[0]
-        own = written.op in ("call_function", "call_method") and written.target not in _ALIASES
         before = [user for user in written.users if place[user] < place[node]]
-        if own and _keeps_dtype(node) and not any(user.target in _ALIASES for user in before):
+        own = written.op in ("call_function", "call_method") and written.target not in _GIVE_THEIR_INPUT
+        near = before if written in made else [*written.all_input_nodes, *before]
+        if own and not any(shares_memory(written, other) or other.target in _GIVE_THEIR_INPUT for other in near):
             node.target = plain
+            made.add(node)
             for user in [user for user in written.users if place[user] > place[node]]:
                 user.replace_input_with(written, node)
 

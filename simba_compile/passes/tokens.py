@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from simba_compile.passes.scans import CONTRACT
 
@@ -303,6 +304,15 @@ def storage_of(node: Node) -> int | None:
     """Which memory a value is in: views of one another have the same."""
     value = value_of(node)
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def shares_memory(one: Node, other: Node) -> bool:
+    """Whether one of the values is a view of the other, or both are views of the same; of several results, any."""
+    places = [
+        {value.untyped_storage()._cdata for value in tree_leaves(value_of(node)) if isinstance(value, Tensor)}
+        for node in (one, other)
+    ]
+    return not places[0].isdisjoint(places[1])
 
 
 def written_between(first: Node, last: Node, *values: Node) -> bool:

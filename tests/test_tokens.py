@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from toys import HIDDEN, Captured, matrix, tokens
 
 from simba_compile.passes.attention import why_not
-from simba_compile.passes.tokens import FLAT, Length, is_one_result, is_tokenwise, value_of
+from simba_compile.passes.tokens import FLAT, Length, is_inplace, is_one_result, is_tokenwise, value_of
 
 
 def test_length_finds_the_argument_that_shows_it() -> None:
@@ -26,6 +27,26 @@ def test_length_finds_the_argument_that_shows_it() -> None:
     assert length.find([*(node for node in numbers if node is not inputs[place]), given_input])[1] == 1
     with pytest.raises(ValueError, match="no input of the graph has the length"):
         length.find([])
+
+
+WRITES: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "method": (lambda w: w.mul_(2), True),
+    "operator": (lambda w: operator.imod(w, 2), True),
+    "operator's method": (lambda w: w.__imul__(2), True),
+    "out": (lambda w: torch.mul(w, 2, out=w), True),
+    "by name": (lambda w: F.relu(w, inplace=True), True),
+    "by place": (lambda w: F.dropout(w, 0.5, True, True), True),
+    "not by place": (lambda w: F.dropout(w, 0.5, True, False), False),
+    "to an item": (lambda w: w.__setitem__(0, 1.0), True),
+    "a product": (lambda w: operator.imatmul(w, matrix), False),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_writes_are_known(case: str) -> None:
+    write, expected = WRITES[case]
+    graph = Captured(lambda h: (lambda w: (write(w), w + 1)[1])(h + 1), tokens()).gm.graph
+    assert any(is_inplace(node) for node in graph.nodes) == expected
 
 
 column = torch.randn(HIDDEN, 3)

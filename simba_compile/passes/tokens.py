@@ -5,6 +5,8 @@ sizes show most that do not (the axis is gone, or its size is another); what the
 operations. What is not known to be safe is not.
 """
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -168,9 +170,11 @@ VIEWS: set[Any] = SPLITS | {
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
 CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor")
 IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without
-    getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
-} | {operator.iand: operator.and_, operator.ior: operator.or_}
+    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name) for name in _OPERATORS
+}
+_WRITING_METHODS = {"__setitem__", *(f"__{written.__name__}__" for written in IN_PLACE)}
 
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
@@ -282,14 +286,28 @@ def is_inplace(node: Node) -> bool:
         return False
     if any(is_inplace(inner) for graph in subgraphs(node) for inner in graph.graph.nodes):
         return True
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+    if node.kwargs.get("out") is not None or _argument(node, "inplace") is True:
         return True
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     name = target if isinstance(target, str) else target.__name__
-    return name == "setitem" or target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if name == "setitem" or target in IN_PLACE or name in _WRITING_METHODS:
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _argument(node: Node, name: str) -> Any:
+    """An argument of a Python function, given by its name or in its place; None where it is not given."""
+    place = _place(node.target, name) if node.op == "call_function" else None
+    return node.args[place] if place is not None and place < len(node.args) else node.kwargs.get(name)
+
+
+@functools.cache
+def _place(function: Callable, name: str) -> int | None:
+    names = list(inspect.signature(function).parameters) if inspect.isfunction(function) else []
+    return names.index(name) if name in names else None
 
 
 def written(node: Node) -> list[Node]:

@@ -53,6 +53,8 @@ def project_rows(node: Node) -> None:
     if apart.target not in RESHAPE or not _permutes(swapped, (1, 0, 2)):
         return
     given = apart.args[1] if isinstance(apart.args[1], list | tuple) else apart.args[1:]
+    if len(given) != 3:  # the shape of another value
+        return
     channels, batch, tokens = given  # type: ignore[misc]
     flat = len(sizes(rows)) == 2
     if sizes(rows)[: 1 if flat else 2] != ([sizes(apart)[1] * sizes(apart)[2]] if flat else sizes(apart)[1:]):

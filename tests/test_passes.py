@@ -63,6 +63,19 @@ def test_match_says_what_is_missing() -> None:
     assert mixer.reason == "no residual add follows its output"
 
 
+def test_match_passes_over_adds_of_the_mixers_own() -> None:
+    layer = toys(1)[0]
+
+    def function(h: Tensor) -> Tensor:
+        y = layer.mixer(h)
+        return h + (y + y.sigmoid())
+
+    captured = Captured(function, tokens())
+    (mixer,) = match(captured.gm.graph)
+    assert mixer.add in captured.gm.graph.output_node().args[0] and mixer.reason is None
+    assert mixer.residual is not None and mixer.residual.op == "placeholder"
+
+
 def test_length_finds_the_token_axis() -> None:
     def function(h: Tensor) -> tuple[Tensor, ...]:
         return (
@@ -74,6 +87,8 @@ def test_length_finds_the_token_axis() -> None:
             h[:, 1:],
             h[:, -3:],
             h[:, :, 0],
+            OPS.last_tokens(h, 2, 1),
+            OPS.last_tokens(h, 2, 2),
         )
 
     captured = Captured(function, tokens())
@@ -83,8 +98,8 @@ def test_length_finds_the_token_axis() -> None:
     ]
     length = Length(given_input.meta["example_value"])
     assert length.is_symbolic
-    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1]
-    assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None]
+    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1, NO_TOKENS, 1]
+    assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None, 2, None]
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------

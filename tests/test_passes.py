@@ -11,12 +11,14 @@ from typing import Any
 import eager_reference as eager
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from toys import HIDDEN, OPS, RANK, STATES, TAPS, WIDTH, Captured, tokens, toys
 
 from simba_compile import Options
+from simba_compile.kernels.reference import is_marked
 from simba_compile.passes import prune
 from simba_compile.passes.functional import make_functional
 from simba_compile.passes.match import match
@@ -184,6 +186,32 @@ def test_prune_scores_selects_and_restores(placement: str) -> None:
         first = toys(3)[0](tokens(40))
     same = (result - first).abs().amax(-1) < 1e-5
     assert same.sum(1).tolist() == ([20, 20] if placement == "scan" else [0, 0])
+
+
+def test_the_length_is_read_off_an_input_where_no_number_shows_it() -> None:
+    """A cache's entries are as many as the sequence has tokens."""
+    first, second = toys(2)
+
+    def with_a_cache(h: Tensor) -> tuple[Tensor, Tensor]:
+        h = first(h)
+        keys = h[:, None] * 2
+        return second(h + F.scaled_dot_product_attention(h[:, None], keys, keys)[:, 0]), keys
+
+    captured = Captured(with_a_cache, tokens(40))
+    unused = [node for node in captured.gm.graph.find_nodes(op="placeholder") if not node.users]
+    args = [value for value in captured.args if isinstance(value, Tensor)]
+    assert len(unused) == len(captured.args) - len(args) > 0
+    for node in unused:
+        captured.gm.graph.erase_node(node)
+    options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
+    assert plan is not None
+    pruned = prune(captured.gm, plan, options)
+    with torch.no_grad():
+        few, everything = (pruned(*args, *counts) for counts in ((20, 8), (40, 40)))
+    assert [value.shape for value in few] == [(2, 40, HIDDEN), (2, 1, 40, HIDDEN)]
+    assert is_marked(few[1])[..., 0].sum() == 2 * 20
+    torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_restored_where_a_suffix_is_read() -> None:

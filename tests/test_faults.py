@@ -134,9 +134,7 @@ def test_without_triton_the_definitions_run_on_a_gpu_and_one_warning_says_so(
         (torch.float16, "cpu", set()),
     ],
 )
-def test_what_runs_on_a_gpu(
-    dtype: torch.dtype, device: str, with_kernel: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_runs_on_a_gpu(dtype: torch.dtype, device: str, with_kernel: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {name: object() for name in ("gather", "influence")}
     monkeypatch.setattr(dispatch, "GPU", "meta")
     monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)

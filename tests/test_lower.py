@@ -298,6 +298,10 @@ def test_gathers_go_before_what_is_computed_from_one_value() -> None:
     assert after.index(OPS.gather) < after.index(F.silu)
     both = Captured(lambda h: OPS.gather(h * F.silu(h), index, 1), tokens()).lowered()
     assert both.index(F.silu) < both.index(OPS.gather)  # else two are gathered
+    written = Captured(
+        lambda h: (lambda z: (lambda y, _: OPS.gather(y, index, 1))(F.silu(z), z.mul_(2)))(h.clone()), tokens()
+    ).lowered()
+    assert written.index(F.silu) < written.index("mul_") < written.index(OPS.gather)
     twice = Captured(lambda h: (lambda y: OPS.gather(y, index, 1).sum() + y)(F.silu(h)), tokens())
     after = twice.lowered()
     assert after.index(F.silu) < after.index(OPS.gather)  # all of it is needed anyway
@@ -308,6 +312,7 @@ GATED: dict[str, tuple[Callable, int]] = {
     "one group": (lambda h: gated(h, h + 1, 1), 1),
     "in float32": (lambda h: weight * groups_normed(h.float() * F.silu((h + 1).float()), 2).to(h.dtype), 1),
     "no gate": (lambda h: weight * groups_normed(h * torch.sigmoid(h), 2), 0),
+    "no product": (lambda h: weight * groups_normed(h.sin(), 2), 0),
     "groups across tokens": (lambda h: weight * rows_normed((h * F.silu(h + 1)).view(len(h), -1, 3)).view(h.shape), 0),
     "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
 }

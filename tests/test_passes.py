@@ -65,6 +65,28 @@ def test_match_says_what_is_missing() -> None:
     assert mixer.reason == "no residual add follows its output"
 
 
+def test_match_counts_a_product_as_a_projection() -> None:
+    """Only a linear layer's gate can be made for fewer tokens; a product's is counted for all that enter."""
+    layer, weight = toys(1)[0], torch.randn(HIDDEN, 2 * WIDTH)
+
+    def function(h: Tensor, in_proj: Callable[[Tensor], Tensor]) -> Tensor:
+        x, z = in_proj(h).chunk(2, -1)
+        x = OPS.causal_conv1d(x, layer.conv, None, True)
+        B = layer.x_proj(x)[..., :STATES]
+        return h + layer.out_proj(OPS.selective_scan(x, x, layer.A, B, B, None, z, None, True, None)[0])
+
+    found = []
+    for in_proj in (layer.in_proj, lambda h: h @ weight, lambda h: h @ weight.t().t()):
+        captured = Captured(lambda h, in_proj=in_proj: function(h, in_proj), tokens())
+        found += match(captured.gm.graph)
+        assert not found[-1].x.shape[1].node.shape_env.guards  # else every length would be compiled anew
+    linear, *products = found
+    gate = 2 * HIDDEN * WIDTH
+    for product in products:
+        assert product.entering_flops == linear.entering_flops + gate
+        assert product.scanned_flops == linear.scanned_flops - gate
+
+
 def test_match_passes_over_adds_of_the_mixers_own() -> None:
     layer = toys(1)[0]
 

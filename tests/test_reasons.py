@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from toys import Captured, matrix, tokens, toys
 
 from simba_compile import Options
@@ -67,6 +68,27 @@ def written_after_it_was_read(h: Tensor) -> Tensor:
     return b(h + other)
 
 
+def written_in_a_checkpoint(h: Tensor) -> Tensor:
+    other = h.clone()
+    h = a(h) + other
+    checkpoint(lambda x: x.mul_(2), other, use_reentrant=False)
+    return b(h + other)
+
+
+def written_in_a_branch(h: Tensor) -> Tensor:
+    other = h.clone()
+    h = a(h) + other
+    torch.cond(other.sum() > 0, lambda x: x.mul_(2), lambda x: x.mul_(3), (other,))
+    return b(h + other)
+
+
+def written_in_a_list(h: Tensor) -> Tensor:
+    other = h.clone()
+    h = a(h) + other
+    torch._foreach_mul_([other.view(h.shape)], 2.0)
+    return b(h + other)
+
+
 def written_after_it_lost_tokens(h: Tensor) -> Tensor:
     h = a(h)
     return b(h + F.relu(h.sin(), inplace=True))
@@ -117,6 +139,21 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         written_after_it_was_read,
         BOTH,
         ["mul_ writes in place into what .* read for pruned tokens"] * 2,
+    ),
+    "written in a checkpoint": (
+        written_in_a_checkpoint,
+        BOTH,
+        ["tag_activation_checkpoint writes in place into what .* read for pruned tokens"] * 2,
+    ),
+    "written in a branch": (
+        written_in_a_branch,
+        BOTH,
+        ["cond writes in place into what .* read for pruned tokens"] * 2,
+    ),
+    "written in a list": (
+        written_in_a_list,
+        BOTH,
+        ["_foreach_mul_ writes in place into what .* read for pruned tokens"] * 2,
     ),
     "written after it lost tokens": (
         written_after_it_lost_tokens,

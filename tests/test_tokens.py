@@ -181,9 +181,7 @@ def test_what_an_operation_writes_into(case: str) -> None:
 def test_sequences_of_several_results_are_those_of_the_first() -> None:
     captured = Captured(lambda h: h.sort(-1), tokens())
     example = next(
-        value_of(node)
-        for node in captured.gm.graph.find_nodes(op="placeholder")
-        if isinstance(value_of(node), Tensor)
+        value_of(node) for node in captured.gm.graph.find_nodes(op="placeholder") if isinstance(value_of(node), Tensor)
     )
     length = Length(example)
     assert length.batch_axis((example, example)) == 0 and length.batch_axis((None, example)) is None

@@ -37,6 +37,7 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "scrambled": lambda h: h + h.reshape(h.shape[0], h.shape[2], h.shape[1]).transpose(1, 2),
     "flattened batch": lambda h: h + h.reshape(-1, 32).softmax(0).view(h.shape),
     "positions": lambda h: h + torch.arange(h.shape[1])[None, :, None] * 0.01,
+    "positions in one channel": lambda h: h + (h[..., 0] + torch.arange(h.shape[1])[None] * 0.01)[..., None],
     "batch mean": lambda h: h + h.mean(0, keepdim=True),
     "group norm": lambda h: h + F.group_norm(h.transpose(1, 2), 4).transpose(1, 2),
     "layer norm of tokens": lambda h: h + F.layer_norm(h, h.shape[1:]),

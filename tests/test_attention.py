@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from families import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from toys import Captured, tokens
 
 from simba_compile.kernels import reference
 from simba_compile.passes.attention import _attention_past, attention_over_cache
@@ -33,6 +35,7 @@ def test_marks_survive_what_a_cache_does(dtype: torch.dtype) -> None:
     moved = copy.deepcopy(grown.index_select(0, torch.tensor([1, 0])).repeat_interleave(2, 0))[:, :, -7:].contiguous()
     assert torch.equal(reference.is_marked(moved)[1::2, :, :6], gone.flip(0))
     assert not reference.is_marked(moved[:, :, 6:]).any()
+    assert not reference.is_marked(kept.to(torch.complex64)).any()  # where nothing is marked
     everywhere = torch.arange(3).expand(2, 3)  # opcheck takes no NaN in the result for equal
     torch.library.opcheck(OPS.cache_entries, (kept.nan_to_num(), everywhere, 3, 2))
 
@@ -63,6 +66,27 @@ def test_attention_over_a_cache_is_attention_to_what_is_left(data: st.DataObject
     torch.testing.assert_close(on_a_gpu, expected, equal_nan=True)
     if kept < tokens and mask is None:  # what does not know the marks shows it
         assert F.scaled_dot_product_attention(query, *cached, enable_gqa=True).isnan().all()
+
+
+READS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether the keys may be a cache's
+    "an input": (lambda h: heads(h), True),
+    "a piece of one": (lambda h: torch.cat([heads(2 * h), heads(h)], 2), True),
+    "made here": (lambda h: heads(2 * h), False),
+    "made here, of the sizes of an input": (lambda h: (2 * h).view(h.shape[0], h.shape[1], 1, -1).transpose(1, 2), False),
+}
+
+
+def heads(h: Tensor) -> Tensor:
+    """(batch, head, token, channel)."""
+    return h.unsqueeze(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_keys_that_come_from_an_input_may_be_a_cache(name: str) -> None:
+    keys, may = READS[name]
+    lowered = Captured(lambda h: F.scaled_dot_product_attention(heads(h), keys(h), keys(h)), tokens()).lowered()
+    assert (attention_over_cache in lowered) is may
+    assert (F.scaled_dot_product_attention in lowered) is not may
 
 
 def test_sequences_with_different_numbers_of_entries() -> None:

@@ -86,6 +86,30 @@ def test_the_fused_kernel_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert substitute(1, a=2) == "fused"
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_marks_around_experts_change_nothing(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "_lifting", lambda: ours)
+    module, rows, index, weights = object(), numbers(4, 3), torch.arange(4)[:, None], numbers(4, 1)
+    given = []
+
+    def experts(*args: Any) -> torch.Tensor:
+        given.extend(args)
+        return rows[index[:, 0]] * weights
+
+    result = capture._mark_experts(experts)(module, rows, index, weights)
+    assert torch.equal(result, rows * weights) and given[0] is module
+    assert all(torch.equal(*pair) for pair in zip(given[1:], (rows, index, weights), strict=True))
+    assert (given[1] is rows) is not ours  # else between the marks
+
+
+def test_parameters_are_no_inputs_of_a_varying_length() -> None:
+    ids, weight = torch.zeros(2, 3), torch.nn.Parameter(numbers(4, 3))
+    given = {"ids": ids, "weight": weight, "more": {"mask": ids}, "pair": (weight, [ids]), "cache": object(), "name": "x"}
+    names = [name for name, value in capture._tensors("L", given) if value is ids]
+    assert names == ["L['ids']", "L['more']['mask']", "L['pair'][1][0]"]
+    assert len(list(capture._tensors("L", given))) == 3
+
+
 def _as_the_hub_does(function: Callable) -> torch.nn.Module:
     """How the package `kernels` wraps a function that it may exchange."""
 

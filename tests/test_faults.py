@@ -19,7 +19,8 @@ import torch
 from conftest import random_ids, simba, tiny_model
 
 from simba_compile import capture
-from simba_compile.kernels import library, native
+from simba_compile.kernels import library, native, reference
+from simba_compile.kernels.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,6 +107,49 @@ def test_without_native_kernels_models_run_and_one_warning_says_so(
                 native.library.cache_clear()
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     assert len([record for record in caplog.records if "plain torch runs" in record.message]) == 1
+
+
+def test_without_triton_the_definitions_run_on_a_gpu_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Device "meta" stands for the GPU, which is not there."""
+    monkeypatch.setattr(dispatch, "GPU", "meta")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    dispatch._triton_kernels.cache_clear()
+    try:
+        for name in ("gather", "influence"):
+            assert dispatch.implementation(name, torch.empty(2, 3, device="meta")) is getattr(reference, name)
+    finally:
+        dispatch._triton_kernels.cache_clear()
+    (record,) = caplog.records
+    assert "triton is not installed" in record.message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "with_kernel"),
+    [
+        (torch.float16, "meta", {"gather", "influence"}),
+        (torch.float64, "meta", {"gather"}),  # the others compute in float32
+        (torch.float16, "cpu", set()),
+    ],
+)
+def test_what_runs_on_a_gpu(dtype: torch.dtype, device: str, with_kernel: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {name: object() for name in ("gather", "influence")}
+    monkeypatch.setattr(dispatch, "GPU", "meta")
+    monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)
+    x = torch.empty(2, 3, dtype=dtype, device=device)
+    found = {name for name, kernel in kernels.items() if dispatch.implementation(name, x, None) is kernel}
+    assert found == with_kernel
+    on_two_devices = dispatch.implementation("gather", x, torch.empty(1, device="cpu"), torch.empty(1, device="meta"))
+    assert on_two_devices is reference.gather
+
+
+def test_memory_that_a_kernel_does_not_get_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = types.SimpleNamespace(simba_select=lambda *args: native.OUT_OF_MEMORY)
+    monkeypatch.setattr(native, "library", lambda: failing)
+    with pytest.raises(MemoryError, match="simba::select could not allocate"):
+        torch.ops.simba.select(torch.randn(1, 9, dtype=torch.float64), 3, 0, 1)
 
 
 COMPILERS = {

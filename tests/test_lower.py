@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -52,6 +53,20 @@ def test_lower_hands_the_gathers_to_the_scan() -> None:
         torch.testing.assert_close(pruned(*captured.args, 8)[0], before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("one_index", [True, False])
+def test_lower_hands_gathers_by_one_index_to_the_scan(one_index: bool) -> None:
+    first, second, A = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN), -torch.rand(HIDDEN, 3)
+
+    def scan(h: Tensor, kept: Tensor, other: Tensor) -> Tensor:
+        values = (h, F.linear(h, matrix), F.linear(h, first), F.linear(h, second))
+        indices = (kept, kept, kept, kept if one_index else other)
+        u, dt, b, c = (OPS.gather(value, index, 1) for value, index in zip(values, indices, strict=True))
+        return OPS.selective_scan(u, dt, A, b, c, None, None, None, True, None)[0]
+
+    captured = Captured(scan, tokens(), torch.tensor([[0, 3, 4], [1, 2, 7]]), torch.tensor([[1, 3, 4], [1, 5, 6]]))
+    assert captured.lowered().count(OPS.gather) == (0 if one_index else 4)
+
+
 def _gate_alone(h: Tensor, kept: Tensor) -> Tensor:
     x, z, y = F.linear(h, wide).split([HIDDEN, HIDDEN, HIDDEN], -1)
     return OPS.gather(z, kept, 1) + OPS.gather(h, kept, 1) + x.mean() + y.mean()
@@ -70,6 +85,10 @@ def _gate_first(h: Tensor, kept: Tensor) -> Tensor:
 def _projection_read_whole(h: Tensor, kept: Tensor) -> Tensor:
     projected = F.linear(h, wide)
     return OPS.gather(projected.chunk(2, -1)[1], kept, 1) + projected.mean()
+
+
+def _one_piece(h: Tensor, kept: Tensor) -> Tensor:
+    return OPS.gather(F.linear(h, wide).chunk(3, -1)[1], kept, 1)
 
 
 def _split_of_tokens(h: Tensor, kept: Tensor) -> Tensor:
@@ -100,6 +119,7 @@ wide = torch.randn(3 * HIDDEN, HIDDEN)
         (_gate_first, True),
         (_gate_read_twice, False),
         (_projection_read_whole, False),
+        (_one_piece, False),
         (_split_of_tokens, False),
         (_input_written, False),
         (_under_autocast, False),
@@ -259,8 +279,14 @@ def test_lower_drops_casts_that_do_nothing() -> None:
 def test_lower_projects_rows() -> None:
     after = Captured(lambda h: (matrix @ h.transpose(1, 2)).transpose(1, 2), tokens()).lowered()
     assert OPS.linear in after and "transpose" not in after
-    kept = Captured(lambda h: torch.matmul(h.transpose(1, 2), h), tokens()).lowered()
-    assert F.linear not in kept
+    column = torch.randn(4, 1)
+    for product in (
+        lambda h: torch.matmul(h.transpose(1, 2), h),
+        lambda h: h @ h.transpose(1, 2),  # no matrix
+        lambda h: column @ h.unsqueeze(1).transpose(1, 2),  # no rows
+    ):
+        kept = Captured(product, tokens()).lowered()
+        assert not {F.linear, OPS.linear} & {*kept} and {operator.matmul, torch.matmul} & {*kept}
 
 
 TURNS: dict[str, tuple[Callable, int]] = {  # and how many transposes are left
@@ -294,6 +320,12 @@ def test_gathers_go_before_what_is_computed_from_one_value() -> None:
     captured = Captured(lambda h: OPS.gather(F.silu((2 * h).float()), index, 1), tokens())
     after = captured.lowered()
     assert after.index(OPS.gather) < after.index(F.silu)
+    both = Captured(lambda h: OPS.gather(h * F.silu(h), index, 1), tokens()).lowered()
+    assert both.index(F.silu) < both.index(OPS.gather)  # else two are gathered
+    written = Captured(
+        lambda h: (lambda z: (lambda y, _: OPS.gather(y, index, 1))(F.silu(z), z.mul_(2)))(h.clone()), tokens()
+    ).lowered()
+    assert written.index(F.silu) < written.index("mul_") < written.index(OPS.gather)
     twice = Captured(lambda h: (lambda y: OPS.gather(y, index, 1).sum() + y)(F.silu(h)), tokens())
     after = twice.lowered()
     assert after.index(F.silu) < after.index(OPS.gather)  # all of it is needed anyway
@@ -304,6 +336,8 @@ GATED: dict[str, tuple[Callable, int]] = {
     "one group": (lambda h: gated(h, h + 1, 1), 1),
     "in float32": (lambda h: weight * groups_normed(h.float() * F.silu((h + 1).float()), 2).to(h.dtype), 1),
     "no gate": (lambda h: weight * groups_normed(h * torch.sigmoid(h), 2), 0),
+    "no product": (lambda h: weight * groups_normed(h.sin(), 2), 0),
+    "groups across tokens": (lambda h: weight * normed((h * F.silu(h + 1)).view(len(h), -1, 3)).view(h.shape), 0),
     "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
     "a gate written": (lambda h: (lambda z, y, _: weight * groups_normed(h * y, 2))(*silu_written(h.clone())), 0),
     "a product written": (lambda h: (lambda y, _: weight * groups_normed(y, 2))(*half_written(h * F.silu(h + 1))), 0),

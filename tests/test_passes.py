@@ -18,6 +18,7 @@ from torch import Tensor
 from toys import HIDDEN, OPS, RANK, STATES, TAPS, WIDTH, Captured, tokens, toys
 
 from simba_compile import Options
+from simba_compile.kernels.reference import is_marked
 from simba_compile.passes import prune
 from simba_compile.passes.functional import make_functional
 from simba_compile.passes.match import match
@@ -64,6 +65,41 @@ def test_match_says_what_is_missing() -> None:
     assert mixer.reason == "no residual add follows its output"
 
 
+def test_match_counts_a_product_as_a_projection() -> None:
+    """Only a linear layer's gate can be made for fewer tokens; a product's is counted for all that enter."""
+    layer, weight = toys(1)[0], torch.randn(HIDDEN, 2 * WIDTH)
+
+    def function(h: Tensor, in_proj: Callable[[Tensor], Tensor]) -> Tensor:
+        x, z = in_proj(h).chunk(2, -1)
+        x = OPS.causal_conv1d(x, layer.conv, None, True)
+        B = layer.x_proj(x)[..., :STATES]
+        return h + layer.out_proj(OPS.selective_scan(x, x, layer.A, B, B, None, z, None, True, None)[0])
+
+    found = []
+    for in_proj in (layer.in_proj, lambda h: h @ weight, lambda h: h @ weight.t().t()):
+        captured = Captured(lambda h, in_proj=in_proj: function(h, in_proj), tokens())
+        found += match(captured.gm.graph)
+        assert not found[-1].x.shape[1].node.shape_env.guards  # else every length would be compiled anew
+    linear, *products = found
+    gate = 2 * HIDDEN * WIDTH
+    for product in products:
+        assert product.entering_flops == linear.entering_flops + gate
+        assert product.scanned_flops == linear.scanned_flops - gate
+
+
+def test_match_passes_over_adds_of_the_mixers_own() -> None:
+    layer = toys(1)[0]
+
+    def function(h: Tensor) -> Tensor:
+        y = layer.mixer(h)
+        return h + (y + y.sigmoid())
+
+    captured = Captured(function, tokens())
+    (mixer,) = match(captured.gm.graph)
+    assert mixer.add in captured.gm.graph.output_node().args[0] and mixer.reason is None
+    assert mixer.residual is not None and mixer.residual.op == "placeholder"
+
+
 def test_length_finds_the_token_axis() -> None:
     def function(h: Tensor) -> tuple[Tensor, ...]:
         return (
@@ -75,6 +111,8 @@ def test_length_finds_the_token_axis() -> None:
             h[:, 1:],
             h[:, -3:],
             h[:, :, 0],
+            OPS.last_tokens(h, 2, 1),
+            OPS.last_tokens(h, 2, 2),
         )
 
     captured = Captured(function, tokens())
@@ -84,8 +122,8 @@ def test_length_finds_the_token_axis() -> None:
     ]
     length = Length(given_input.meta["example_value"])
     assert length.is_symbolic
-    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1]
-    assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None]
+    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1, NO_TOKENS, 1]
+    assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None, 2, None]
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -170,6 +208,32 @@ def test_prune_scores_selects_and_restores(placement: str) -> None:
         first = toys(3)[0](tokens(40))
     same = (result - first).abs().amax(-1) < 1e-5
     assert same.sum(1).tolist() == ([20, 20] if placement == "scan" else [0, 0])
+
+
+def test_the_length_is_read_off_an_input_where_no_number_shows_it() -> None:
+    """A cache's entries are as many as the sequence has tokens."""
+    first, second = toys(2)
+
+    def with_a_cache(h: Tensor) -> tuple[Tensor, Tensor]:
+        h = first(h)
+        keys = h[:, None] * 2
+        return second(h + F.scaled_dot_product_attention(h[:, None], keys, keys)[:, 0]), keys
+
+    captured = Captured(with_a_cache, tokens(40))
+    unused = [node for node in captured.gm.graph.find_nodes(op="placeholder") if not node.users]
+    args = [value for value in captured.args if isinstance(value, Tensor)]
+    assert len(unused) == len(captured.args) - len(args) > 0
+    for node in unused:
+        captured.gm.graph.erase_node(node)
+    options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
+    assert plan is not None
+    pruned = prune(captured.gm, plan, options)
+    with torch.no_grad():
+        few, everything = (pruned(*args, *counts) for counts in ((20, 8), (40, 40)))
+    assert [value.shape for value in few] == [(2, 40, HIDDEN), (2, 1, 40, HIDDEN)]
+    assert is_marked(few[1])[..., 0].sum() == 2 * 20
+    torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_restored_where_a_suffix_is_read() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import families
 import pytest
 import torch
-from conftest import KEEP_FEW, random_ids, tiny_model
+from conftest import KEEP_FEW, random_ids, simba, tiny_model
 from eager_reference import counts
 from torch import Tensor
 
 import simba_compile
-from simba_compile.backend import simba
+from simba_compile import backend
 from simba_compile.passes import Transformed
 from simba_compile.passes.tokens import LINEAR
 from simba_compile.report import mixer_rows
@@ -76,7 +76,7 @@ def test_operations_are_those_that_run(family: str, placement: str) -> None:
 
     def counting(gm: torch.fx.GraphModule, inputs: list[Any], **given: Any) -> Any:
         found: list[Transformed] = []
-        run = simba(gm, inputs, observe=found.append, **given)
+        run = backend.simba(gm, inputs, observe=found.append, **given)
 
         def counted(*args: Any) -> Any:
             (result,) = found
@@ -87,7 +87,7 @@ def test_operations_are_those_that_run(family: str, placement: str) -> None:
 
         return counted
 
-    counting.__wrapped__ = simba  # type: ignore[attr-defined]  # how capture knows the backend
+    counting.__wrapped__ = backend.simba  # type: ignore[attr-defined]  # how capture knows the backend
     model = families.tiny_model(family, vocab_size=WORDS)
     compiled = torch.compile(model, backend=counting, options={**KEEP_FEW, "placement": placement})
     with torch.no_grad():
@@ -114,6 +114,36 @@ def test_why_all_tokens_stay(options: dict[str, Any], call: dict[str, int], reas
         report = simba_compile.explain(tiny_model(layers=2), random_ids(2, LENGTH), options=options, **call)
     assert tokens_left(report) == [LENGTH] * 2
     assert {mixer.reason for mixer in report.mixers} == {reason}
+
+
+def test_a_call_without_mixers() -> None:
+    report = simba_compile.explain(torch.sin, torch.randn(2, LENGTH))
+    assert report.to_dict() == {"mixers": [], "flops_dense": 0, "flops_pruned": 0, "graphs": 1}
+    assert str(report) == "No Mamba mixer was found: the model runs as it is.\n"
+
+
+def test_a_fixed_length_is_the_reason() -> None:
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        report = simba_compile.explain(tiny_model(layers=2), random_ids(2, LENGTH), options=KEEP_FEW)
+    assert tokens_left(report) == [LENGTH] * 2
+    assert {mixer.reason for mixer in report.mixers} == {f"the length is fixed at {LENGTH} in this graph"}
+
+
+def test_a_length_that_the_graph_reads_off_a_tensor_is_the_reason() -> None:
+    """No argument shows it before the graph runs."""
+    model, ids, length = tiny_model(layers=2), random_ids(1, LENGTH), torch.tensor(30)
+
+    def trimmed(ids: Tensor, length: Tensor) -> Tensor:
+        tokens = length.item()
+        torch._check(tokens >= 4)
+        torch._check(tokens <= ids.shape[1])
+        return model(ids[:, :tokens]).logits
+
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        report = simba_compile.explain(trimmed, ids, length, options=KEEP_FEW)
+        torch.testing.assert_close(simba(trimmed, **KEEP_FEW)(ids, length), trimmed(ids, length), rtol=1e-3, atol=1e-3)
+    assert tokens_left(report) == [30] * 2 and report.graphs == 1
+    assert all("no input of the graph has the length" in str(mixer.reason) for mixer in report.mixers)
 
 
 def test_wrong_options_are_told_before_the_call() -> None:

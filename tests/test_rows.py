@@ -60,12 +60,21 @@ def test_a_product_of_flattened_tokens(flat: bool) -> None:
     assert F.linear in found and not {"permute", "t", torch.matmul} & {*found}
 
 
-def test_a_product_taken_apart_otherwise_stays() -> None:
+APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tokens before the batch": lambda y, h: y.reshape(5, h.shape[1], h.shape[0]).permute(1, 0, 2),
+    "channels last": lambda y, h: y.reshape(5, h.shape[0], h.shape[1]).permute(1, 2, 0),
+    "another operation": lambda y, h: y.unflatten(1, h.shape[:2]).permute(1, 0, 2),
+    "in the shape of another value": lambda y, h: y.reshape(h[..., :5].permute(2, 0, 1).shape).permute(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_a_product_taken_apart_otherwise_stays(case: str) -> None:
     weight = numbers(5, CHANNELS)
 
     def project(h: Tensor) -> Tensor:
         batch, tokens, channels = h.shape
-        return (weight @ h.permute(2, 0, 1).reshape(channels, batch * tokens)).reshape(5, tokens, batch).permute(1, 0, 2)
+        return APART[case](weight @ h.permute(2, 0, 1).reshape(channels, batch * tokens), h)
 
     assert F.linear not in targets(rewritten(project, numbers(BATCH, 9, CHANNELS), 1))
 
@@ -119,6 +128,9 @@ def test_a_convolution_that_is_cut(bias: Tensor | None, rows: bool, activated: b
         lambda x: F.conv1d(x, PAIRED, padding=3, groups=3)[..., : x.shape[-1]],
         lambda x: F.conv1d(x, TAPS[..., 1:], padding=2, dilation=2, groups=CHANNELS)[..., : x.shape[-1]],
         lambda x: F.conv1d(x, TAPS[..., 1:], padding="same", groups=CHANNELS)[..., : x.shape[-1]],
+        lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS) * 2,
+        lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS)[:1],
+        lambda x: F.conv1d(x[0], TAPS, padding=3, groups=CHANNELS)[..., : x.shape[-1]],
         lambda x: (y := F.conv1d(x, TAPS, padding=3, groups=CHANNELS), y[..., : x.shape[-1]]),
     ],
 )
@@ -145,6 +157,7 @@ def test_other_padding_stays() -> None:
     for pad in (
         lambda x: F.pad(x, (0, WIDTH - x.shape[-1])),
         lambda x: F.pad(x, (2, 0)),
+        lambda x: F.pad(x, (x.shape[-1] - 3, 0)),
         lambda x: F.pad(x, (3, 0), value=1.0),
     ):
         torch._dynamo.reset()

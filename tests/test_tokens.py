@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from toys import HIDDEN, Captured, matrix, tokens
+from toys import HIDDEN, OPS, Captured, matrix, tokens
 
 from simba_compile.passes.attention import why_not
-from simba_compile.passes.tokens import FLAT, Length, is_inplace, is_one_result, is_tokenwise, value_of
+from simba_compile.passes.tokens import FLAT, Length, is_inplace, is_one_result, is_tokenwise, value_of, written
 
 
 def test_length_finds_the_argument_that_shows_it() -> None:
@@ -85,6 +85,8 @@ TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last opera
     "layer norm": (lambda h: F.layer_norm(h, (HIDDEN,)), True),
     "layer norm of tokens": (lambda h: F.layer_norm(h, h.shape[1:]), False),
     "an embedding": (lambda h: F.embedding(h.argmax(-1), matrix), True),
+    "an embedding out of all rows": (lambda h: F.embedding(h.argmax(-1), h.flatten(0, 1)), False),
+    "an embedding out of sequences": (lambda h: F.embedding(torch.arange(2).flip(0), h[:, :, 0]), False),
     "one channel": (lambda h: h[:, :, 0], True),
     "one token": (lambda h: h[:, 0], False),
     "some tokens": (lambda h: h[:, 1:], False),
@@ -126,6 +128,10 @@ ATTENTION: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "no mask": (lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h)), None),
     "a square mask": (lambda h: attend(h, (h @ h.transpose(1, 2))[:, None]), None),
     "a mask of keys": (lambda h: attend(h, h[:, None, None, :, 0]), None),
+    "a mask for every sequence": (
+        lambda h: attend(h, torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()),
+        "the mask of attention is",
+    ),
     "a mask of queries": (lambda h: attend(h, h[:, None, :, :1]), "the mask of attention is"),
     "channels before tokens": (
         lambda h: F.scaled_dot_product_attention(*[heads(h).transpose(2, 3)] * 3),
@@ -155,3 +161,47 @@ def test_attention_on_kept_tokens_and_why_not(case: str) -> None:
     example = next(value_of(n) for n in graph.find_nodes(op="placeholder") if isinstance(value_of(n), Tensor))
     reason = why_not(node, Length(example))
     assert reason is None if expected is None else str(reason).startswith(expected)
+
+
+def writes_into_a_part(h: Tensor) -> Tensor:
+    h[0] = 1.0
+    return h
+
+
+def writes_into_a_list(h: Tensor) -> Tensor:
+    torch._foreach_mul_([h, column], 2.0)
+    return h
+
+
+WRITES: dict[str, tuple[Callable[[Tensor], Any], list[str] | None]] = {  # what may be written into, where anything is
+    "an ordinary operation": (lambda h: h.mul(2), None),
+    "a method": (lambda h: h.mul_(column.sum()), ["h"]),
+    "an operator": (lambda h: operator.imul(h, 2), ["h"]),
+    "by option": (lambda h: F.relu(h, inplace=True), ["h"]),
+    "by option and by name": (lambda h: F.dropout(input=h, p=0.0, inplace=True), ["h"]),
+    "a part": (writes_into_a_part, ["h"]),
+    "an overload": (lambda h: torch.ops.aten.mul_.Tensor(h, h.detach()), ["h", "detach"]),
+    "an overload that does not write": (lambda h: torch.ops.aten.mul.Tensor(h, h), None),
+    "an operator of ours": (lambda h: OPS.gather(h, torch.zeros(2, 1, dtype=torch.int64), 1), None),
+    "a list": (writes_into_a_list, ["h", "column"]),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_what_an_operation_writes_into(case: str) -> None:
+    function, expected = WRITES[case]
+    captured = Captured(function, tokens())
+    writing = [node for node in captured.gm.graph.nodes if is_inplace(node)]
+    assert len(writing) == (expected is not None)
+    if expected is not None:
+        found = {node.name.lower() for node in written(writing[0])}
+        assert len(found) == len(expected) and all(any(name in one for one in found) for name in expected)
+
+
+def test_sequences_of_several_results_are_those_of_the_first() -> None:
+    captured = Captured(lambda h: h.sort(-1), tokens())
+    example = next(
+        value_of(node) for node in captured.gm.graph.find_nodes(op="placeholder") if isinstance(value_of(node), Tensor)
+    )
+    length = Length(example)
+    assert length.batch_axis((example, example)) == 0 and length.batch_axis((None, example)) is None

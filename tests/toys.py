@@ -31,6 +31,10 @@ class Toy(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """A layer, in float32."""
+        return h + self.mixer(h)
+
+    def mixer(self, h: Tensor) -> Tensor:
+        """What it adds to the stream."""
         wide = h.to(torch.float32)
         normed = self.norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(h.dtype)
         x, z = self.in_proj(normed).transpose(1, 2).chunk(2, dim=1)
@@ -39,13 +43,13 @@ class Toy(nn.Module):
         dt = self.dt_proj.weight @ dt.transpose(1, 2)
         z = z.transpose(1, 2)
         y, _ = OPS.selective_scan(x, dt.transpose(1, 2), self.A, B, C, None, z, self.dt_proj.bias, True, None)
-        return h + self.out_proj(y)
+        return self.out_proj(y)
 
 
 class Captured:
     """A module's graph with symbolic batch and length, and the tensors that Dynamo runs it on."""
 
-    def __init__(self, module: Callable, *inputs: Tensor) -> None:
+    def __init__(self, module: Callable, *inputs: Tensor, gradients: bool = False) -> None:
         def backend(gm: GraphModule, _: Any) -> Callable:
             self.gm = gm
 
@@ -59,7 +63,7 @@ class Captured:
         for value in inputs:
             torch._dynamo.mark_dynamic(value, 0)
             torch._dynamo.mark_dynamic(value, 1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             self.result = torch.compile(module, backend=backend, fullgraph=True)(*inputs)
 
     def targets(self, graph: GraphModule | None = None) -> list[Any]:

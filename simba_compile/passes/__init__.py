@@ -2,6 +2,7 @@
 
 subgraphs   finds the graphs that higher-order operators run
 functional  writes in-place operations as ordinary ones
+arguments   puts arguments that are given by name in their places
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each
 plan        decides how many tokens each of them keeps             → counts from a length
@@ -18,6 +19,7 @@ import logging
 from torch.fx import GraphModule
 
 from simba_compile.options import Options
+from simba_compile.passes.arguments import place_arguments
 from simba_compile.passes.functional import make_functional
 from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer
@@ -59,6 +61,7 @@ def transform(gm: GraphModule, options: Options) -> Transformed:
     graphs = with_subgraphs(gm)
     for each in graphs:
         make_functional(each.graph)
+        place_arguments(each.graph)
         make_rows(each.graph)
     mixers = find_mixers(gm)
     plan = make_plan(gm.graph, mixers, options)

@@ -287,16 +287,14 @@ def fuse_gather(node: Node) -> None:
         return
     kind = SCANS[node.target]  # type: ignore[index]
     args = kind.named(node.args)
-    gathers = [args[name] for name in kind.along_tokens if args[name] is not None]
+    gathers = [args[name] for name in kind.along_tokens]
     if not all(isinstance(g, Node) and g.target is OPS.gather and g.args[2] == 1 for g in gathers):
         return
     if len({g.args[1] for g in gathers}) != 1:  # type: ignore[union-attr]
         return
     if any(_stale(g, node, *g.all_input_nodes) for g in gathers):  # type: ignore[arg-type, union-attr]
         return
-    for name in kind.along_tokens:
-        if args[name] is not None:
-            args[name] = args[name].args[0]  # type: ignore[union-attr]
+    args |= {name: args[name].args[0] for name in kind.along_tokens}  # type: ignore[union-attr]
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
     node.args = tuple(args.values())
     for gathered in dict.fromkeys(gathers):

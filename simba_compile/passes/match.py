@@ -149,12 +149,13 @@ def _arithmetic(scan: Node) -> tuple[int, int]:
 
 
 def _weights(node: Node | None) -> int:
-    """How many weights a projection or a convolution has."""
+    """How many weights a projection or a convolution has: those of the operand that does not vary with the call."""
     if node is None:
         return 0
-    weights = [value for value in map(value_of, node.args[:2]) if isinstance(value, torch.nn.Parameter)]
-    first = node.args[0] if node.target in PRODUCTS else node.args[1]
-    return int((weights[0] if weights else value_of(first)).numel())
+    values = [value for value in map(value_of, node.args[:2]) if isinstance(value, Tensor)]
+    fixed = [value for value in values if all(isinstance(size, int) for size in value.shape)]
+    weights = [value for value in fixed if isinstance(value, torch.nn.Parameter)] or fixed
+    return weights[-1].numel() if weights else 0
 
 
 def _gate_weights(in_proj: Node | None, scans: list[Node]) -> int:

@@ -313,14 +313,12 @@ class _Pruning:
         return self.made[node, version]
 
     def _full_length(self, inputs: list[Node]) -> Node:
-        for node in inputs:
-            value = value_of(node)
-            if isinstance(value, torch.SymInt) and expression(value) == self.length.symbol:
-                return self.made[node, 0]
-        for node in inputs:
-            if self.length.of(node) >= 0:
-                return self._call(torch.ops.aten.sym_size.int, self.made[node, 0], self.length.of(node))
-        raise Unprunable(0, "no input of the graph has the sequence's length")
+        try:
+            place, axis = self.length.find(inputs)
+        except ValueError as error:  # the length is made in the graph, from a number that is read off a tensor
+            raise Unprunable(0, str(error)) from None
+        made = self.made[inputs[place], 0]
+        return made if axis is None else self._call(torch.ops.aten.sym_size.int, made, axis)
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from simba_compile.passes.edit import insert, replace, sizes
 from simba_compile.passes.pieces import split_axis
-from simba_compile.passes.tokens import PRODUCTS, expression, value_of, written_between
+from simba_compile.passes.tokens import PRODUCTS, value_of, written_between
 
 OPS = torch.ops.simba
 RESHAPE = {"reshape", "view"}
@@ -53,6 +53,8 @@ def project_rows(node: Node) -> None:
     if apart.target not in RESHAPE or not _permutes(swapped, (1, 0, 2)):
         return
     given = apart.args[1] if isinstance(apart.args[1], list | tuple) else apart.args[1:]
+    if len(given) != 3:  # the shape of another value
+        return
     channels, batch, tokens = given  # type: ignore[misc]
     if written_between(node, swapped, rows, weight):  # type: ignore[arg-type]
         return
@@ -114,8 +116,8 @@ def keep_window(node: Node) -> None:
     x, amount = node.args[:2]
     if len(amount) != 2 or amount[1] != 0 or not isinstance(amount[0], Node):  # type: ignore[arg-type, index]
         return
-    width, tokens = sizes(node)[2], sizes(x)[2]
-    if not width.is_Integer or expression(value_of(amount[0])) != width - tokens:  # type: ignore[index]
+    width = sizes(node)[2]  # the tokens and what is added
+    if not width.is_Integer:
         return
     if _is_swap(x):  # type: ignore[arg-type]
         window = _insert(node, OPS.last_tokens, x.args[0], int(width), 1)  # type: ignore[union-attr]
@@ -127,8 +129,6 @@ def keep_window(node: Node) -> None:
 def split_rows(node: Node) -> None:
     """A split of the channels of ``x.transpose(1, 2)``: the pieces of x, each transposed."""
     if split_axis(node) != 1 or len(node.args) < 2 or not _is_swap(node.args[0]):  # type: ignore[arg-type]
-        return
-    if not all(user.target is operator.getitem for user in node.users):
         return
     across, sizes_or_count = node.args[:2]
     rows = _insert(node, node.target, across.args[0], sizes_or_count, -1)  # type: ignore[arg-type, union-attr]

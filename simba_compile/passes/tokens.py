@@ -229,7 +229,7 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target in PRODUCTS:
         return len(sources) == 1
     if node.target is _F.embedding:
-        return True
+        return sources == [node.args[0]]  # a table with tokens is looked up in among them
     return node.target in CONTRACT
 
 
@@ -311,10 +311,12 @@ def _place(function: Callable, name: str) -> int | None:
 
 
 def written(node: Node) -> list[Node]:
-    """What a node that `is_inplace` may write into: its first argument and ``out``; any argument of a custom operator."""
-    out = node.kwargs.get("out")
+    """What a node that `is_inplace` may write into: its first argument and ``out``; else anything that it reads."""
     custom = isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.OpOverload)
-    values = [*(out if isinstance(out, list | tuple) else [out]), *(node.args if custom else node.args[:1])]
+    if custom or not node.args or not isinstance(node.args[0], Node) or subgraphs(node):
+        return node.all_input_nodes  # of a custom operator, by name, of a list of values, by a graph inside
+    out = node.kwargs.get("out")
+    values = [node.args[0], *(out if isinstance(out, list | tuple) else [out])]
     return [value for value in values if isinstance(value, Node)]
 
 
@@ -378,8 +380,7 @@ def _number(value: Any, length: Length) -> int | None:
 
     A symbolic one (``logits_to_keep`` after calls with different values) is fixed by a guard: the plan depends on it.
     """
-    if isinstance(value, Node):
-        value = value_of(value)
-        if isinstance(value, torch.SymInt):
-            return None if length.symbol in expression(value).free_symbols else int(value)
+    value = value_of(value) if isinstance(value, Node) else value
+    if isinstance(value, torch.SymInt):
+        return None if length.symbol in expression(value).free_symbols else int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -81,8 +81,6 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     triton_kernel = _on_gpu(name, given)
     if triton_kernel is not None:
         return triton_kernel
-    if all(value.device.type == "cpu" for value in given) and native.available():
-        for kernels in (native, native_ssd, native_linear):
-            if hasattr(kernels, name):
-                return getattr(kernels, name)
-    return getattr(reference, name)
+    on_cpu = all(value.device.type == "cpu" for value in given) and native.available()
+    places = (native, native_ssd, native_linear, reference) if on_cpu else (reference,)
+    return next(getattr(kernels, name) for kernels in places if hasattr(kernels, name))

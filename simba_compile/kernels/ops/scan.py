@@ -181,11 +181,9 @@ def gradients_of(
     return found
 
 
-def _scan_backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple:
+def _scan_backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple:
     *inputs, index = ctx.saved_tensors
     x, dt, A, B, C, D, z, dt_bias = inputs
-    if grad is None:
-        grad = x.new_zeros((x.shape[0], left(x, index), x.shape[2]))
     u, step, b, c = kept_of([x, dt, B, C], index)
     grads = torch.ops.simba.selective_scan_backward(grad, grad_state, u, step, A, b, c, D, z, dt_bias, ctx.softplus)
     return *gradients_of(inputs, grads, index, (0, 1, 3, 4)), None, None

@@ -172,11 +172,9 @@ def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, initial, index)
 
 
-def _ssd_backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple:
+def _ssd_backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple:
     *inputs, initial, index = ctx.saved_tensors
     x, dt, A, B, C, D, dt_bias = inputs
-    if grad is None:
-        grad = x.new_zeros((x.shape[0], left(x, index), *x.shape[2:]))
     u, step, b, c = kept_of([x, dt, B, C], index)
     *grads, dinitial = torch.ops.simba.ssd_scan_backward(
         grad, grad_state, u, step, A, b, c, D, dt_bias, ctx.softplus, ctx.dt_min, ctx.dt_max, initial

@@ -1,0 +1,63 @@
+"""Put the arguments of a call where the other passes look for them: in their places, and under torch's own names.
+
+``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
+``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
+
+Dynamo keeps a call as the model wrote it. Torch takes NumPy's names of some arguments beside its own.
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+from simba_compile.passes.scans import CONTRACT
+from simba_compile.passes.tokens import (
+    ALONG_AXES,
+    CASTS,
+    CONCATENATIONS,
+    LINEAR,
+    NORMS,
+    POINTWISE,
+    PRODUCTS,
+    RESHAPES,
+    VIEWS,
+)
+
+_OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+_FIRST = {"input", "tensor", "tensors"}
+_NEXT = {  # what follows the first argument, as far as some pass reads it by its place
+    **dict.fromkeys(LINEAR, ("weight", "bias")),
+    torch.nn.functional.embedding: ("weight",),
+    **dict.fromkeys(NORMS, ("normalized_shape",)),
+    **dict.fromkeys(CONCATENATIONS | {"mean", torch.mean}, ("dim",)),
+    **dict.fromkeys(PRODUCTS | {"add", torch.add, "sub", torch.sub, "mul", torch.mul, "div", torch.div}, ("other",)),
+    **dict.fromkeys(("pow", torch.pow), ("exponent",)),
+    **dict.fromkeys(("permute", torch.permute), ("dims",)),
+    **dict.fromkeys(("transpose", torch.transpose), ("dim0", "dim1")),
+    **{"view": ("size",), "reshape": ("shape",), torch.reshape: ("shape",)},
+}
+_KNOWN = (POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | _NEXT.keys()) - {torch.where}  # whose first is no input
+
+
+def place_arguments(graph: Graph) -> None:
+    """Run over a graph, in place."""
+    for node in graph.nodes:
+        if node.kwargs and node.op in ("call_function", "call_method"):
+            _place(node)
+
+
+def _place(node: Node) -> None:
+    named = dict(node.kwargs)
+    if node.target in CONTRACT:
+        order = [{argument.name} for argument in node.target.default._schema.arguments]  # type: ignore[union-attr]
+    elif node.target in _KNOWN:
+        named = {_OF_NUMPY.get(name, name): value for name, value in named.items()}
+        order = [_FIRST, *({name} for name in _NEXT.get(node.target, ()))]
+    else:
+        return
+    args = list(node.args)
+    for names in order[len(args) :]:
+        found = names & named.keys()
+        if not found:
+            break
+        args.append(named.pop(found.pop()))
+    node.args, node.kwargs = tuple(args), named

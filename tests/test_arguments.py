@@ -1,0 +1,104 @@
+"""Arguments that are given by name, or under NumPy's names: calls mean the same, and are read as those by place are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from toys import HIDDEN, OPS, WIDTH, Captured, matrix, tokens, toys
+
+from simba_compile import Options
+from simba_compile.passes import transform
+from simba_compile.passes.arguments import place_arguments
+from simba_compile.passes.match import match
+from simba_compile.passes.tokens import Length, value_of
+
+layer, last = toys(2)
+weight = torch.rand(HIDDEN) + 0.5
+Function = Callable[[Tensor], Tensor]
+NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same by place
+    "linear": (lambda h: F.linear(input=h, weight=matrix), lambda h: F.linear(h, matrix)),
+    "linear with a bias": (lambda h: F.linear(h, weight=matrix, bias=weight), lambda h: F.linear(h, matrix, weight)),
+    "layer norm": (
+        lambda h: F.layer_norm(input=h, normalized_shape=(HIDDEN,), weight=weight),
+        lambda h: F.layer_norm(h, (HIDDEN,), weight=weight),
+    ),
+    "embedding": (
+        lambda h: F.embedding(weight=matrix, input=h.argmax(-1)),
+        lambda h: F.embedding(h.argmax(-1), matrix),
+    ),
+    "concatenation": (
+        lambda h: torch.cat(tensors=[h, h], axis=-1)[..., :HIDDEN],
+        lambda h: torch.cat([h, h], -1)[..., :HIDDEN],
+    ),
+    "stack": (lambda h: torch.stack([h, h.sin()], axis=2).sum(2), lambda h: torch.stack([h, h.sin()], 2).sum(2)),
+    "transpose": (
+        lambda h: torch.transpose(input=h, dim0=1, dim1=2).sin().transpose(dim0=1, dim1=2),
+        lambda h: h.transpose(1, 2).sin().transpose(1, 2),
+    ),
+    "permute": (
+        lambda h: torch.permute(h, dims=(0, 2, 1)).sin().permute(dims=(0, 2, 1)),
+        lambda h: h.permute((0, 2, 1)).sin().permute((0, 2, 1)),
+    ),
+    "product": (lambda h: torch.matmul(input=h, other=matrix), lambda h: torch.matmul(h, matrix)),
+    "arithmetic": (
+        lambda h: torch.mul(h, other=torch.add(input=h, other=1).sub(other=2)),
+        lambda h: torch.mul(h, torch.add(h, 1).sub(2)),
+    ),
+    "by NumPy's names": (lambda h: torch.mul(x1=torch.exp(a=h), x2=torch.sqrt(x=h.abs())), lambda h: torch.mul(
+        torch.exp(h), torch.sqrt(h.abs()))),
+    "reshape": (
+        lambda h: torch.reshape(input=h, shape=(h.shape[0], -1, 2, 3)).view(size=h.shape),
+        lambda h: torch.reshape(h, (h.shape[0], -1, 2, 3)).view(h.shape),
+    ),
+    "chunks": (lambda h: h.chunk(2, axis=-1)[1].repeat(1, 1, 2), lambda h: h.chunk(2, -1)[1].repeat(1, 1, 2)),
+    "norm": (
+        lambda h: weight * (h * torch.rsqrt(input=torch.add(h.pow(exponent=2).mean(axis=-1, keepdims=True), other=1e-5))),
+        lambda h: weight * (h * torch.rsqrt(torch.add(h.pow(2).mean(-1, keepdim=True), 1e-5))),
+    ),
+    "along the tokens": (lambda h: h.sort(axis=1).values, lambda h: h.sort(1).values),
+    "a choice": (
+        lambda h: torch.where(condition=h > 0, input=h, other=h.sin()),
+        lambda h: torch.where(h > 0, h, h.sin()),
+    ),
+}  # fmt: skip
+
+
+def beside(h: Tensor, function: Function) -> Tensor:
+    """A function of the stream, added to it."""
+    return h + function(h)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names_and_places_mean_the_same(name: str) -> None:
+    """Between two mixers: the same is pruned, the same is fused, and with everything kept the result is eager's."""
+    called, results = [], []
+    for function in NAMED[name]:
+        captured = Captured(lambda h, function=function: last(beside(layer(h), function)), tokens())
+        with torch.no_grad():
+            result = transform(captured.gm, Options.from_mapping({"schedule": [0.6, 0.3], "min_tokens": 1}))
+            assert result.pruned is not None and result.plan is not None
+            counts = [20] * len(result.plan.pruning)
+            torch.testing.assert_close(result.pruned(*captured.args, *counts)[0], captured.result, rtol=1e-4, atol=1e-5)
+            results.append(result.pruned(*captured.args, *result.plan.inputs(20))[0])
+        called.append([getattr(target, "__name__", target) for target in captured.targets(result.pruned)])
+    assert sorted(called[0]) == sorted(called[1])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_operators_of_ours_by_name() -> None:
+    def function(h: Tensor) -> Tensor:
+        x = OPS.causal_conv1d(x=layer.in_proj(h)[..., :WIDTH], weight=layer.conv, bias=None, silu=True)
+        B, C = layer.x_proj(x)[..., 2:].chunk(2, -1)
+        y, _ = OPS.selective_scan(x=x, dt=x, A=layer.A, B=B, C=C, D=None, z=None, dt_bias=None, softplus=True, index=None)
+        return h + layer.out_proj(y)
+
+    captured = Captured(function, tokens())
+    place_arguments(captured.gm.graph)
+    (mixer,) = match(captured.gm.graph)
+    assert mixer.reason is None and value_of(mixer.residual).shape[-1] == HIDDEN
+    assert Length(mixer.x).is_symbolic
+    captured.lowered()

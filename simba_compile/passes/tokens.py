@@ -5,7 +5,9 @@ sizes show most that do not (the axis is gone, or its size is another); what the
 operations. What is not known to be safe is not.
 """
 
+import inspect
 import operator
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -147,6 +149,7 @@ POINTWISE: set[Any] = {
     *("abs", "square", "masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool"),
     *("contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin),
     *(torch.zeros_like, torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
+    _F.dropout,
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
@@ -274,6 +277,17 @@ def subgraphs(node: Node) -> list[GraphModule]:
     return [value for value in found if isinstance(value, GraphModule)]
 
 
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers: dropout, where it is on."""
+    return node.target is _F.dropout and _given(node, "training") is not False and _given(node, "p") != 0
+
+
+def _given(node: Node, name: str) -> Any:
+    """What a function written in Python is given for a parameter, by name or by place; None where it is not given."""
+    names = list(inspect.signature(node.target).parameters) if isinstance(node.target, types.FunctionType) else []
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name)
+
+
 def is_inplace(node: Node) -> bool:
     """Whether the node writes into one of its inputs."""
     target = node.target
@@ -281,7 +295,7 @@ def is_inplace(node: Node) -> bool:
         return False
     if any(is_inplace(inner) for graph in subgraphs(node) for inner in graph.graph.nodes):
         return True
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+    if node.kwargs.get("out") is not None or _given(node, "inplace") is True:
         return True
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())

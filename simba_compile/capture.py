@@ -121,6 +121,7 @@ def _make_length_dynamic() -> bool:
         _undo.append(functools.partial(setattr, shapes, "use_duck_shape", True))
         changed = True
     if changed:
+        tx.speculation_log.clear()  # sizes that are symbols now are operations of the graph: breaks are judged anew
         raise exc.RestartAnalysis(restart_reason="simba: the length is made symbolic")
     return True
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Graph
 from toys import HIDDEN, OPS, Captured, matrix, tokens
 
 from simba_compile.passes.attention import why_not
-from simba_compile.passes.tokens import FLAT, Length, is_inplace, is_one_result, is_tokenwise, value_of, written
+from simba_compile.passes.tokens import FLAT, Length, is_inplace, is_one_result, is_random, is_tokenwise, value_of, written
 
 
 def test_length_finds_the_argument_that_shows_it() -> None:
@@ -119,6 +120,11 @@ def test_tokenwise_is_what_gives_kept_tokens_the_same(case: str) -> None:
             torch.testing.assert_close(few, taken.flatten(0, 1) if length.of(node) == FLAT else taken)
 
 
+def in_a_buffer(keys: Tensor) -> Tensor:
+    """Copied into a larger tensor, as a static cache does."""
+    return torch.zeros(keys.shape[0], 2, 64, 3).index_copy(2, torch.arange(keys.shape[2]), keys)
+
+
 def heads(h: Tensor) -> Tensor:
     """(batch, head, token, channel)."""
     return h.unflatten(-1, (2, 3)).transpose(1, 2)
@@ -145,7 +151,22 @@ ATTENTION: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
         lambda h: F.scaled_dot_product_attention(heads(h), heads(h[:, :4] * 2), heads(h[:, :4] * 2)),
         "the key of attention does not have one row for each token",
     ),
+    "keys out of a buffer": (
+        lambda h: F.scaled_dot_product_attention(heads(h), in_a_buffer(heads(h))[:, :, : h.shape[1]], heads(h)),
+        "attention reads its keys from a cache of a fixed size",
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "random", "inplace"),
+    [((0.5,), {}, True, False), ((0.5, False), {}, False, False), ((0.0,), {"training": True}, False, False),
+     ((), {"p": 0.2, "training": True}, True, False), ((0.5, True, True), {}, True, True)],
+)  # fmt: skip
+def test_dropout_is_given_by_place_or_by_name(args: tuple, kwargs: dict[str, Any], random: bool, inplace: bool) -> None:
+    graph = Graph()
+    node = graph.call_function(F.dropout, (graph.placeholder("x"), *args), kwargs)
+    assert is_random(node) is random and is_inplace(node) is inplace
 
 
 def attend(h: Tensor, mask: Tensor) -> Tensor:

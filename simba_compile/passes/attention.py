@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.kernels.reference import is_marked
-from simba_compile.passes.tokens import CASTS, CONCATENATIONS, RESHAPES, VIEWS, Length, is_one_result, value_of
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, NO_TOKENS, RESHAPES, VIEWS, Length, is_one_result, value_of
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SAME_DATA: set[Any] = {*VIEWS, *RESHAPES, *CASTS, *CONCATENATIONS, operator.getitem}
@@ -39,6 +39,8 @@ def why_not(node: Node, length: Length) -> str | None:
         value = value_of(arguments[name])
         if length.axis(value) != value.dim() - 2 or length.batch_axis(value) != 0:
             return f"the {name} of attention does not have one row for each token: it is {list(value.shape)}"
+    if any(length.of(part) == NO_TOKENS and 0 not in value_of(part).shape for part in _parts(node, length)):
+        return "attention reads its keys from a cache of a fixed size"
     mask = value_of(arguments.get("attn_mask"))
     if mask is None or length.is_square(mask) or length.axis(mask) == mask.dim() - 1:
         return None
@@ -47,13 +49,18 @@ def why_not(node: Node, length: Length) -> str | None:
 
 def entries(node: Node, length: Length) -> set[Node]:
     """An attention's keys and values, and what they are views of: those that the graph returns go into a cache."""
+    return {source for source in _parts(node, length) if length.of(source) >= 0}
+
+
+def _parts(node: Node, length: Length) -> set[Node]:
+    """An attention's keys and values, and the tensors that they are views of or were put together from."""
     arguments = _arguments(node)
     found: set[Node] = set()
     queue: list[Node] = [arguments["key"], arguments["value"]]
     for source in queue:  # grows while it is walked
-        if source not in found and not is_one_result(source) and length.of(source) >= 0:
+        if source not in found and not is_one_result(source) and isinstance(value_of(source), Tensor):
             found.add(source)
-            if source.target in _SAME_DATA:
+            if source.target in _SAME_DATA and length.of(source) >= 0:
                 queue += source.all_input_nodes
     return found
 

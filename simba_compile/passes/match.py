@@ -11,7 +11,9 @@ several Mamba heads (zamba) has a scan for each head, behind one convolution.
 """
 
 import dataclasses
+import itertools
 import operator
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -24,6 +26,7 @@ from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix,
 
 ADDS = {operator.add, torch.add, "add"}
 SCALES = {operator.mul, torch.mul, "mul"}
+SEVERAL = "the mixers of this graph do not follow one another, as if a model ran twice in it; compile the model by itself"
 
 
 @dataclasses.dataclass
@@ -72,7 +75,11 @@ def match(graph: Graph) -> list[Mixer]:
     heads: dict[Node, list[Node]] = {}  # by the convolution that they share, where they have one
     for scan in scans:
         heads.setdefault(_convolution(scan) or scan, []).append(scan)
-    return [_mixer(group) for group in heads.values()]
+    mixers = [_mixer(group) for group in heads.values()]
+    if not all(_reaches(before.scans[0], after.scans[0]) for before, after in itertools.pairwise(mixers)):
+        for mixer in mixers:
+            mixer.reason = mixer.reason or SEVERAL
+    return mixers
 
 
 def _convolution(scan: Node) -> Node | None:
@@ -172,10 +179,8 @@ def _path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
-    name = list(stack.values())[-1][0]
-    for prefix in ("L['self'].", "L['model'].", "L['fn'].", "self."):
-        name = name.removeprefix(prefix)
-    return name.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    name = re.sub(r"\['?(\w+)'?\]", r".\1", list(stack.values())[-1][0])  # L['self'].layers[0] is L.self.layers.0
+    return re.sub(r"^(self|[LG]\.\w+)\.", "", re.sub(r"\.(__dict__|__self__|_modules)\b", "", name))
 
 
 def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:

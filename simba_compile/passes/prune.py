@@ -33,6 +33,7 @@ from simba_compile.passes.tokens import (
     expression,
     inputs_with_tokens,
     is_inplace,
+    is_random,
     is_tokenwise,
     storage_of,
     suffix,
@@ -346,7 +347,12 @@ class _Pruning:
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
         if self.modes[node] != self.mode:
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens outside of its no_grad or autocast")
-        return self._copy(node, 0)
+        if not is_random(node):
+            return self._copy(node, 0)
+        if self.length.of(node) != 1:
+            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and draws random numbers")
+        have = self.version[node]  # the tokens of this version have theirs already
+        return self._call(OPS.restore, self._copy(node, 0), [self.made[node, have]], [self._positions(have)])
 
     def _restore_stream(self, node: Node) -> Node:
         if self.length.of(node) != 1:

@@ -150,6 +150,7 @@ POINTWISE: set[Any] = {
     *("abs", "square", "masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool"),
     *("contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin),
     *(torch.zeros_like, torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
+    _F.dropout,
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
@@ -279,6 +280,23 @@ def subgraphs(node: Node) -> list[GraphModule]:
     return [value for value in found if isinstance(value, GraphModule)]
 
 
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers: dropout, where it is on."""
+    return node.target is _F.dropout and _given(node, "training") is not False and _given(node, "p") != 0
+
+
+def _given(node: Node, name: str) -> Any:
+    """What a function written in Python is given for a parameter, by name or by place; None where it is not given."""
+    place = _place(node.target, name)
+    return node.args[place] if place is not None and place < len(node.args) else node.kwargs.get(name)
+
+
+@functools.cache
+def _place(target: Any, name: str) -> int | None:
+    names = list(inspect.signature(target).parameters) if inspect.isfunction(target) else []
+    return names.index(name) if name in names else None
+
+
 def is_inplace(node: Node) -> bool:
     """Whether the node writes into one of its inputs."""
     target = node.target
@@ -286,7 +304,7 @@ def is_inplace(node: Node) -> bool:
         return False
     if any(is_inplace(inner) for graph in subgraphs(node) for inner in graph.graph.nodes):
         return True
-    if node.kwargs.get("out") is not None or _argument(node, "inplace") is True:
+    if node.kwargs.get("out") is not None or _given(node, "inplace") is True:
         return True
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
@@ -296,18 +314,6 @@ def is_inplace(node: Node) -> bool:
     if name == "setitem" or target in IN_PLACE or name in _WRITING_METHODS:
         return True
     return name.endswith("_") and not name.endswith("__")
-
-
-def _argument(node: Node, name: str) -> Any:
-    """An argument of a Python function, given by its name or in its place; None where it is not given."""
-    place = _place(node.target, name) if node.op == "call_function" else None
-    return node.args[place] if place is not None and place < len(node.args) else node.kwargs.get(name)
-
-
-@functools.cache
-def _place(function: Callable, name: str) -> int | None:
-    names = list(inspect.signature(function).parameters) if inspect.isfunction(function) else []
-    return names.index(name) if name in names else None
 
 
 def written(node: Node) -> list[Node]:

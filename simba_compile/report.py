@@ -1,6 +1,7 @@
 """`explain`: what the backend does to a model, mixer by mixer."""
 
 import dataclasses
+import inspect
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -119,7 +120,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | 
     Raises
     ------
     ValueError
-        For options that are not valid.
+        For options that are not valid, and for one that was given to the model.
 
     Examples
     --------
@@ -127,6 +128,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | 
     >>> print(report)
     """
     chosen = Options.from_mapping(options)
+    _refuse_options(model, kwargs)
     rows: list[MixerReport] = []
     graphs = 0
 
@@ -151,6 +153,14 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | 
     torch.compile(fresh, backend=observing, options=dataclasses.asdict(chosen))()
     torch._dynamo.reset_code(fresh.__code__)
     return Report(tuple(rows), graphs)
+
+
+def _refuse_options(model: Callable, given: Mapping[str, Any]) -> None:
+    """Models take any name and ignore what they do not know: an option among these would be lost."""
+    for name in sorted(given.keys() & {field.name for field in dataclasses.fields(Options)}):
+        if name not in inspect.signature(getattr(model, "forward", model)).parameters:
+            option = {name: given[name]}
+            raise ValueError(f"{name} is an option of the backend, not an argument of the model: pass options={option}.")
 
 
 def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:

@@ -152,3 +152,8 @@ def test_wrong_options_are_told_before_the_call() -> None:
 
     with pytest.raises(ValueError, match="Did you mean keep"):
         simba_compile.explain(never, options={"kep": 1})
+
+
+def test_an_option_given_to_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"keep is an option of the backend.*options={'keep': 0\.5}"):
+        simba_compile.explain(tiny_model(), random_ids(1, 40), keep=0.5)

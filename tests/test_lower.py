@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_lower_makes_the_gate_for_kept_tokens(function: Callable, projects_kept:
     assert any(node.args[0].target is OPS.gather for node in products) == projects_kept
 
 
-def normed(x: Tensor, dim: int = -1, eps: float = 1e-5) -> Tensor:
+def normed(x: Tensor, dim: int | Sequence[int] = -1, eps: float = 1e-5) -> Tensor:
     """An RMS norm over some axis."""
     return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
 
@@ -145,6 +145,9 @@ NORMS: dict[str, tuple[Callable, int]] = {
     "no weight": (lambda h: normed(h), 1),
     "in halves": (lambda h: (weight.half() * normed(h.half().float()).half()).float(), 1),
     "over tokens": (lambda h: weight * normed(h, 1), 0),
+    "over a list of one": (lambda h: weight * normed(h, [-1]), 1),
+    "over a tuple of one": (lambda h: weight * normed(h, (-1,)), 1),
+    "over tokens in a tuple": (lambda h: weight * normed(h, (-2,)), 0),
     "cubes": (lambda h: weight * (h * torch.rsqrt(h.pow(3).abs().mean(-1, keepdim=True) + 1e-5)), 0),
     "of another": (lambda h: weight * (h * torch.rsqrt((h + 1).pow(2).mean(-1, keepdim=True) + 1e-5)), 0),
     "used twice": (lambda h: normed(h) * weight + normed(h), 2),
@@ -339,6 +342,8 @@ GATED: dict[str, tuple[Callable, int]] = {
     "no product": (lambda h: weight * groups_normed(h.sin(), 2), 0),
     "groups across tokens": (lambda h: weight * normed((h * F.silu(h + 1)).view(len(h), -1, 3)).view(h.shape), 0),
     "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
+    "one token": (lambda h: gated(h[:, 0], h[:, 0] + 1, 2), 1),
+    "a write elsewhere": (lambda h: (lambda x, _: gated(h, h + 1, 2) + x)(*half_written(h.clone())), 1),
     "a gate written": (lambda h: (lambda z, y, _: weight * groups_normed(h * y, 2))(*silu_written(h.clone())), 0),
     "a product written": (lambda h: (lambda y, _: weight * groups_normed(y, 2))(*half_written(h * F.silu(h + 1))), 0),
 }

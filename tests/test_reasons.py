@@ -37,6 +37,11 @@ def two_at_once(h: Tensor) -> Tensor:
     return h + (y + z)
 
 
+def one_into_the_next(h: Tensor) -> Tensor:
+    h = a(h)
+    return h + c.mixer(b.mixer(h))
+
+
 def tokens_before_the_batch(h: Tensor) -> Tensor:
     return b((a(h).transpose(0, 1) + h.transpose(0, 1)).transpose(0, 1))
 
@@ -115,6 +120,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
     ),
     "two mixers at once": (
         two_at_once,
+        {"schedule": [0.6, 0.5, 0.3]},
+        ["the mixers of this graph do not follow one another"] * 3,
+    ),
+    "one mixer into the next": (
+        one_into_the_next,
         {"schedule": [0.6, 0.5, 0.3], **LAYER},
         [None, None, "another mixer stands between this one's scan and its residual add"],
     ),

@@ -103,7 +103,10 @@ def test_a_subgraph_after_a_pruned_mixer_sees_every_token(writes: bool, selected
     model, ids = tiny_model("mamba"), random_ids(2, 50)
 
     def branch(x: Tensor) -> Tensor:
-        return x.clone().mul_(2) if writes else x * 2
+        doubled = x.clone()
+        if writes:
+            doubled[:, :].mul_(2)  # through a view: the write stays one
+        return doubled if writes else x * 2
 
     def doubled(ids: Tensor) -> Tensor:
         h = model.backbone(ids, use_cache=False).last_hidden_state

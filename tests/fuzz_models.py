@@ -415,8 +415,8 @@ class Interpreter:
         version = max(a.version, b.version)
         ways = [Value(JOINS[name](a.full, b.full), version, name in PARTS and (a.stream or b.stream))]
         if version and name in (*PARTS, "addition weighted", "add the mapped"):
-            for one in (a, b):
-                if one.stream and not (one is b and name == "add the mapped"):
+            for one in (a,) if name == "add the mapped" else (a, b):
+                if one.stream:
                     ways.append(Value(torch.where(self.mask(version), ways[0].full, one.full), version, True))
         if version:  # or of restored values
             ways.append(Value(ways[0].full, 0, ways[0].stream))

@@ -38,7 +38,7 @@ sanitize: .venv/installed
 	$(BIN)/python tests/sanitize.py 300
 
 fuzz: .venv/installed
-	SIMBA_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics
+	SIMBA_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_aliasing.py --hypothesis-show-statistics
 
 mutate: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py mutants.jsonl --sample 200

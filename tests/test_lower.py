@@ -248,6 +248,12 @@ def test_lower_gathers_the_residual_in_the_product() -> None:
     assert OPS.gather in after and OPS.linear in after
 
 
+def test_lower_leaves_sums_with_columns_alone() -> None:
+    """They have the operands of a product."""
+    after = Captured(lambda h: matrix[:, :1] + h.transpose(1, 2), tokens()).lowered()
+    assert OPS.linear not in after and F.linear not in after
+
+
 @pytest.mark.parametrize("write", [False, True])
 def test_lower_gathers_in_the_scan_only_what_stays_as_it_is(write: bool) -> None:
     A = -matrix.exp()

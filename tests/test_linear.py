@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,18 +119,39 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
 
     with threads(2):
         if native.library().simba_lanes() >= native_linear.AVX2:  # type: ignore[union-attr]
+            monkeypatch.setattr(native_linear, "mkl_is_at_home", lambda: True)
+            assert not taken(1) and not taken(2000)
+            monkeypatch.setattr(native_linear, "mkl_is_at_home", lambda: False)
             assert taken(1) and taken(20) and taken(2000)
             assert taken(2000, columns=16) and not taken(20, columns=16)
-            assert taken(1, torch.bfloat16) and not taken(2000, torch.bfloat16)
-            for slow in (True, False):
-                monkeypatch.setattr(native_linear, "float16_is_slow", lambda slow=slow: slow)
-                assert taken(20, torch.float16) == slow and not taken(1, torch.float16)
+            for has in (True, False):
+                monkeypatch.setattr(native_linear, "has_instructions", lambda dtype, has=has: has)
+                assert taken(20, torch.float16) != has and not taken(1, torch.float16)
+                assert taken(20, torch.bfloat16) != has and taken(1, torch.bfloat16) == has
         assert not taken(2000, torch.float64) and not taken(0)
         assert not native_linear.is_faster(torch.zeros(2000, 512), torch.zeros(512, 512).t())  # would copy all weights
     with threads(native_linear.THREADS + 1):
         assert not taken(2000)
     with at_level(0):
         assert not taken(2000)
+
+
+@needs_native
+def test_what_is_known_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor as the system says; instructions of halves as torch says, and taken for there where it does not say."""
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        is_intel = "GenuineIntel" in cpu.read_text()
+        assert native_linear.mkl_is_at_home.__wrapped__() == (is_intel and torch.backends.mkl.is_available())
+    for capabilities, bf16, fp16 in (
+        ({}, True, True),
+        ({"avx512_bf16": False, "avx512_fp16": False}, False, False),
+        ({"avx512_bf16": True, "avx512_fp16": False}, True, False),
+        ({"avx512_bf16": False, "amx_bf16": True, "avx512_fp16": False, "amx_fp16": False}, True, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known, raising=False)
+        has = native_linear.has_instructions.__wrapped__
+        assert (has(torch.bfloat16), has(torch.float16)) == (bf16, fp16)
 
 
 @needs_native

@@ -23,21 +23,29 @@ THREADS = 8  # up to which sharing out the work was thought through
 AVX2 = 8  # lanes
 LARGE = 1 << 18  # weights that do not come out of a cache, so that how they are read decides
 MANY = 96  # rows that make up for the call's overhead with smaller ones
-MANY_HALVES = 8  # rows from which torch's product of float16 falls behind
+MANY_HALVES = 8  # rows from which torch's product of halves falls behind, where it has no instructions for them
 
 
 @cache
-def float16_is_slow() -> bool:
-    """Whether torch says that this CPU has no instructions for float16."""
+def mkl_is_at_home() -> bool:
+    """Whether torch's products of float32 are MKL's and the CPU is Intel's, for which MKL is made."""
+    lib = library()
+    return lib is not None and bool(lib.simba_is_intel()) and torch.backends.mkl.is_available()
+
+
+@cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies halves of this dtype, as far as torch says."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say
-    return capabilities.get("avx512_fp16") is False and not capabilities.get("amx_fp16")
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return capabilities.get(f"avx512_{kind}") is not False or bool(capabilities.get(f"amx_{kind}"))
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel beats torch's product on these: float32 does nearly always, halves where torch is weak.
+    """Whether the kernel beats torch's product on these: of float32 where MKL is not at home, of halves where torch is weak.
 
-    docs/decisions.md has the measurements. torch's products of bfloat16 have instructions of their own that this kernel does
-    not use.
+    docs/decisions.md has the measurements. Torch's products of halves use instructions that this kernel does not use, where
+    the CPU has them.
     """
     lib = library()
     if lib is None or not x.numel() or weight.stride(-1) != 1:
@@ -46,10 +54,12 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         return False
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
-        return rows >= MANY or weight.numel() >= LARGE
-    if x.dtype == torch.float16:
-        return rows >= MANY_HALVES and float16_is_slow()
-    return x.dtype == torch.bfloat16 and rows == 1
+        return (rows >= MANY or weight.numel() >= LARGE) and not mkl_is_at_home()
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if has_instructions(x.dtype):
+        return x.dtype == torch.bfloat16 and rows == 1
+    return rows >= MANY_HALVES
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:

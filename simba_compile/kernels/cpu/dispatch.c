@@ -76,5 +76,14 @@ int simba_set_level(int wanted) {
 /* Lanes of a float vector at the present level: native.py sizes scratch by it. */
 int simba_lanes(void) { return 4 << level; }
 
+/* Whether Intel made this CPU: native_linear.py asks. */
+int simba_is_intel(void) {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return 0;
+#endif
+}
+
 /* What setup.py compiled: library.py compares it with the sources that it finds. */
 uint64_t simba_sources(void) { return SIMBA_SOURCES; }

@@ -32,8 +32,9 @@ import transformers.models.mamba.modeling_mamba  # noqa: F401  (loaded once, bef
 
 ROOT = Path(__file__).parents[1]
 FILES = ["simba_compile/options.py", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("simba_compile/passes/*.py"))]
-SUBJECTS = ["options", "passes", "lower", "tokens", "rows", "attention", "along_tokens", "subgraphs", "report", "padding"]
-TESTS = [f"tests/test_{name}.py" for name in (*SUBJECTS, "calls", "generation", "backend", "families", "fuzz")]
+SUBJECTS = ["options", "passes", "arguments", "lower", "tokens", "rows", "attention", "along_tokens", "subgraphs", "report"]
+LARGER = ["padding", "aliasing", "reasons", "calls", "generation", "backend", "families", "fuzz"]
+TESTS = [f"tests/test_{name}.py" for name in (*SUBJECTS, *LARGER)]
 
 OTHER: dict[type, type] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},

@@ -59,6 +59,15 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """No test leaves our log quieter than it found it, as a command may that it calls (`benchmarks/measure.py`)."""
+    log = logging.getLogger("simba_compile")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
 @pytest.fixture
 def selected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What every `simba::select` of the test returned."""

@@ -63,7 +63,7 @@ def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _expect(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     if value is None:
         return
-    if value.device.type != "cpu" or tuple(value.shape) != shape or (dtype is not None and value.dtype != dtype):
+    if not value.is_cpu or value.shape != shape or (dtype is not None and value.dtype != dtype):
         raise ValueError(
             f"{name} is {tuple(value.shape)}, {value.dtype}, on {value.device}; expected {shape}, {dtype or 'any dtype'}, "
             "on the CPU."

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,12 +76,19 @@ def _open_to_inductor(function: Callable) -> None:
     torch.library.register_torch_dispatch(f"simba::{name}", FunctionalTensorMode, trace, lib=LIBRARY)
 
 
+@cache
+def _on_cpu(name: str) -> ModuleType:
+    """Where the operator's native kernel stands, or its definition where there is none."""
+    return next(kernels for kernels in (native, native_ssd, native_linear, reference) if hasattr(kernels, name))
+
+
 def implementation(name: str, *tensors: Tensor | None) -> Callable:
-    """What runs the operator `name` on these tensors: the Triton kernel, the native one, or its reference."""
+    """What runs the operator `name` on these tensors: the Triton kernel, the native one, or its reference.
+
+    A decoding step comes here a hundred times, so the way to a native kernel is short.
+    """
     given = [value for value in tensors if value is not None]
-    triton_kernel = _on_gpu(name, given)
-    if triton_kernel is not None:
-        return triton_kernel
-    on_cpu = all(value.device.type == "cpu" for value in given) and native.available()
-    places = (native, native_ssd, native_linear, reference) if on_cpu else (reference,)
-    return next(getattr(kernels, name) for kernels in places if hasattr(kernels, name))
+    devices = {value.device.type for value in given}
+    if devices == {"cpu"} and native.available():
+        return getattr(_on_cpu(name), name)
+    return _on_gpu(name, given) or getattr(reference, name)

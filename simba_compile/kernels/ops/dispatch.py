@@ -81,6 +81,18 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     triton_kernel = _on_gpu(name, given)
     if triton_kernel is not None:
         return triton_kernel
-    on_cpu = all(value.device.type == "cpu" for value in given) and native.available()
-    places = (native, native_ssd, native_linear, reference) if on_cpu else (reference,)
-    return next(getattr(kernels, name) for kernels in places if hasattr(kernels, name))
+    if all(value.device.type == "cpu" for value in given) and native.available():
+        for kernels in (native, native_ssd, native_linear):
+            if hasattr(kernels, name):
+                return getattr(kernels, name)
+    return _contiguous(getattr(reference, name))
+
+
+def _contiguous(definition: Callable) -> Callable:
+    """With results laid out as the kernels' are, and as Inductor was told: those of plain torch follow the inputs."""
+
+    def run(*args: Any) -> Any:
+        result = definition(*args)
+        return tuple(value.contiguous() for value in result) if isinstance(result, tuple) else result.contiguous()
+
+    return run

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from simba_compile.kernels import native, reference
 
@@ -77,6 +79,25 @@ class Source:
         """So many positions of each sequence, ascending."""
         order = [torch.randperm(tokens, generator=self.generator)[:count].sort().values for _ in range(batch)]
         return torch.stack(order) if order else torch.zeros(0, count, dtype=torch.int64)
+
+
+def assert_laid_out_as_shown(operator: Any, args: tuple[Any, ...]) -> None:
+    """Results have the strides that fake tensors gave them, also of inputs whose last two axes are swapped in memory."""
+
+    def swapped(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        return value.mT.contiguous().mT if value.dim() > 1 else value.clone()
+
+    given, mode = tree_map(swapped, args), FakeTensorMode()
+    shown_args = tree_map(lambda value: mode.from_tensor(value) if isinstance(value, Tensor) else value, given)
+    with mode:
+        shown = tree_leaves(operator(*shown_args))
+    for value, fake in zip(tree_leaves(operator(*given)), shown, strict=True):
+        assert value.shape == fake.shape and value.dtype == fake.dtype
+        pairs = [(a, b) for a, b, size in zip(value.stride(), fake.stride(), value.shape, strict=True) if size > 1]
+        assert value.numel() == 0 or all(a == b for a, b in pairs), f"{value.stride()} and not {fake.stride()}"
 
 
 layouts = st.sampled_from(["plain", "pieces", "transposed", "strided"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import OPERATORS, REGISTERED
-from kernel_inputs import Source, leaf, needs_native
+from kernel_inputs import Source, assert_laid_out_as_shown, leaf, needs_native
 from torch import Tensor
 from torch.library import opcheck
 
@@ -163,6 +163,7 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(native, "available", lambda: False)
     for args in samples()[name]:
         opcheck(getattr(OPS, name).default, args)
+        assert_laid_out_as_shown(getattr(OPS, name), args)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from kernel_inputs import (
     INF,
     NAN,
     Source,
+    assert_laid_out_as_shown,
     assert_near,
     at_level,
     batches,
@@ -290,6 +291,7 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(native, "available", lambda: False)
     for args in samples()[name]:
         opcheck(getattr(OPS, name).default, args)
+        assert_laid_out_as_shown(getattr(OPS, name), args)
 
 
 def test_every_operator_is_checked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 import triton_targets
-from triton_targets import TARGETS, check, record
+from triton_targets import TARGETS, check, compile_for, record
 
 from simba_compile.kernels import gpu
 from simba_compile.kernels.gpu import runtime
@@ -278,6 +279,16 @@ def test_steps_in_place_have_no_spare_threads(size: int, states: int) -> None:
         constants = launches[0].constants
         numbers = constants[held] * constants["BLOCK_N"]
         assert constants["num_warps"] == 1 or numbers >= 32 * constants["num_warps"]
+
+
+@pytest.mark.parametrize("case", ["ssd-bf16", "ssd-fp32", "ssd-backward-bf16", "ssd_influence", "norm-2560", "gated-norm"])
+def test_numbers_as_double_make_no_other_arithmetic(case: str) -> None:
+    """Inductor passes Python's floats as double; what is computed with them stays in float32, and so fast."""
+    name, arguments = CASES[case]
+    for launch in record(gpu.KERNELS[name], *arguments()):
+        wide = check("sm_90", [dataclasses.replace(launch, number="fp64")])[0]
+        tensors = [re.findall(r"tensor<(?:\d+x)+f64", text) for text in (wide.ttir, compile_for("sm_90", launch).ttir)]
+        assert len(tensors[0]) == len(tensors[1]), launch.kernel.__name__
 
 
 # --- what Inductor is shown ------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     constants: dict[str, Any]
+    number: str = "fp32"  # what a Python float is: Triton's own launches say fp32, Inductor's fp64
 
     def source(self) -> tuple[ASTSource, dict[str, Any]]:
         """What Triton compiles, specialised as its run time does it, and the compiler's options."""
@@ -67,7 +68,7 @@ class Launch:
                 if value % 16 == 0 and not free:
                     attributes[(place,)] = [["tt.divisibility", 16]]
             else:
-                signature[name] = "fp32"
+                signature[name] = self.number
         options = {name: value for name, value in self.constants.items() if name in OPTIONS}
         return ASTSource(self.kernel, signature, constants, attributes), options
 

@@ -32,6 +32,12 @@ def step_size(dt, dt_bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def clamp(delta, low, high):
+    """Within limits, that Inductor passes as double; NaN stays NaN."""
+    return tl.clamp(delta, tl.cast(low, tl.float32), tl.cast(high, tl.float32), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def silu(x):
     """x / (1 + exp(-x))."""
     return x / (1.0 + tl.exp2(-x * LOG2E))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_compile.kernels.gpu import runtime
-from simba_compile.kernels.gpu.elementary import LN2, LOG2E, step_size
+from simba_compile.kernels.gpu.elementary import LN2, LOG2E, clamp, step_size
 
 CHUNK = 64  # tokens: long enough that its double sums (8 bytes for a channel) are little beside its dt
 UNDERFLOW = tl.constexpr(-126.0)  # the exponent below which a power of two is 0 in float32, subnormals aside
@@ -42,7 +42,7 @@ def _chunk_sums(
         raw = tl.load(dt + batch * dt_batch + t[:, None] * dt_token + c[None, :] * dt_channel, mask=valid, other=0.0)
         step = step_size(raw, bias, SOFTPLUS)
         if CLAMP:
-            step = tl.clamp(step, low, high, propagate_nan=tl.PropagateNan.ALL)
+            step = clamp(step, low, high)
         total += tl.sum(tl.where(valid, step, 0.0).to(tl.float64), 0)
     tl.store(sums + (batch * chunks + chunk) * channels + c, total, mask=inside)
 

@@ -33,7 +33,7 @@ def _rms_norm(
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         u = _entries(x + n * x_entry, None if gate is None else gate + n * gate_entry, (r < rows) & (n < size))
         squares += u * u
-    scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / size + eps)
+    scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / size + tl.cast(eps, tl.float32))  # Inductor passes it as double
     for start in range(0, size, BLOCK_N):  # the second time from the cache
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
         valid = (r < rows) & (n < size)

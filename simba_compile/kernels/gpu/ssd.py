@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_compile.kernels.gpu import runtime
-from simba_compile.kernels.gpu.elementary import LOG2E, step_size
+from simba_compile.kernels.gpu.elementary import LOG2E, clamp, step_size
 from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, group_tokens, strides
 
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
@@ -36,7 +36,7 @@ def steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constex
     """Δ of a chunk's tokens (0 past the end), and the logarithms to base 2 of their decays."""
     shift = None if bias is None else tl.load(bias + head).to(tl.float32)
     delta = step_size(tl.load(dt + at * stride), shift, SOFTPLUS)
-    delta = tl.clamp(delta, low, high, propagate_nan=tl.PropagateNan.ALL)  # else a NaN would become `low`
+    delta = clamp(delta, low, high)
     delta = tl.where(inside, delta, 0.0)
     return delta, delta * (tl.load(A + head).to(tl.float32) * LOG2E)
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_compile.kernels.gpu import runtime
-from simba_compile.kernels.gpu.elementary import sigmoid, step_size
+from simba_compile.kernels.gpu.elementary import clamp, sigmoid, step_size
 from simba_compile.kernels.gpu.ssd import chunk_states, steps, tile_of
 
 
@@ -207,7 +207,7 @@ def _to_dt(
     if bias is not None:
         raw += tl.load(bias + head).to(tl.float32)
     free = step_size(raw, None, SOFTPLUS)
-    gradient = tl.where((free >= low) & (free <= high), to_log * tl.load(A + head).to(tl.float32) + to_step, 0.0)
+    gradient = tl.where(free == clamp(free, low, high), to_log * tl.load(A + head).to(tl.float32) + to_step, 0.0)
     if SOFTPLUS:
         gradient *= sigmoid(raw)
     tl.store(ddt + token, gradient, mask=inside)

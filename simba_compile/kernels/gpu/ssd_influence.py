@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_compile.kernels.gpu import influence, runtime
-from simba_compile.kernels.gpu.elementary import LN2, step_size
+from simba_compile.kernels.gpu.elementary import LN2, clamp, step_size
 
 BLOCK_T = 16  # tokens at a time
 
@@ -55,11 +55,11 @@ def _head_scores(
         t = (chunk * CHUNK + CHUNK - (i + 1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         here, follows = t < tokens, t + 1 < tokens
         delta = step_size(tl.load(dt + t * dt_token, mask=here, other=0.0), bias, SOFTPLUS)
-        delta = tl.clamp(delta, low, high, propagate_nan=tl.PropagateNan.ALL)
+        delta = clamp(delta, low, high)
         decay = step_size(
             tl.load(dt + (t + 1) * dt_token, mask=follows, other=0.0), bias if BIAS_IN_DECAY else None, SOFTPLUS
         )
-        decay = tl.where(follows, tl.clamp(decay, low, high, propagate_nan=tl.PropagateNan.ALL), 0.0).to(tl.float64)
+        decay = tl.where(follows, clamp(decay, low, high), 0.0).to(tl.float64)
         shift = a * (carry + tl.cumsum(decay, 0, reverse=True))
         weight = delta * tl.load(products + (batch * tokens + t) * groups + group, mask=here, other=0.0)
         valid = here[:, None] & (p < channels)[None, :]

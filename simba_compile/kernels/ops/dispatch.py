@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -77,9 +77,9 @@ def _open_to_inductor(function: Callable) -> None:
 
 
 @cache
-def _on_cpu(name: str) -> ModuleType:
-    """Where the operator's native kernel stands, or its definition where there is none."""
-    return next(kernels for kernels in (native, native_ssd, native_linear, reference) if hasattr(kernels, name))
+def _native_module(name: str) -> ModuleType | None:
+    """Where the operator's native kernel stands, if it has one."""
+    return next((kernels for kernels in (native, native_ssd, native_linear) if hasattr(kernels, name)), None)
 
 
 def implementation(name: str, *tensors: Tensor | None) -> Callable:
@@ -88,7 +88,19 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     A decoding step comes here a hundred times, so the way to a native kernel is short.
     """
     given = [value for value in tensors if value is not None]
-    devices = {value.device.type for value in given}
-    if devices == {"cpu"} and native.available():
-        return getattr(_on_cpu(name), name)
-    return _on_gpu(name, given) or getattr(reference, name)
+    if {value.device.type for value in given} == {"cpu"} and native.available():
+        kernels = _native_module(name)
+        if kernels is not None:
+            return getattr(kernels, name)
+    return _on_gpu(name, given) or _contiguous(getattr(reference, name))
+
+
+def _contiguous(definition: Callable) -> Callable:
+    """With results laid out as the kernels' are, and as Inductor was told: those of plain torch follow the inputs."""
+
+    @wraps(definition)
+    def run(*args: Any) -> Any:
+        result = definition(*args)
+        return tuple(value.contiguous() for value in result) if isinstance(result, tuple) else result.contiguous()
+
+    return run

@@ -150,7 +150,7 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
 
 @fake("scatter")
 def _(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
-    return torch.empty_like(full)
+    return full.new_empty(full.shape)
 
 
 def _scatter_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -248,7 +248,7 @@ def _(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
 @operator("(Tensor x, SymInt k, int dim) -> Tensor")
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     """The last k entries along axis `dim`, zeros in front where there are fewer: a convolution's window for decoding."""
-    return reference.last_tokens(x, k, dim).clone()
+    return reference.last_tokens(x, k, dim).clone(memory_format=torch.contiguous_format)
 
 
 @fake("last_tokens")

@@ -88,11 +88,14 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     A decoding step comes here a hundred times, so the way to a native kernel is short.
     """
     given = [value for value in tensors if value is not None]
+    triton_kernel = _on_gpu(name, given)
+    if triton_kernel is not None:
+        return triton_kernel
     if {value.device.type for value in given} == {"cpu"} and native.available():
         kernels = _native_module(name)
         if kernels is not None:
             return getattr(kernels, name)
-    return _on_gpu(name, given) or _contiguous(getattr(reference, name))
+    return _contiguous(getattr(reference, name))
 
 
 def _contiguous(definition: Callable) -> Callable:

@@ -376,7 +376,8 @@ class Interpreter:
                     full = torch.where(self.mask(version), onto.full + out.full, onto.full + side.full)
                     return Value(full, version + pruned, True)
             version = max(onto.version, out.version)
-            if step.kind == "minus" and version and self.choices.take(2):  # no residual add: of restored values
+            # No residual add, or one onto a view of the stream: it may be of restored values.
+            if version and (step.kind == "minus" or not onto.stream) and self.choices.take(2):
                 return Value(onto.full + out.full, 0)
             result = self.add_onto(onto, out)
             result.version += pruned  # placement "layer": the sum loses tokens

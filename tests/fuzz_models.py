@@ -376,8 +376,9 @@ class Interpreter:
                     full = torch.where(self.mask(version), onto.full + out.full, onto.full + side.full)
                     return Value(full, version + pruned, True)
             version = max(onto.version, out.version)
-            # No residual add, or one onto a view of the stream: it may be of restored values.
-            if version and (step.kind == "minus" or not onto.stream) and self.choices.take(2):
+            # No residual add, or one onto a view of the stream by a mixer that ran on all tokens: maybe of restored values.
+            restores = step.kind == "minus" or (not onto.stream and out.version == 0)
+            if version and restores and self.choices.take(2):
                 return Value(onto.full + out.full, 0)
             result = self.add_onto(onto, out)
             result.version += pruned  # placement "layer": the sum loses tokens

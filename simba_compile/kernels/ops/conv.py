@@ -29,7 +29,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     Tensor
         (batch, token, channel), contiguous.
     """
-    return implementation("causal_conv1d", x, weight, bias)(x, weight, bias, silu).contiguous()
+    return implementation("causal_conv1d", x, weight, bias)(x, weight, bias, silu)
 
 
 @fake("causal_conv1d")

@@ -98,6 +98,7 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     return _contiguous(getattr(reference, name))
 
 
+@cache
 def _contiguous(definition: Callable) -> Callable:
     """With results laid out as the kernels' are, and as Inductor was told: those of plain torch follow the inputs."""
 

@@ -100,8 +100,17 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
     """
     if inner in ("auto", "eager"):
         return gm
-    # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself.
-    return torch.compile(gm, backend=inner, dynamic=True, mode=mode)
+    # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself. Around the graph stands
+    # a function, since Dynamo skips the `forward` of every GraphModule that was made while it compiles (it would trace the
+    # Python code of our operators instead, one by one), and cannot trace those of its own, which write their code when they
+    # are first called. A code object for each, since Dynamo counts the compilations of it.
+    graph = GraphModule(gm, gm.graph)
+
+    def whole(*args: Any) -> Any:
+        return graph(*args)
+
+    compiled = torch.compile(capture.with_own_code(whole), backend=inner, dynamic=True, mode=mode)
+    return lambda *args: compiled(*args)  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
 
 
 def _log(result: Transformed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from conftest import (
     tiny_model,
 )
 from torch import Tensor
+
+import simba_compile.backend
 
 
 @each_family
@@ -68,6 +71,40 @@ def test_inner_compilers_compute_the_same(inner: str, selected: list[Tensor]) ->
         assert len(selected) == 2
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs, 1e-6)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The operations of each graph that an inner compiler is given, which then runs it as it is."""
+    graphs: list[set[str]] = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append({str(node.target) for node in gm.graph.nodes})
+        return gm
+
+    original = simba_compile.backend.compile_inner
+    monkeypatch.setattr(simba_compile.backend, "compile_inner", lambda gm, chosen, mode=None: original(gm, inner, mode))
+    return graphs
+
+
+def test_inner_compilers_see_whole_graphs(shown: list[set[str]]) -> None:
+    """Of a pruned prompt, whatever its length, and of a step: one graph each, with our operators in it."""
+    compiled, ids = simba(tiny_model(layers=2), **KEEP_FEW), random_ids(2, 40)
+    with torch.no_grad():
+        out = compiled(ids, use_cache=True)
+        compiled(random_ids(3, 55), use_cache=True)
+        compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True)
+    assert len(shown) == 2
+    assert {"simba.rms_norm", "simba.influence", "simba.select", "simba.selective_scan"} <= shown[0]
+    assert {"simba.rms_norm", "simba.state_update"} <= shown[1]
+
+
+def test_inner_compilers_see_every_graph(shown: list[set[str]]) -> None:
+    """Dynamo compiles a code object eight times at most."""
+    for size in range(2, 13):
+        layer = torch.nn.Linear(size, 1)
+        simba_compile.backend.compile_inner(torch.fx.symbolic_trace(layer), "inductor")(torch.ones(2, size))
+    assert len(shown) == 11
 
 
 def test_gradients_through_aot_eager() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import KEEP_FEW, close, random_ids, simba
 from families import tiny_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import simba_compile
 from simba_compile.passes import Transformed
@@ -73,12 +74,22 @@ def test_a_checkpointed_model_prunes_in_evaluation(selected: list[Tensor]) -> No
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_a_checkpoint_draws_the_same_dropout_twice(inner: str) -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_checkpoint_draws_the_same_dropout_twice(inner: str, selective: bool) -> None:
+    kept: list[bool] = []
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept.append(op is torch.ops.aten.sin.default)
+        return CheckpointPolicy.MUST_SAVE if kept[-1] else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
     x = torch.ones(200, requires_grad=True)
-    y = simba(lambda x: checkpoint(lambda x: F.dropout(x, 0.5).sin(), x, use_reentrant=False), inner=inner)(x)
+    run = simba(lambda x: checkpoint(lambda x: F.dropout(x, 0.5).sin(), x, use_reentrant=False, **contexts), inner=inner)
+    y = run(x)
     y.sum().backward()
     assert x.grad is not None and 0 < (y == 0).sum() < 200
     assert torch.equal(y == 0, x.grad == 0)
+    assert any(kept) == selective
 
 
 def test_a_branch_of_cond_is_dense() -> None:

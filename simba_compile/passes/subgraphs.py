@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from simba_compile.passes.match import Mixer, match
 from simba_compile.passes.tokens import subgraphs
@@ -56,5 +56,7 @@ def checkpoint_as_eager(gm: GraphModule) -> None:
 
 def checkpointed(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
     """`torch.utils.checkpoint.checkpoint` of a graph, given what Dynamo gives ``tag_activation_checkpoint``."""
-    contexts = body.meta.get("_checkpoint_context_fn", noop_context_fn)
-    return checkpoint(body, *args, **{**kwargs, "use_reentrant": False, "context_fn": contexts})
+    kwargs = {name: value for name, value in kwargs.items() if name != "use_reentrant"}
+    if "_checkpoint_context_fn" in body.meta:  # Dynamo, which traces this for Inductor, reads no function out of a dict
+        return checkpoint(body, *args, use_reentrant=False, context_fn=body.meta["_checkpoint_context_fn"], **kwargs)
+    return checkpoint(body, *args, use_reentrant=False, **kwargs)

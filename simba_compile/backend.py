@@ -71,8 +71,7 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     if result.pruned is None or result.plan is None:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
-    inputs = result.dense.graph.find_nodes(op="placeholder")
-    tokens_of, ends_in_padding = plan.length.reader(inputs), plan.length.padding_reader(inputs)
+    tokens_of = plan.length.reader(result.dense.graph.find_nodes(op="placeholder"))
     told: set[int] = set()
 
     def run(*args: Any) -> Any:
@@ -80,7 +79,7 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
         counts = plan.inputs(tokens)
         if counts[-1] == tokens:
             level, reason = logging.INFO, plan.why_all_stay(int(tokens))
-        elif ends_in_padding(args):
+        elif plan.ends_in_padding(args):
             level, reason = logging.WARNING, PADDED
         else:
             return pruned(*args, *counts)

@@ -102,8 +102,13 @@ def _make_length_dynamic() -> bool:
     tx = InstructionTranslator.current_tx().output.root_tx
     if not config.automatic_dynamic_shapes or tx is None:
         return False
-    inputs = {name: value for name, value in _tensors("L", tx.f_locals) if value.dim() >= 2}
-    length = _traced_length(tx.output.graph)
+    batch, length = _traced_sizes(tx.output.graph)
+    inputs = {
+        name: value
+        for name, value in _tensors("L", tx.f_locals)
+        # Of one axis: a number for each sequence, as labels are, or for each token. If static, it would fix others' sizes.
+        if value.dim() >= 2 or (value.dim() == 1 and value.shape[0] in (batch, length))
+    }
     state = pgo.get_code_state()[_code_id(tx)].automatic_dynamic
     changed = False
     for name, value in inputs.items():
@@ -115,7 +120,7 @@ def _make_length_dynamic() -> bool:
         size = tuple(pgo.auto_dynamic if vary else int(have) for vary, have in zip(varies, value.shape, strict=True))
         pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))  # type: ignore[arg-type]
         changed = True
-    if length > 1 and shapes.use_duck_shape and any(value.shape[0] == length for value in inputs.values()):
+    if length > 1 and shapes.use_duck_shape and any(v.dim() > 1 and v.shape[0] == length for v in inputs.values()):
         # A batch as large as the length: Dynamo would take the two for one symbol.
         shapes.use_duck_shape = False
         _undo.append(functools.partial(setattr, shapes, "use_duck_shape", True))
@@ -126,11 +131,11 @@ def _make_length_dynamic() -> bool:
     return True
 
 
-def _traced_length(graph: Graph) -> int:
-    """The tokens of the convolution or scan that was traced last: an input of the model may be anything."""
+def _traced_sizes(graph: Graph) -> tuple[int, int]:
+    """Batch and tokens of the convolution or scan that was traced last: an input of the model may be anything."""
     value = value_of(next(node for node in reversed(graph.nodes) if node.target in CONTRACT))
-    size = (value[0] if isinstance(value, list | tuple) else value).shape[1]
-    return size if isinstance(size, int) else size.node.hint
+    batch, length = (value[0] if isinstance(value, list | tuple) else value).shape[:2]
+    return tuple(size if isinstance(size, int) else size.node.hint for size in (batch, length))  # type: ignore[return-value]
 
 
 def _code_id(tx: Any) -> Any:

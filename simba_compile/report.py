@@ -175,7 +175,7 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
         return mixer_rows(result, int(scanned.shape[1]))
     tokens = int(tokens_of(inputs))
     rows = mixer_rows(result, tokens)
-    if rows[-1].tokens_out < tokens and length.padding_reader(arguments)(inputs):
+    if result.plan is not None and rows[-1].tokens_out < tokens and result.plan.ends_in_padding(inputs):
         dense = mixer_rows(dataclasses.replace(result, plan=None), tokens)
         rows = [dataclasses.replace(row, reason=PADDED) for row in dense]
     return rows

@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import simba_compile
 from simba_compile import capture
+from simba_compile.passes import Transformed
 
 WHOLE_MIXERS = {"mamba_inner_fn", "mamba2_split_conv1d_scan_combined"}
 BATCH, CHANNELS, STATES, TOKENS, WIDTH = 2, 6, 3, 9, 4
@@ -108,6 +109,23 @@ def test_parameters_are_no_inputs_of_a_varying_length() -> None:
     names = [name for name, value in capture._tensors("L", given) if value is ids]
     assert names == ["L['ids']", "L['more']['mask']", "L['pair'][1][0]"]
     assert len(list(capture._tensors("L", given))) == 3
+
+
+def test_one_graph_serves_every_batch_of_lengths_and_labels(graphs: list[Transformed], selected: list[torch.Tensor]) -> None:
+    """Inputs of one axis: a number for each sequence. One that is fixed would fix the batch."""
+    model = tiny_model(layers=2).backbone
+
+    def loss(ids: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        first = ids.shape[1] - lengths
+        mask = torch.arange(ids.shape[1])[None] >= first[:, None]
+        last = model(ids, attention_mask=mask.long()).last_hidden_state[:, -1]
+        return torch.nn.functional.cross_entropy(last, labels)
+
+    run = simba(loss, **KEEP_FEW)
+    with torch.no_grad():
+        for batch, length in ((2, 50), (3, 60), (5, 41)):
+            run(random_ids(batch, length), torch.arange(batch) + 30, torch.arange(batch))
+    assert len(graphs) == 1 and len(selected) == 3
 
 
 def _as_the_hub_does(function: Callable) -> torch.nn.Module:

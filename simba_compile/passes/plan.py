@@ -1,11 +1,14 @@
 """How many tokens stay at each mixer (DESIGN 1.2)."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.fx import Graph
 
 from simba_compile.options import Options
 from simba_compile.passes.match import Mixer
+from simba_compile.passes.padding import padding_reader
 from simba_compile.passes.tokens import Length, suffix
 
 SCALE = 2**20  # ratios are fractions of this, so that a count is integer arithmetic
@@ -25,6 +28,10 @@ class Plan:
         The ones of them that drop tokens.
     protect_first, protect_last, min_tokens : int
         See `Options`; protect_last covers what the graph reads from the end.
+    length : Length
+        Of the graph.
+    ends_in_padding : callable
+        Tells of the arguments of a call whether one of its sequences does.
     """
 
     mixers: tuple[Mixer, ...]
@@ -34,6 +41,7 @@ class Plan:
     protect_last: int
     min_tokens: int
     length: Length
+    ends_in_padding: Callable[[Sequence[Any]], bool]
 
     def counts(self, tokens: int) -> list[int]:
         """Tokens left after each mixer for a sequence of this length."""
@@ -113,6 +121,7 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
         protect_last=max([options.protect_last, *read]),
         min_tokens=options.min_tokens,
         length=length,
+        ends_in_padding=padding_reader(graph, [scan for mixer in mixers for scan in mixer.scans], length),
     )
     blocked = next((i for i, mixer in enumerate(mixers) if mixer.reason), None)
     return plan if blocked is None else plan.without(blocked, mixers[blocked].reason or "")

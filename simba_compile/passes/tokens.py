@@ -103,18 +103,6 @@ class Length:
         place, axis = self.find(inputs)
         return lambda args: args[place] if axis is None else args[place].shape[axis]
 
-    def padding_reader(self, inputs: Iterable[Node]) -> Callable[[Sequence[Any]], bool]:
-        """What tells of the arguments of a call whether an attention mask ends in padding, in any sequence.
-
-        Masks on a GPU are not looked at: the host would have to wait for them.
-        """
-        masks = [
-            place
-            for place, node in enumerate(inputs)
-            if "attention_mask" in node.name and self.of(node) == 1 and value_of(node).dim() == 2
-        ]
-        return lambda args: any(args[place].device.type == "cpu" and not args[place][:, -1].all() for place in masks)
-
     def batch_axis(self, value: Any) -> int | None:
         """The axis that counts sequences, or None where none does, or none alone: sequences are then not told apart."""
         if self.axis(value) == FLAT:

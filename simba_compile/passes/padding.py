@@ -1,0 +1,122 @@
+"""Whether a sequence of a call ends in padding, read off what the graph takes for an attention mask.
+
+That is an input of the name, and what mixers have their tokens multiplied by: a number for each token, which is an input of
+any name or computed from inputs (``ids != pad_token_id``).
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from simba_compile.passes.tokens import (
+    CASTS,
+    POINTWISE,
+    RESHAPES,
+    VIEWS,
+    Length,
+    expression,
+    is_inplace,
+    is_random,
+    value_of,
+)
+
+_MUL = {operator.mul, torch.mul, "mul"}
+_SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
+_COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
+    *(POINTWISE | _SAME_NUMBERS),
+    *(torch.arange, torch.zeros, torch.ones, torch.full, torch.eq, torch.ne, torch.logical_and, torch.logical_not),
+    *("size", "long", "int", "logical_and", "logical_not"),
+}
+
+
+def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Callable[[Sequence[Any]], bool]:
+    """What tells of the arguments of a call whether a mask ends in padding, in any sequence.
+
+    Masks on a GPU are not looked at: the host would have to wait for them.
+
+    Parameters
+    ----------
+    graph : Graph
+        The graph of the call.
+    scans : iterable of Node
+        The mixers' scans. What is multiplied after the last of them is no mixer's.
+    length : Length
+        Of the graph.
+    """
+    masks = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if "attention_mask" in node.name and length.of(node) == 1 and value_of(node).dim() == 2
+    ]
+    before = _made_of(scans)
+    masks += [factor for node in graph.nodes if node in before for factor in _factors(node, length)]
+    cheap: dict[Node, set[Node]] = {}  # and what they are made of
+    for mask in dict.fromkeys(masks):
+        made_of = _made_of([mask])
+        if value_of(mask).device.type == "cpu" and all(_is_cheap(node, length) for node in made_of):
+            cheap[mask] = made_of
+    if not cheap:
+        return lambda args: False
+    needed = set().union(*cheap.values())
+    read = [place for place, node in enumerate(graph.find_nodes(op="placeholder")) if node in needed]
+    alone = Graph()
+    new: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node in needed:
+            new[node] = alone.node_copy(node, lambda source: new[source])
+    alone.output(tuple(new[mask] for mask in cheap))
+    masks_of, axes = GraphModule(graph.owning_module or {}, alone).forward, [length.of(mask) for mask in cheap]
+
+    @torch.no_grad()
+    def ends_in_padding(args: Sequence[Any]) -> bool:
+        found = masks_of(*(args[place] for place in read))
+        return any(not mask.select(axis, -1).all() for mask, axis in zip(found, axes, strict=True))
+
+    return ends_in_padding
+
+
+def _made_of(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and all that they are made of."""
+    found = list(nodes)
+    seen = set(found)
+    for node in found:  # grows while it is walked
+        new = [source for source in node.all_input_nodes if source not in seen]
+        found += new
+        seen.update(new)
+    return seen
+
+
+def _factors(node: Node, length: Length) -> list[Node]:
+    """What tokens are multiplied by: a number for each, as it was before views and casts."""
+    sources = [source for source in node.all_input_nodes if length.of(source) >= 0]
+    if node.target not in _MUL or all(_is_narrow(value_of(source), length) for source in sources):
+        return []
+    return [_without_views(source, length) for source in sources if _is_narrow(value_of(source), length)]
+
+
+def _without_views(node: Node, length: Length) -> Node:
+    while node.target in _SAME_NUMBERS and isinstance(node.args[0], Node):
+        source = node.args[0]
+        if length.of(source) < 0 or not _is_narrow(value_of(source), length):
+            break
+        node = source
+    return node
+
+
+def _is_narrow(value: Any, length: Length) -> bool:
+    """Whether it has a number for each token at most."""
+    return isinstance(value, Tensor) and all(expression(size) in (1, length.batch, length.symbol) for size in value.shape)
+
+
+def _is_cheap(node: Node, length: Length) -> bool:
+    """Whether it may be computed a second time, ahead of the graph: small, plain, and of what nobody writes into."""
+    if node.op not in ("placeholder", "get_attr") and (node.target not in _COMPUTED_TWICE or is_random(node)):
+        return False
+    if any(is_inplace(other) for other in (node, *node.users)):
+        return False
+    value = value_of(node)
+    return not isinstance(value, Tensor) or _is_narrow(value, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_ids, simba, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simba_compile import capture
 from simba_compile.kernels import library, native, reference
@@ -119,8 +121,8 @@ def test_without_triton_the_definitions_run_on_a_gpu_and_one_warning_says_so(
     dispatch._triton_kernels.cache_clear()
     try:
         for name in ("gather", "influence"):
-            found: Any = dispatch.implementation(name, torch.empty(2, 3, device="meta"))
-            assert found.__wrapped__ is getattr(reference, name)
+            found = dispatch.implementation(name, torch.empty(2, 3, device="meta"))
+            assert inspect.unwrap(found) is getattr(reference, name)
     finally:
         dispatch._triton_kernels.cache_clear()
     (record,) = caplog.records
@@ -142,8 +144,17 @@ def test_what_runs_on_a_gpu(dtype: torch.dtype, device: str, with_kernel: set[st
     x = torch.empty(2, 3, dtype=dtype, device=device)
     found = {name for name, kernel in kernels.items() if dispatch.implementation(name, x, None) is kernel}
     assert found == with_kernel
-    on_two_devices: Any = dispatch.implementation("gather", x, torch.empty(1, device="cpu"), torch.empty(1, device="meta"))
-    assert on_two_devices.__wrapped__ is reference.gather
+    on_two_devices = dispatch.implementation("gather", x, torch.empty(1, device="cpu"), torch.empty(1, device="meta"))
+    assert inspect.unwrap(on_two_devices) is reference.gather
+
+
+def test_tensors_of_two_gpus_have_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read one GPU's addresses on the other: an illegal access, after which nothing runs any more."""
+    monkeypatch.setattr(dispatch, "_triton_kernels", lambda: {"gather": "the kernel"})
+    with FakeTensorMode():
+        one, same, other = (torch.empty(2, 3, device=f"cuda:{place}") for place in (0, 0, 1))
+    assert dispatch.implementation("gather", one, same) == "the kernel"
+    assert inspect.unwrap(dispatch.implementation("gather", one, other)) is reference.gather
 
 
 def test_memory_that_a_kernel_does_not_get_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,11 @@ def _triton_kernels() -> dict[str, Callable]:
 
 
 def _on_gpu(name: str, tensors: list[Tensor]) -> Callable | None:
-    """The Triton kernel for these tensors, if there is one. The first of them decides about the dtype."""
-    if not tensors or any(value.device.type != GPU for value in tensors):
+    """The Triton kernel for these tensors, if there is one. The first of them decides about the dtype.
+
+    There is none for tensors of several GPUs: it would read at addresses of another one. Plain torch says what is wrong.
+    """
+    if not tensors or tensors[0].device.type != GPU or any(value.device != tensors[0].device for value in tensors):
         return None
     if name not in COPIES and tensors[0].dtype not in GPU_DTYPES:
         return None

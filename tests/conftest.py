@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eager_reference import Reference, pruned_forward
+from kernel_inputs import DEVICE
 from torch import Tensor, nn
 from transformers import DynamicCache, FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -29,7 +30,8 @@ logging.getLogger("torch.__trace").propagate = False  # else pytest records thou
 
 # Triton's interpreter is chosen for a whole process, and so is mamba_ssm by transformers: `test_triton.py` and
 # `test_mamba_ssm.py` start these in processes of their own.
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or "SIMBA_TEST_DEVICE" in os.environ
+collect_ignore_glob = [] if INTERPRETED else ["interpreted/*"]
 collect_ignore_glob += [] if os.environ.get("SIMBA_WITH_MAMBA_SSM") == "1" else ["with_mamba_ssm/*"]
 
 FAMILIES = {"mamba": (MambaForCausalLM, MambaConfig), "falcon_mamba": (FalconMambaForCausalLM, FalconMambaConfig)}
@@ -66,6 +68,14 @@ def log_level() -> Iterator[None]:
     level = log.level
     yield
     log.setLevel(level)
+
+
+@pytest.fixture
+def on_device() -> Iterator[None]:
+    """New tensors are made where ``SIMBA_TEST_DEVICE=cuda python -m pytest tests/interpreted`` says: compiled, on a GPU."""
+    torch.set_default_device(None if DEVICE == "cpu" else DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from simba_compile.kernels import native, reference
 
 OPS = torch.ops.simba
+DEVICE = os.environ.get("SIMBA_TEST_DEVICE", "cpu")  # "cuda": `tests/interpreted` runs on a GPU, compiled
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAN, INF = math.nan, math.inf
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -51,14 +53,15 @@ def threads(count: int) -> Iterator[None]:
 
 
 class Source:
-    """Random tensors of one dtype, in a memory layout that the operator has to cope with."""
+    """Random tensors of one dtype on `DEVICE`, in a memory layout that the operator has to cope with."""
 
     def __init__(self, seed: int, dtype: torch.dtype, layout: str) -> None:
         self.generator, self.dtype, self.layout = torch.Generator().manual_seed(seed), dtype, layout
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor."""
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        return drawn.to(DEVICE, dtype or self.dtype)
 
     def laid_out(self, *shape: int) -> Tensor:
         """One tensor of this shape in the layout."""
@@ -77,8 +80,8 @@ class Source:
 
     def kept(self, batch: int, tokens: int, count: int) -> Tensor:
         """So many positions of each sequence, ascending."""
-        order = [torch.randperm(tokens, generator=self.generator)[:count].sort().values for _ in range(batch)]
-        return torch.stack(order) if order else torch.zeros(0, count, dtype=torch.int64)
+        order = [torch.randperm(tokens, generator=self.generator, device="cpu")[:count] for _ in range(batch)]
+        return torch.stack(order).sort().values.to(DEVICE) if order else torch.zeros(0, count, dtype=torch.int64)
 
 
 def assert_laid_out_as_shown(operator: Any, args: tuple[Any, ...]) -> None:

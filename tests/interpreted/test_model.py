@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import left_padding, random_ids, simba, tiny_model
 from eager_reference import pruned_forward
+from kernel_inputs import DEVICE
 
 from simba_compile.kernels.gpu import influence, runtime
 from simba_compile.kernels.ops import dispatch
@@ -20,7 +21,7 @@ OPTIONS: dict[str, Any] = {"keep": 0.3, "min_tokens": 4}
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Take the CPU for a GPU, and count the kernels that start."""
+    """Take the CPU for a GPU, unless there is one, and count the kernels that start."""
     counts: Counter[str] = Counter()
     launch = runtime.launch
 
@@ -28,7 +29,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts[kernel.__name__] += 1
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(dispatch, "GPU", "cpu")
+    monkeypatch.setattr(dispatch, "GPU", DEVICE)
     monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
     monkeypatch.setattr(runtime, "launch", count)
     monkeypatch.setattr(influence, "CHUNK", 8)
@@ -38,8 +39,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_pruned_model(started: Counter[str]) -> None:
     """Prefill with padding and a cache, then one decoding step: as in the eager reference, on our kernels alone."""
-    model = tiny_model(layers=2, hidden_size=8, state_size=4)
-    ids, mask = random_ids(2, 21), left_padding(2, 21)
+    model = tiny_model(layers=2, hidden_size=8, state_size=4).to(DEVICE)
+    ids, mask = random_ids(2, 21).to(DEVICE), left_padding(2, 21).to(DEVICE)
     compiled = simba(model, **OPTIONS)
     with torch.no_grad():
         out = compiled(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)

@@ -30,7 +30,10 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of a logarithm of zero and the like
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of a logarithm of zero and the like
+    pytest.mark.usefixtures("on_device"),
+]
 dtypes, pools, flags = st.sampled_from(DTYPES), st.sampled_from(reference.POOLS), st.booleans()
 few = settings(max_examples=8)
 
@@ -160,7 +163,7 @@ def test_select_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties and counts carry over from block to block."""
     launch = runtime.launch
     monkeypatch.setattr(runtime, "launch", lambda *args, **constants: launch(*args, **{**constants, "BLOCK": 64}))
-    scores = torch.randn(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(4).round()
+    scores = Source(0, torch.float64, "plain").normal(2, 200).mul(4).round()
     assert torch.equal(select.select(scores, 77, 1, 1), reference.select(scores, 77, 1, 1))
 
 
@@ -248,7 +251,7 @@ def test_gated_norm(
 
 def test_norms_of_rows_longer_than_a_block() -> None:
     """5000 entries: two rounds over the row."""
-    x, gate = torch.randn(2, 2, 5000, generator=torch.Generator().manual_seed(0))
+    x, gate = Source(0, torch.float32, "plain").normal(2, 2, 5000)
     assert_near(norm.rms_norm(x, None, 1e-5), reference.rms_norm(x.double(), None, 1e-5))
     assert_near(norm.gated_norm(x, gate, None, 1e-5, 1), reference.gated_norm(x.double(), gate.double(), None, 1e-5, 1))
 

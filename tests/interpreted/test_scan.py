@@ -15,6 +15,7 @@ from simba_compile.kernels import reference
 from simba_compile.kernels.gpu import scan, scan_backward, ssd, ssd_backward
 
 dtypes, flags = st.sampled_from((torch.bfloat16, torch.float16, torch.float32)), st.booleans()
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 @pytest.fixture(autouse=True)

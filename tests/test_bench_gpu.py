@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from simba_compile.cli import app, bench_gpu, bench_gpu_report, bench_kernels
-from simba_compile.cli.bench_gpu import DENSE, GRAPH, HF, INDUCTOR, PRUNED, Settings, supervise
+from simba_compile.cli import app, bench_gpu, bench_gpu_report, bench_gpu_worker, bench_kernels
+from simba_compile.cli.bench_gpu import DENSE, GRAPH, HF, INDUCTOR, INNER, PRUNED, Settings, supervise
 from simba_compile.cli.device import Device
 from simba_compile.kernels import gpu
 
@@ -26,23 +28,65 @@ for line in sys.stdin:
         os._exit(3)
     if job["do"] == "hang":
         time.sleep(60)
-    print(json.dumps({"failed": "no"} if job["do"] == "fail" else {"result": job["n"]}), flush=True)
+    over = {"over": True} if job["do"] == "fail for good" else {}
+    print(json.dumps({"failed": "no"} | over if job["do"].startswith("fail") else {"result": job["n"]}), flush=True)
+    if over:
+        break
 """
 
 
 def supervised(*jobs: str, budget: float = 50.0) -> list[dict[str, Any]]:
     """What became of jobs that a worker does as they are named."""
     asked = [{"kind": "x", "do": do, "n": n} for n, do in enumerate(jobs)]
-    about = supervise([sys.executable, "-c", WORKER], asked, budget, lambda what: None)
+    *_, about = supervise([sys.executable, "-c", WORKER], asked, budget, lambda what: None)
     assert about == ({"device": "a test"} if budget > 0 else {})
     return asked
 
 
 def test_one_job_does_not_lose_the_rest() -> None:
     """A failure, a dead process: the jobs after it run, in the same process or in another."""
-    first, failed, second, dead, third = supervised("run", "fail", "run", "die", "run")
-    assert (first["result"], second["result"], third["result"]) == (0, 2, 4)
-    assert failed["failed"] == "no" and dead["failed"] == "its process ended with 3: an illegal address"
+    first, failed, second, dead, third, lost, fourth = supervised("run", "fail", "run", "die", "run", "fail for good", "run")
+    assert [job["result"] for job in (first, second, third, fourth)] == [0, 2, 4, 6]
+    assert failed["failed"] == lost["failed"] == "no"
+    assert dead["failed"] == "its process ended with 3: an illegal address"
+
+
+def test_a_worker_ends_where_its_device_is_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a bad address CUDA raises the same error at every further call, in this process."""
+    lost: list[bool] = []
+
+    def rms_norm(*args: object) -> None:
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def wait(device: Device) -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench_kernels, "error", rms_norm)
+    monkeypatch.setattr(Device, "wait", wait)
+    jobs = [{"kind": "copy"}, *({"kind": "correct", "operator": "rms_norm", "dtype": "float32"} for _ in range(2))]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(job) + "\n" for job in jobs)))
+    bench_gpu_worker.main("cpu", 1)
+    machine, failed, over = map(json.loads, capsys.readouterr().out.splitlines())  # and nothing of the last one
+    assert "machine" in machine and "over" not in failed and "TypeError" in failed["failed"]  # a job without its numbers
+    assert over == {"failed": "RuntimeError: CUDA error: an illegal memory access was encountered", "over": True}
+
+
+def test_what_was_measured_is_written_after_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the benchmark is stopped, all but the job at hand is there."""
+
+    def stopped(command: object, jobs: list[dict[str, Any]], *rest: object) -> Iterator[dict[str, Any]]:
+        jobs[0]["result"] = {"rate": 5e9}
+        yield {"device": "a test"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_gpu, "supervise", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.run(Settings.quick("cpu", inductor=False), tmp_path, "simba bench")
+    results = json.loads((tmp_path / "bench-gpu.json").read_text())
+    assert results["jobs"][0]["result"] == {"rate": 5e9}
+    assert "a test; a copy moves 5 GB/s" in (tmp_path / "bench-gpu.md").read_text()
 
 
 def test_a_job_that_takes_too_long_is_ended() -> None:
@@ -61,6 +105,16 @@ def test_a_longer_prompt_that_cannot_end_in_time_is_skipped() -> None:
     jobs = [done, some | {"tokens": 200}, some | {"tokens": 1000}, some | {"contender": DENSE, "tokens": 1000}]
     reasons = [bench_gpu._too_long(job, jobs, 100.0, 20.0) for job in jobs[1:]]
     assert reasons == [None, "expected to take 60 s, after 2.0 s a call at 100 tokens", None]
+
+
+def test_a_deeper_model_that_cannot_be_compiled_in_time_is_skipped() -> None:
+    some = {"kind": "prefill", "contender": INDUCTOR, "tokens": 100}
+    shallow, deep = ({"hidden_size": 8, "num_hidden_layers": layers} for layers in (2, 24))
+    done = some | {"model": shallow, "result": {"first": 5.0, "timing": {"median": 1.0}}}
+    wider, of_others = some | {"model": deep | {"hidden_size": 9}}, some | {"model": deep, "contender": HF}
+    jobs = [done, some | {"model": deep}, wider, of_others]
+    reasons = [bench_gpu._too_long(job, jobs, 100.0, 50.0) for job in jobs[1:]]
+    assert reasons == ["expected to take 60 s, after 5 s to compile 2 layers", None, None]
 
 
 def test_a_dry_run_on_the_cpu(tmp_path: Path) -> None:
@@ -96,8 +150,12 @@ def test_the_full_benchmark_covers_what_it_should() -> None:
     prefills = [job for job in jobs if job["kind"] == "prefill"]
     prompts = {(job["model"]["hidden_size"], job["tokens"]) for job in prefills}
     assert prompts == {(hidden, tokens) for hidden in (768, 2048, 2560) for tokens in (2048, 8192, 32768)}
-    inductor = [job["model"]["num_hidden_layers"] for job in prefills if job["contender"] == INDUCTOR]
-    assert inductor == [bench_gpu.INDUCTOR_LAYERS]
+    for contender in (INDUCTOR, f"{PRUNED}, {INNER}"):
+        assert [job["model"]["num_hidden_layers"] for job in prefills if job["contender"] == contender] == [2, 24]
+    asked = [json.dumps(job, sort_keys=True) for job in jobs]
+    assert len(asked) == len({*asked})
+    of_largest = [job for job in prefills if job["model"]["hidden_size"] == 2560]
+    assert [job["contender"] for job in of_largest].index(HF) < len(of_largest) - 2  # if only at the shortest length
 
 
 @pytest.mark.parametrize("dtype", bench_kernels.TYPES)

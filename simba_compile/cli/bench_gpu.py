@@ -2,7 +2,8 @@
 
 The jobs run in a process of their own (`bench_gpu_worker`), one after the other, the most telling ones first. A job that
 fails is noted and the next one goes on; where the process dies (of a bad address on the GPU, say) or a job takes too long, a
-new process goes on with the job after it. What does not fit into the time that is left is skipped, with the reason.
+new process goes on with the job after it. What does not fit into the time that is left is skipped, with the reason. The
+results are written after each job: what was measured is there, whatever ends the benchmark.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from simba_compile.cli import bench_gpu_report
 from simba_compile.cli.show import Steps
 
 HF, INDUCTOR, MAMBA_SSM, GRAPH, REDUCED = "HF", "HF Inductor", "mamba-ssm", "CUDA graph", "reduce-overhead"
+INNER = "Inductor"  # as what compiles the rest of our graph
 OURS = ("simba keep 1.0", "simba keep 0.5", "simba keep 0.1")
 DENSE, PRUNED = OURS[0], OURS[-1]
 BUDGET = 480.0  # seconds for everything
 SHARE = 0.2  # of it that one job may take at most
-INDUCTOR_LAYERS = 2  # compiling the scan's loop over tokens takes Inductor minutes for a model of full depth
+INDUCTOR_LAYERS = 2  # what this takes Inductor says whether there is time for a model of full depth
 WORKER = (sys.executable, "-m", "simba_compile.cli.bench_gpu_worker")
 
 Job = dict[str, Any]
@@ -119,19 +121,28 @@ def jobs_of(settings: Settings) -> list[Job]:
         jobs += [{"kind": "kernel", "operator": name, "batch": b, "tokens": t, **settings.kernels} for b, t in shapes]
     contenders = (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", OURS[1])
     names = list(settings.models)
-    models = [settings.models[name] for name in dict.fromkeys([names[0], names[-1], *names])]  # the ends of the range first
-    for model in models:
-        jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": settings.tokens[1]})
+    ends = list(dict.fromkeys([names[0], names[-1]]))  # of the range of sizes: they come first
+    models = [settings.models[name] for name in dict.fromkeys([*ends, *names])]
+    lengths = settings.tokens
+    for i, model in enumerate(models):
         for contender in contenders:
-            jobs += [{"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in settings.tokens]
+            jobs += [{"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in lengths]
+            if contender == PRUNED:  # after its first call, which compiles
+                jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": lengths[1]})
         jobs.append({"kind": "decode", "contender": PRUNED, "model": model})
+        if i < len(ends):  # what all is compared with, if only at the shortest length
+            jobs.append({"kind": "prefill", "contender": HF, "model": model, "tokens": lengths[0]})
     if settings.inductor:
-        jobs += [{"kind": "agree", "contender": way} for way in (INDUCTOR, REDUCED)]
-        shallow = settings.models[names[0]] | {"num_hidden_layers": INDUCTOR_LAYERS}
-        some = {"kind": "prefill", "model": shallow, "tokens": settings.tokens[0]}
-        jobs += [some | {"contender": contender} for contender in (DENSE, PRUNED, HF, INDUCTOR)]
-    for model in models:  # last, for these take minutes
-        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in settings.tokens]
+        jobs += [{"kind": "agree", "contender": way} for way in (INNER, REDUCED)]
+        shallow = models[0] | {"num_hidden_layers": INDUCTOR_LAYERS}
+        some = {"kind": "prefill", "model": shallow, "tokens": lengths[0]}
+        with_inductor = (f"{PRUNED}, {INNER}", INDUCTOR)
+        jobs += [some | {"contender": contender} for contender in (DENSE, PRUNED, HF, *with_inductor)]
+        if shallow != models[0]:
+            jobs += [some | {"contender": contender, "model": models[0]} for contender in with_inductor]
+    for i, model in enumerate(models):  # last, for these take minutes
+        left = lengths[1:] if i < len(ends) else lengths
+        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in left]
         decoding = (HF, MAMBA_SSM) if settings.device == "cuda" else (HF,)
         jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in decoding]
     return jobs
@@ -139,19 +150,28 @@ def jobs_of(settings: Settings) -> list[Job]:
 
 def run(settings: Settings, out: Path, command: str) -> None:
     """See `simba_compile.cli.bench`."""
-    results = measure(settings)
-    results["command"] = command
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench-gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    page = bench_gpu_report.markdown(results)
-    (out / "bench-gpu.md").write_text(page)
+
+    def write(results: dict[str, Any]) -> str:
+        (out / "bench-gpu.json").write_text(json.dumps(results | {"command": command}, indent=1) + "\n")
+        page = bench_gpu_report.markdown(results | {"command": command})
+        (out / "bench-gpu.md").write_text(page)
+        return page
+
+    page = write(measure(settings, write))
     console = Console()
     console.print(page, markup=False, highlight=False)
     console.print(f"Written: {out / 'bench-gpu.json'}, {out / 'bench-gpu.md'}", markup=False, highlight=False)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """Measure everything that the budget allows.
+
+    Parameters
+    ----------
+    settings : Settings
+    save : callable
+        Is given what there is after each job.
 
     Returns
     -------
@@ -160,18 +180,23 @@ def measure(settings: Settings) -> dict[str, Any]:
         its "seconds".
     """
     jobs = jobs_of(settings)
-    with Steps(len(jobs)) as steps:
-        machine = supervise([*WORKER, settings.device, str(settings.runs)], jobs, settings.budget, steps.next)
-    return {
-        "machine": machine,
+    results: dict[str, Any] = {
+        "machine": {},
         "settings": dataclasses.asdict(settings),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "jobs": jobs,
     }
+    with Steps(len(jobs)) as steps:
+        for about in supervise([*WORKER, settings.device, str(settings.runs)], jobs, settings.budget, steps.next):
+            results["machine"] = about
+            save(results)
+    return results
 
 
-def supervise(command: Sequence[str], jobs: list[Job], budget: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Have a worker do the jobs, and note in each what came of it; gives what the worker says of its machine.
+def supervise(
+    command: Sequence[str], jobs: list[Job], budget: float, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Have a worker do the jobs, and note in each what came of it; gives, after each, what the worker says of its machine.
 
     Parameters
     ----------
@@ -194,6 +219,7 @@ def supervise(command: Sequence[str], jobs: list[Job], budget: float, say: Calla
             say(title(job) if reason is None else f"skipped: {title(job)}")
             if reason is not None:
                 job["skipped"] = reason
+                yield about
                 continue
             begin = time.monotonic()
             if worker is None:
@@ -201,32 +227,40 @@ def supervise(command: Sequence[str], jobs: list[Job], budget: float, say: Calla
                 about = (worker.answer(left) or {}).get("machine", about)
             answer = worker.ask(job, min(end - time.monotonic(), SHARE * budget))
             job["seconds"] = round(time.monotonic() - begin, 2)
-            if answer is None:
-                job["failed"] = worker.why()
+            over = answer is None or answer.pop("over", False)
+            job.update({"failed": worker.why()} if answer is None else answer)
+            if over:
                 worker.end()
                 worker = None
-            else:
-                job.update(answer)
+            yield about
     finally:
         if worker is not None:
             worker.end()
-    return about
 
 
 def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None:
     """Why a job is not begun: no time, or the same at a shorter length says that it would not end in time."""
     if left <= 0:
         return "no time was left"
-    same = [
-        other for other in jobs
-        if "result" in other and other["kind"] == job["kind"] == "prefill" and other["tokens"] < job["tokens"]
-        and all(other[name] == job[name] for name in ("contender", "model"))
-    ]  # fmt: skip
-    if same:
-        call = same[-1]["result"]["timing"]["median"]
-        expected = 3 * call * job["tokens"] / same[-1]["tokens"]  # it is called three times at least
+    if job["kind"] != "prefill":
+        return None
+    done = [other for other in jobs if "result" in other and other["kind"] == "prefill"]
+    same = [other for other in done if other["contender"] == job["contender"]]
+    shorter = [other for other in same if other["model"] == job["model"] and other["tokens"] < job["tokens"]]
+    if shorter:
+        call = shorter[-1]["result"]["timing"]["median"]
+        expected = 3 * call * job["tokens"] / shorter[-1]["tokens"]  # it is called three times at least
         if expected > min(left, most):
-            return f"expected to take {expected:.0f} s, after {call:.1f} s a call at {same[-1]['tokens']} tokens"
+            return f"expected to take {expected:.0f} s, after {call:.1f} s a call at {shorter[-1]['tokens']} tokens"
+    depth = job["model"]["num_hidden_layers"]
+    for other in same:
+        layers = other["model"]["num_hidden_layers"]
+        alike = other["model"] == job["model"] | {"num_hidden_layers": layers} and other["tokens"] == job["tokens"]
+        if alike and layers < depth:
+            first = other["result"]["first"]
+            expected = first * depth / layers
+            if expected > min(left, most):
+                return f"expected to take {expected:.0f} s, after {first:.0f} s to compile {layers} layers"
     return None
 
 
@@ -283,7 +317,10 @@ class _Worker:
         """Why there was no answer."""
         if self.late:
             return "it took too long"
-        code = self.process.wait()
+        try:
+            code = self.process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            return "its process says nothing any more"
         self.threads[1].join(1.0)
         return f"its process ended with {code}: {self.told}"
 

@@ -99,7 +99,7 @@ def _prefill(done: list[dict[str, Any]]) -> list[list[str]]:
     ours = {
         (_model(job), job["tokens"]): job["result"]["timing"]["median"]
         for job in done
-        if job["contender"].startswith(FASTER)  # with CUDA graphs, where that was measured: it comes later
+        if job["contender"] in (FASTER, f"{FASTER}, CUDA graph")  # the latter where it was measured: it comes later
     }
     rows = []
     for job in done:

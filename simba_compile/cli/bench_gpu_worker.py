@@ -1,7 +1,8 @@
 """Does the jobs of ``simba bench --device cuda``, in a process that may die of one: `bench_gpu` then starts another.
 
 Takes the device and the number of runs as arguments, says what machine it is on, then reads jobs from its standard input and
-answers each, all as one JSON object a line: ``{"machine": ...}``, then ``{"result": ...}`` or ``{"failed": ...}``.
+answers each, all as one JSON object a line: ``{"machine": ...}``, then ``{"result": ...}`` or ``{"failed": ...}``. With
+``"over": true`` beside the latter it ends, for the failure has left it unable to do anything else.
 """
 
 import functools
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from simba_compile.cli import bench_kernels, models
-from simba_compile.cli.bench_gpu import GRAPH, HF, INDUCTOR, MAMBA_SSM, REDUCED, keep_of
+from simba_compile.cli.bench_gpu import GRAPH, HF, INDUCTOR, INNER, MAMBA_SSM, REDUCED, keep_of
 from simba_compile.cli.device import RANGE, Device
 
 SCORING = ("influence", "select", "gather")
@@ -66,7 +67,7 @@ class Worker:
         expected = torch.compile(model, backend="simba", options=options)(ids).logits
         model, ids = model.to(self.device.name), ids.to(self.device.name)  # type: ignore[arg-type]
         torch._dynamo.reset()
-        if contender in (INDUCTOR, REDUCED):
+        if contender in (INNER, REDUCED):
             options["inner"] = "inductor"
         forward = torch.compile(model, backend="simba", options=options)
         made: list[Tensor] = []
@@ -139,7 +140,7 @@ class Worker:
             if name == INDUCTOR:  # its best case: code for this length alone
                 self.compiled = name, torch.compile(model, backend="inductor", dynamic=False)
             else:
-                options: dict[str, Any] = {"keep": keep_of(name)}
+                options: dict[str, Any] = {"keep": keep_of(name), "inner": "inductor" if name.endswith(INNER) else "auto"}
                 self.compiled = name, torch.compile(model, backend="simba", options=options)
         return self.compiled[1]
 
@@ -180,7 +181,13 @@ def main(device: str, runs: int) -> None:
             answer: dict[str, Any] = {"result": worker.do(json.loads(line))}
         except Exception as error:  # the next one may well run
             answer = {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        if ("failed" in answer or worker.device.lost) and not worker.device.is_usable():
+            answer["over"] = True
         print(json.dumps(answer), flush=True)
+        if "over" in answer:
+            return
+        if "failed" in answer:
+            worker.device.free()
 
 
 if __name__ == "__main__":

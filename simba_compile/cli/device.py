@@ -31,6 +31,7 @@ class Device:
 
     def __init__(self, name: str) -> None:
         self.name, self.is_gpu = name, name == "cuda"
+        self.lost = False  # a capture failed: its stream and its memory stay taken
 
     def describe(self) -> dict[str, Any]:
         """What a measurement depends on."""
@@ -49,6 +50,14 @@ class Device:
         """Return when all that was started on the device is done."""
         if self.is_gpu:
             torch.cuda.synchronize()
+
+    def is_usable(self) -> bool:
+        """Whether this process can still use it: after a bad address, torch raises the same error at every further call."""
+        try:
+            self.wait()
+        except RuntimeError:
+            return False
+        return not self.lost
 
     def seconds(self, call: Callable[[], object]) -> float:
         """How long a call takes, by the host's clock, with all that it starts on the device."""
@@ -118,8 +127,10 @@ class Device:
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        self.lost = True
         with torch.cuda.graph(graph):
             every()
+        self.lost = False
         return graph.replay
 
     def profiled(self, call: Callable[[], object]) -> tuple[dict[str, float], dict[str, int]]:

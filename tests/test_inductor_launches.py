@@ -1,0 +1,169 @@
+"""Inductor's code for a graph with our Triton kernels, run: what it passes to them, and what it makes of their results.
+
+The CPU is taken for a GPU while Inductor compiles. The kernels that its code starts run in Triton's interpreter, in another
+process, with the arguments that Inductor gives them: views, strides, lengths, what is missing, what it reuses memory for.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from conftest import close
+from torch import Tensor
+
+pytest.importorskip("triton")
+import triton
+import triton_targets
+from interpreter_server import Place
+from torch._dynamo.utils import counters
+from torch._inductor.async_compile import AsyncCompile
+
+from simba_compile.kernels.ops import dispatch
+
+OPS = torch.ops.simba
+SERVER = Path(__file__).parent / "interpreter_server.py"
+
+
+class Launcher:
+    """What stands in Inductor's code for a compiled kernel.
+
+    Parameters
+    ----------
+    process : Popen
+        The server.
+    name : str
+        The kernel.
+    source : str
+        Inductor's text of it: its parameters in order, and which of them are constants.
+    """
+
+    def __init__(self, process: subprocess.Popen, name: str, source: str) -> None:
+        self.process, self.name = process, name
+        read = {"DeviceProperties": lambda **facts: facts}
+        texts = (re.search(rf"{kind}_meta=(\{{.*\}}),\n", source)[1] for kind in ("triton", "inductor"))
+        about, declared = (eval(text, read) for text in texts)
+        constants = declared.get("declared_constexpr_names", ())
+        self.parameters = [name for name in about["signature"] if name not in constants]
+        self.constants = about["constants"]
+
+    def run(self, *args: Any, stream: object = None) -> None:
+        """Have the server run it, and take over what it has written."""
+        given = dict(zip(self.parameters, args, strict=False)) | self.constants
+        memory: list[Tensor] = []
+        places: dict[int, int] = {}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                held = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+                place = places.setdefault(held.data_ptr(), len(memory))
+                if place == len(memory):
+                    memory.append(held)
+                given[name] = Place(place, value.dtype, tuple(value.shape), value.stride(), value.storage_offset())
+        pickle.dump((self.name, args[-3:], given, [bytes(held.numpy()) for held in memory]), self.process.stdin)
+        self.process.stdin.flush()
+        answer = pickle.load(self.process.stdout)
+        assert not isinstance(answer, str), f"{self.name}: {answer}"
+        for held, after in zip(memory, answer, strict=True):
+            if after:
+                held.copy_(torch.frombuffer(bytearray(after), dtype=torch.uint8))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Inductor's code starts kernels in the interpreter; their names."""
+    names: list[str] = []
+
+    class Driver:
+        get_current_target = staticmethod(lambda: triton_targets.TARGETS["sm_90"])
+        get_current_device = staticmethod(lambda: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Driver())
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+
+    def compiled(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Launcher:
+        names.append(name)
+        return Launcher(process, name, source)
+
+    monkeypatch.setattr(AsyncCompile, "triton", compiled)
+    with torch._inductor.config.patch(force_disable_caches=True), process:
+        yield names
+        process.stdin.close()
+    triton.runtime.driver._active = before
+
+
+def assert_compiled_alike(function: Callable, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[Any, ...]]) -> None:
+    """Compiled once for all lengths, on our kernels, it gives what it gives eagerly on the definitions; also in place."""
+    given = [tuple(value.clone() if isinstance(value, Tensor) else value for value in call) for call in calls]
+    expected = [function(*call) for call in given]
+    counters.clear()
+    monkeypatch.setattr(dispatch, "GPU", "cpu")
+    compiled = torch.compile(function, backend="inductor", dynamic=True, fullgraph=True)
+    for call, results, changed in zip(calls, expected, given, strict=True):
+        for ours, theirs in zip([*compiled(*call), *call], [*results, *changed], strict=True):
+            if isinstance(theirs, Tensor):
+                close(ours, theirs, 1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_a_mixer_and_a_step_of_mamba(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projections' pieces are read where they are; the windows and the state are written in place."""
+
+    def mixer(
+        hidden: Tensor, W: Tensor, V: Tensor, A: Tensor, window: Tensor, state: Tensor, weight: Tensor, k: int
+    ) -> tuple[Tensor, ...]:
+        x, z = (hidden @ W).split(8, -1)
+        x = OPS.causal_conv1d(x, weight, None, True)
+        dt, B, C = (x @ V).split([8, 4, 4], -1)
+        kept = OPS.select(OPS.influence(x, dt, A, B, C, None, True, "max", True), k, 0, 1)
+        y, last = OPS.selective_scan(x, dt, A, B, C, None, OPS.gather(z, kept, 1), None, True, kept)
+        normed = OPS.rms_norm(y + OPS.gather(hidden, kept, 1), None, 1e-5)
+        u = OPS.conv_update(window, z[:, -1], weight, None, True)
+        step = OPS.state_update(state, u, dt[:, -1], A, B[:, -1], C[:, -1], None, None, None, True)
+        return normed, last, step
+
+    calls = []
+    for batch, tokens, k in ((3, 70, 9), (5, 90, 12)):
+        fixed = (normal(8, 16), normal(8, 16), -normal(8, 4).abs(), normal(batch, 8, 4), normal(batch, 8, 4), normal(8, 4))
+        calls.append((normal(batch, tokens, 8), *fixed, k))
+    assert_compiled_alike(mixer, monkeypatch, calls)
+    kernels = {"_conv", "_chunk_scores", "_select", "scan_kernel", "_gather", "_rms_norm", "_conv_step", "_state_step"}
+    assert kernels <= {*started}
+
+
+def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With limits of the steps, among them infinity, which Inductor passes as double."""
+
+    def mixer(hidden: Tensor, W: Tensor, A: Tensor, state: Tensor, k: int) -> tuple[Tensor, ...]:
+        x, z, B, C, dt = (hidden @ W).split([16, 16, 4, 4, 2], -1)
+        x, B, C = x.unflatten(-1, (2, 8)), B.unflatten(-1, (1, 4)), C.unflatten(-1, (1, 4))
+        limits = (0.01, float("inf"))
+        kept = OPS.select(OPS.ssd_influence(x, dt, A, B, C, None, True, *limits, "l2", True), k, 0, 1)
+        y, last = OPS.ssd_scan(x, dt, A, B, C, A, None, True, *limits, None, kept)
+        normed = OPS.gated_norm(y.flatten(2), OPS.gather(z, kept, 1), None, 1e-5, 2)
+        step = OPS.ssd_state_update(state, x[:, -1], dt[:, -1], A, B[:, -1], C[:, -1], None, None, True)
+        return normed, last, step
+
+    calls = [
+        (normal(batch, tokens, 8), normal(8, 42), -normal(2).abs(), normal(batch, 2, 8, 4), k)
+        for batch, tokens, k in ((3, 70, 9), (5, 90, 12))
+    ]
+    assert_compiled_alike(mixer, monkeypatch, calls)
+    assert {"_head_scores", "_select", "_chunk_states", "_carry", "_outputs", "_rms_norm", "_ssd_step"} <= {*started}

@@ -5,7 +5,7 @@ Everything that C takes on trust is checked or arranged here: device, dtype, sha
 """
 
 import ctypes
-import math
+import struct
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ MAX_STATES = 256  # cpu/level.h
 MAX_WIDTH = 64  # of a convolution; cpu/level.h
 SLICE = 24  # vectors of channels for one task: their states and their A stay in the second-level cache
 MISSING = (0, 0, 0)
+ROWS, ROW = "batch token channel", "batch channel"  # the axes of a sequence, and of one token
 OUT_OF_MEMORY, OUT_OF_RANGE = 1, 2  # cpu/simba.h
 
 
@@ -28,10 +29,8 @@ def available() -> bool:
 
 
 def _call(name: str, dtype: torch.dtype, words: list[int]) -> None:
-    lib = library()
-    assert lib is not None
     args = (ctypes.c_int64 * len(words))(*words)
-    failure = getattr(lib, "simba_" + name)(args, DTYPES[dtype], torch.get_num_threads())
+    failure = getattr(library(), "simba_" + name)(args, DTYPES[dtype], torch.get_num_threads())
     if failure == OUT_OF_MEMORY:
         raise MemoryError(f"simba::{name} could not allocate its scratch memory.")
     if failure == OUT_OF_RANGE:
@@ -52,12 +51,12 @@ def _pointer(x: Tensor | None) -> int:
 
 def _bits(value: float) -> int:
     """A double as the 64-bit word that C reads it from."""
-    return int.from_bytes(bytes(ctypes.c_double(value)), "little", signed=True)
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A parameter in the compute type, contiguous."""
-    return None if x is None else x.to(dtype).contiguous()
+    return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
 
 
 def _expect(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
@@ -74,21 +73,23 @@ def _expect_on_cpu(name: str, value: Tensor) -> None:
     _expect(name, value, tuple(value.shape), None)
 
 
-def _check_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
-    if x.dim() != 3 or A.dim() != 2 or x.dtype not in DTYPES:
+def _check_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, axes: str
+) -> None:
+    if x.dim() != len(axes.split()) or A.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(
-            f"x is {tuple(x.shape)}, {x.dtype} and A is {tuple(A.shape)}; expected x (batch, token, channel) in float32, "
-            "float64, bfloat16 or float16 and A (channel, state)."
+            f"x is {tuple(x.shape)}, {x.dtype} and A is {tuple(A.shape)}; expected x ({axes.replace(' ', ', ')}) in "
+            "float32, float64, bfloat16 or float16 and A (channel, state)."
         )
-    batch, tokens, channels = x.shape
+    *rows, channels = x.shape
     states = A.shape[1]
     if not 1 <= states <= MAX_STATES:
         raise ValueError(f"A has {states} states; the native kernels take 1 to {MAX_STATES}.")
     _expect_on_cpu("x", x)
-    _expect("dt", dt, (batch, tokens, channels), x.dtype)
+    _expect("dt", dt, (*rows, channels), x.dtype)
     _expect("A", A, (channels, states), None)
-    _expect("B", B, (batch, tokens, states), x.dtype)
-    _expect("C", C, (batch, tokens, states), x.dtype)
+    _expect("B", B, (*rows, states), x.dtype)
+    _expect("C", C, (*rows, states), x.dtype)
     _expect("D", D, (channels,), None)
     _expect("dt_bias", dt_bias, (channels,), None)
 
@@ -116,7 +117,7 @@ def selective_scan(
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `simba_compile.kernels.ops.scan.selective_scan`."""
-    _check_scan(x, dt, A, B, C, D, dt_bias)
+    _check_scan(x, dt, A, B, C, D, dt_bias, ROWS)
     batch, tokens, channels = x.shape
     if index is not None and index.dim() != 2:
         raise ValueError(f"index is {tuple(index.shape)}; expected (batch, kept).")
@@ -155,7 +156,7 @@ def selective_scan_backward(
     softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients for x, dt, A, B, C, D, z, dt_bias, in this order; empty where the input is missing."""
-    _check_scan(x, dt, A, B, C, D, dt_bias)
+    _check_scan(x, dt, A, B, C, D, dt_bias, ROWS)
     _expect("grad", grad, tuple(x.shape), x.dtype)
     _expect("z", z, tuple(x.shape), x.dtype)
     batch, tokens, channels = x.shape
@@ -194,7 +195,7 @@ def influence(
     bias_in_decay: bool,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.influence`."""
-    _check_scan(x, dt, A, B, C, None, dt_bias)
+    _check_scan(x, dt, A, B, C, None, dt_bias, ROWS)
     batch, tokens, channels = x.shape
     kind = compute_dtype(x.dtype)
     x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
@@ -224,7 +225,7 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, axes: str) -> No
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See `simba_compile.kernels.ops.conv.causal_conv1d`."""
-    _check_conv(x, weight, bias, "batch token channel")
+    _check_conv(x, weight, bias, ROWS)
     x, kind = _rows(x), compute_dtype(x.dtype)
     across, bias = weight.to(kind).t().contiguous(), _constant(bias, kind)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -238,7 +239,7 @@ def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, weight and bias; the last one empty where there is no bias."""
-    _check_conv(x, weight, bias, "batch token channel")
+    _check_conv(x, weight, bias, ROWS)
     _expect("grad", grad, tuple(x.shape), x.dtype)
     x, grad, kind = _rows(x), _rows(grad), compute_dtype(x.dtype)
     across, fixed = weight.to(kind).t().contiguous(), _constant(bias, kind)
@@ -264,8 +265,7 @@ def state_update(
     softplus: bool,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.state_update`."""
-    each = [value if value is None else value[:, None] for value in (x, dt, B, C, z)]
-    _check_scan(each[0], each[1], A, each[2], each[3], D, dt_bias)  # type: ignore[arg-type]
+    _check_scan(x, dt, A, B, C, D, dt_bias, ROW)
     _expect("z", z, tuple(x.shape), x.dtype)
     batch, channels = x.shape
     kind = compute_dtype(x.dtype)
@@ -287,7 +287,7 @@ def state_update(
 
 def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """See `simba_compile.kernels.ops.conv.conv_update`."""
-    _check_conv(x, weight, bias, "batch channel")
+    _check_conv(x, weight, bias, ROW)
     batch, channels = x.shape
     kind = compute_dtype(x.dtype)
     _expect("state", state, (batch, channels, weight.shape[1]), None)
@@ -337,7 +337,7 @@ def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float
 def _flat(x: Tensor) -> Tensor:
     """The rows of a tensor as (row, channel), without a copy where it can be."""
     rows = _rows(x)
-    return rows if rows.dim() == 2 else rows.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.dim() == 2 else rows.flatten(0, -2) if rows.dim() > 2 else rows[None]
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

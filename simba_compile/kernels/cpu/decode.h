@@ -3,6 +3,13 @@
 
 #define DECODE_GRAIN (1 << 16) /* state numbers below which a second thread costs more than it brings */
 
+/* So many numbers of one channel's state: what becomes of them, which is stored, too. */
+INLINE vec NAME(advance)(REAL *h, const REAL *A, REAL step, vec input, int count) {
+  vec next = exp2v(load_real_some(A, count) * (step * (REAL)LOG2E)) * load_real_some(h, count) + input;
+  store_real_some(h, next, count);
+  return next;
+}
+
 int NAME(state_update)(const UpdateArgs *a, int threads) {
   const int64_t N = a->states;
   int many = a->batch * a->channels * N >= DECODE_GRAIN && threads > 1;
@@ -10,25 +17,27 @@ int NAME(state_update)(const UpdateArgs *a, int threads) {
   for (int64_t task = 0; task < a->batch * ((a->channels + LANES - 1) / LANES); task++) {
     int64_t blocks = (a->channels + LANES - 1) / LANES, b = task / blocks, d = task % blocks * LANES;
     int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
-    vec x = load((elem *)a->x + b * a->x_batch + d, count), delta = load((elem *)a->dt + b * a->dt_batch + d, count), y;
+    vec x = load((elem *)a->x + b * a->x_batch + d, count), delta = load((elem *)a->dt + b * a->dt_batch + d, count);
     if (a->dt_bias) delta += load_real_some((REAL *)a->dt_bias + d, count);
     if (a->softplus) softplus_all(&delta, 1);
-    vec input = delta * x;
-    for (int i = 0; i < count; i++) {
-      REAL *h = (REAL *)a->state + (b * a->channels + d + i) * N;
-      const REAL *A = (REAL *)a->A + (d + i) * N;
-      const elem *B = (elem *)a->B + b * a->B_batch, *C = (elem *)a->C + b * a->C_batch;
-      vec out = splat(0);
-      for (int64_t n = 0; n < N; n += LANES) {
-        int left = (int)(N - n < LANES ? N - n : LANES);
-        vec next = exp2v(load_real_some(A + n, left) * (REAL)LOG2E * delta[i]) * load_real_some(h + n, left) +
-                   load(B + n, left) * input[i];
-        store_real_some(h + n, next, left);
-        out += next * load(C + n, left);
-      }
-      y[i] = sum_lanes(out);
+    REAL steps[LANES], inputs[LANES];
+    vec rows[LANES];
+    store_real(steps, delta);
+    store_real(inputs, delta * x);
+    for (int i = 0; i < LANES; i++) rows[i] = splat(0);
+    REAL *h = (REAL *)a->state + (b * a->channels + d) * N;
+    const REAL *A = (REAL *)a->A + d * N;
+    for (int64_t n = 0; n < N; n += LANES) {
+      const int left = (int)(N - n < LANES ? N - n : LANES);
+      const vec B = load((elem *)a->B + b * a->B_batch + n, left), C = load((elem *)a->C + b * a->C_batch + n, left);
+      if (left == LANES) /* known here, the common case has no branches in its loop */
+        for (int i = 0; i < count; i++)
+          rows[i] += NAME(advance)(h + i * N + n, A + i * N + n, steps[i], B * inputs[i], LANES) * C;
+      else
+        for (int i = 0; i < count; i++)
+          rows[i] += NAME(advance)(h + i * N + n, A + i * N + n, steps[i], B * inputs[i], left) * C;
     }
-    for (int i = count; i < LANES; i++) y[i] = 0;
+    vec y = sum_each(rows);
     if (a->D) y += x * load_real_some((REAL *)a->D + d, count);
     if (a->z) {
       vec z = load((elem *)a->z + b * a->z_batch + d, count);
@@ -39,21 +48,34 @@ int NAME(state_update)(const UpdateArgs *a, int threads) {
   return 0;
 }
 
+/* A row for each channel: the window moves on by one and takes x in, and is summed up with its weights into y. */
+INLINE void NAME(move_windows)(elem *window, const REAL *weight, const elem *x, REAL *y, int width, int count) {
+  for (int i = 0; i < count; i++) {
+    REAL total = 0;
+    for (int k = 0; k < width; k++) {
+      elem next = k + 1 < width ? window[i * width + k + 1] : x[i];
+      window[i * width + k] = next;
+      total += weight[i * width + k] * NAME(widen_one)(next);
+    }
+    y[i] = total;
+  }
+}
+
 int NAME(conv_update)(const ConvUpdateArgs *a, int threads) {
   (void)threads;
   for (int64_t b = 0; b < a->batch; b++)
     for (int64_t d = 0; d < a->channels; d += LANES) {
       int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
-      vec y = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
-      for (int i = 0; i < count; i++) {
-        elem *window = (elem *)a->state + (b * a->channels + d + i) * a->width;
-        const REAL *weight = (REAL *)a->weight + (d + i) * a->width;
-        memmove(window, window + 1, (a->width - 1) * sizeof(elem));
-        window[a->width - 1] = ((elem *)a->x)[b * a->x_batch + d + i];
-        REAL total = 0;
-        for (int64_t k = 0; k < a->width; k++) total += weight[k] * NAME(widen_one)(window[k]);
-        y[i] += total;
-      }
+      elem *window = (elem *)a->state + (b * a->channels + d) * a->width;
+      const elem *x = (elem *)a->x + b * a->x_batch + d;
+      const REAL *weight = (REAL *)a->weight + d * a->width;
+      REAL sums[LANES];
+      if (a->width == 4 && count == LANES) /* what models have: known sizes, so that the compiler can use vectors */
+        NAME(move_windows)(window, weight, x, sums, 4, LANES);
+      else
+        NAME(move_windows)(window, weight, x, sums, (int)a->width, count);
+      vec y = load_real_some(sums, count);
+      if (a->bias) y += load_real_some((REAL *)a->bias + d, count);
       if (a->silu) y *= sigmoidv(y);
       store((elem *)a->out + b * a->channels + d, y, count);
     }

@@ -25,37 +25,6 @@
 #define SMALL (512 << 10)                        /* bytes of a packed W that fits the second-level cache */
 #define FEW 4                                    /* rows that are not worth packing W for */
 
-/* Turns a square of LANES vectors around its diagonal. */
-INLINE void NAME(turn)(vec *square) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 4
-  for (int stage = 0; stage < 4; stage++) {
-    const int step = 1 << stage;
-    if (step >= LANES) break;
-    ivec low, high; /* squares of `step` change places */
-    for (int i = 0; i < LANES; i++) {
-      low[i] = i & step ? LANES + i - step : i;
-      high[i] = i & step ? LANES + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      if (i & step) continue;
-      vec a = square[i], b = square[i + step];
-      square[i] = __builtin_shuffle(a, b, low);
-      square[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
-#else
-  for (int i = 0; i < LANES; i++)
-    for (int j = 0; j < i; j++) {
-      REAL kept = square[i][j];
-      square[i][j] = square[j][i];
-      square[j][i] = kept;
-    }
-#endif
-}
-#define turn NAME(turn)
-
 /* A square of a matrix's rows first..first+LANES, at columns k..k+LANES; zeros past its `rows` and `depth`. */
 INLINE void NAME(load_square)(vec *square, const elem *matrix, int64_t row, int64_t first, int64_t rows, int64_t k,
                               int64_t depth) {

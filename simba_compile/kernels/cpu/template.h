@@ -30,12 +30,13 @@
 #undef absolute
 #undef larger
 #undef limited
-#undef limited
 #undef load_real
 #undef store_real
 #undef load_real_some
 #undef store_real_some
 #undef sum_lanes
+#undef turn
+#undef sum_each
 #undef any_lane
 #undef LOG2E
 #undef EACH_LANE
@@ -96,7 +97,6 @@
 #undef STRIP
 #undef SMALL
 #undef FEW
-#undef turn
 #undef ask_t
 #undef REAL
 #undef INTEGER

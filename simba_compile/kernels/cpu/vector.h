@@ -87,6 +87,46 @@ INLINE REAL NAME(sum)(vec v) {
 }
 #define sum_lanes NAME(sum)
 
+/* Turns a square of LANES vectors around its diagonal. */
+INLINE void NAME(turn)(vec *square) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; stage++) {
+    const int step = 1 << stage;
+    if (step >= LANES) break;
+    ivec low, high; /* squares of `step` change places */
+    for (int i = 0; i < LANES; i++) {
+      low[i] = i & step ? LANES + i - step : i;
+      high[i] = i & step ? LANES + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      if (i & step) continue;
+      vec a = square[i], b = square[i + step];
+      square[i] = __builtin_shuffle(a, b, low);
+      square[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+#else
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < i; j++) {
+      REAL kept = square[i][j];
+      square[i][j] = square[j][i];
+      square[j][i] = kept;
+    }
+#endif
+}
+#define turn NAME(turn)
+
+/* The sums of LANES vectors, each in a lane; as `sum_lanes` adds them up. Leaves the vectors turned and added up. */
+INLINE vec NAME(sum_each)(vec *rows) {
+  turn(rows);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) rows[i] += rows[i + half];
+  return rows[0];
+}
+#define sum_each NAME(sum_each)
+
 /* Whether any lane of a mask is set. */
 INLINE int NAME(any)(ivec mask) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64

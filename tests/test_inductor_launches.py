@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from conftest import close
+from conftest import close, random_ids, simba, tiny_model
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -167,3 +167,23 @@ def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.Mo
     ]
     assert_compiled_alike(mixer, monkeypatch, calls)
     assert {"_head_scores", "_select", "_chunk_states", "_carry", "_outputs", "_rms_norm", "_ssd_step"} <= {*started}
+
+
+def test_a_whole_model(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the backend: prompts of two lengths, pruned, on a cache, and a step; all of it in Inductor's code."""
+    model = tiny_model(layers=2, hidden_size=8, state_size=4)
+    expected, seen = [], []
+    for inner, made in (("eager", expected), ("inductor", seen)):
+        torch._dynamo.reset()
+        if inner == "inductor":
+            monkeypatch.setattr(dispatch, "GPU", "cpu")
+        compiled = simba(model, keep=0.3, min_tokens=4, inner=inner)
+        with torch.no_grad():
+            for length in (21, 30):
+                out = compiled(random_ids(2, length), use_cache=True)
+                step = compiled(random_ids(2, 1), cache_params=out.cache_params, use_cache=True)
+                made += [out.logits, step.logits]
+    for ours, theirs in zip(seen, expected, strict=True):
+        close(ours, theirs, 1e-5)
+    kernels = {"_conv", "_chunk_scores", "_select", "scan_kernel", "_gather", "_rms_norm", "_conv_step", "_state_step"}
+    assert kernels <= {*started}

@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, example, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule
 from toys import HIDDEN, OPS, matrix, tokens
 
 from simba_compile.passes import lower
-from simba_compile.passes.functional import make_functional
+from simba_compile.passes.functional import keep_copies, make_functional
 from simba_compile.passes.rows import make_rows
 
 EXAMPLES = int(os.environ.get("SIMBA_FUZZ_EXAMPLES", "0"))
@@ -51,6 +51,12 @@ def gated(x: Tensor) -> Tensor:
     return SCALE * rms(grouped).view(y.shape)
 
 
+def pieces(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A gate, which is gathered, and the piece beside it."""
+    piece, gate = F.linear(x, torch.cat([matrix, matrix])).split([HIDDEN, HIDDEN], -1)
+    return gather(gate), piece
+
+
 def product_of_columns(x: Tensor) -> Tensor:
     """As mamba_ssm projects."""
     batch, length, channels = x.shape
@@ -61,6 +67,7 @@ SAME: dict[str, Function] = {  # the value itself or a view of all of it
     "index": lambda x: x[:],
     "view": lambda x: x.view(x.shape),
     "reshape": lambda x: x.reshape(x.shape[0], -1).reshape(x.shape),
+    "flatten": lambda x: x.flatten(1).unflatten(1, x.shape[1:]),
     "narrow": lambda x: x.narrow(2, 0, HIDDEN),
     "there and back": lambda x: x.transpose(1, 2).transpose(1, 2),
     "mT": lambda x: x.mT.mT,
@@ -72,7 +79,7 @@ SAME: dict[str, Function] = {  # the value itself or a view of all of it
     "evaluation": lambda x: F.dropout(x, training=False),
     "detach": lambda x: x.detach(),
 }
-MADE: dict[str, Function] = {  # a value of its own
+MADE: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...]]] = {  # a value of its own, or several
     "clone": lambda x: x.clone(),
     "wide": lambda x: x.double().float(),
     "across": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -87,7 +94,7 @@ MADE: dict[str, Function] = {  # a value of its own
     "rows": lambda x: (matrix @ x.transpose(1, 2)).transpose(1, 2),
     "gather": gather,
     "gather after": lambda x: gather(F.silu(x)),
-    "gate": lambda x: gather(F.linear(x, torch.cat([matrix, matrix])).split([HIDDEN, HIDDEN], -1)[1]),
+    "pieces": pieces,
     "convolution": lambda x: F.conv1d(x.transpose(1, 2), TAPS, padding=3, groups=HIDDEN)[..., : x.shape[1]].transpose(1, 2),
     "shuffled": lambda x: torch.cat(x.transpose(1, 2).split([2, HIDDEN - 2], dim=1)[::-1], 1).transpose(1, 2),
 }
@@ -119,7 +126,8 @@ def run(steps: list[Step], h: Tensor) -> Tensor:
         if kind == "same":
             values.append(SAME[name](x))
         elif kind == "made":
-            values.append(MADE[name](x))
+            made = MADE[name](x)
+            values += made if isinstance(made, tuple) else [made]
         elif kind == "write":
             WRITES[how](WRITTEN[name](x), y)
         elif name == "linear":
@@ -140,6 +148,10 @@ steps = st.sampled_from(("same", "made", "made", "write", "write", "add")).flatm
 )
 
 
+def _step(kind: str, name: str, how: str = "", a: int = 0, b: int = 0) -> Step:
+    return kind, name, how, a, b
+
+
 @settings(
     max_examples=EXAMPLES or 25,
     derandomize=not EXAMPLES,
@@ -147,12 +159,17 @@ steps = st.sampled_from(("same", "made", "made", "write", "write", "add")).flatm
     suppress_health_check=list(HealthCheck),
 )
 @given(st.lists(steps, min_size=3, max_size=8))
+@example([_step("made", "across"), _step("same", "contiguous"), _step("write", "a sequence", "copy")])
+@example([_step("made", "across"), _step("same", "reshape"), _step("write", "all", "mul_", 1)])
+@example([_step("made", "across"), _step("made", "norm"), _step("same", "flatten"), _step("write", "all", "fill")])
+@example([_step("made", "pieces"), _step("same", "contiguous"), _step("write", "channels", "mul_")])
 def test_writes_are_seen_by_who_saw_them(steps: list[Step]) -> None:
     note(str(steps))
     graphs: list[GraphModule] = []
 
     def backend(gm: GraphModule, _: object) -> GraphModule:
         make_functional(gm.graph)
+        keep_copies(gm.graph)
         make_rows(gm.graph)
         lower(gm)
         graphs.append(gm)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     FAMILIES,
     KEEP_FEW,
@@ -124,6 +125,17 @@ def test_logits_to_keep_restores_nothing(
     (graph,) = graphs
     assert graph.pruned is not None
     assert torch.ops.simba.restore not in [node.target for node in graph.pruned.graph.nodes]
+
+
+@each_family
+def test_all_logits_are_computed_once(family: str, graphs: list[Transformed]) -> None:
+    """Not for the kept tokens, too, whose hidden states are restored first. (In float32 no cast comes after the head.)"""
+    with torch.no_grad():
+        simba(tiny_model(family, torch.bfloat16), **KEEP_FEW)(random_ids(2, 50))
+    pruned = graphs[0].pruned
+    assert pruned is not None
+    made = [node.args[1].name for node in pruned.graph.nodes if node.target in (torch.ops.simba.linear, F.linear)]  # type: ignore[union-attr]
+    assert sum("embeddings" in name or "lm_head" in name for name in made) == 1
 
 
 def test_random_criterion_follows_its_seed() -> None:

@@ -108,6 +108,9 @@ def check(program: Program, shapes: list[tuple[int, int]], options: dict[str, An
             x = torch.randn(batch, length, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             with exact_casts():
                 dense = program(x.clone())
+            if not all(value.isfinite().all() for value in dense):
+                held.append("no numbers")  # the model's own doing: a mean of nothing, say
+                continue
             assert near(watch.call("dense", compiled, x), dense), "the dense graph is not the model"
             assert near(watch.call("everything", compiled, x), dense), "with every token kept, it is not the model"
             ours = watch.call("pruned", compiled, x)

@@ -3,6 +3,9 @@
 ``m = zeros_like(x); m.scatter_(1, i, 1); y = ~m`` becomes ``m = zeros_like(x); n = m.scatter(1, i, 1); y = ~n``. Only where
 nobody can see the difference: the value that is written to was made by an operation (it is not a view of another value, and
 no input), and nothing made before the write is a view of it.
+
+What is then still written to keeps the copies that were made of it: ``contiguous`` and ``reshape`` copy only where memory is
+not in order, and other passes put it in order.
 """
 
 from typing import Any
@@ -12,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.tokens import IN_PLACE, shares_memory, value_of
+from simba_compile.passes.tokens import IN_PLACE, is_inplace, shares_memory, storage_of, value_of, written
 
+_COPY_BY_LAYOUT: set[Any] = {"contiguous", "reshape", "flatten", "ravel", torch.reshape, torch.flatten, torch.ravel}
 _GIVE_THEIR_INPUT: set[Any] = {F.dropout, torch.dropout}  # in evaluation, where Dynamo shows a copy
 
 
@@ -34,6 +38,21 @@ def make_functional(graph: Graph) -> None:
             made.add(node)
             for user in [user for user in written.users if place[user] > place[node]]:
                 user.replace_input_with(written, node)
+
+
+def keep_copies(graph: Graph) -> None:
+    """Make what was a copy when it was traced a copy whatever the layout, where it or its source is written to later."""
+    later: set[int | None] = set()  # the memory that is
+    for node in reversed(graph.nodes):
+        if is_inplace(node):
+            later |= {storage_of(value) for value in written(node)}
+        if node.target not in _COPY_BY_LAYOUT or not isinstance(node.args[0], Node) or shares_memory(node, node.args[0]):
+            continue
+        if later & {storage_of(node), storage_of(node.args[0])}:
+            with graph.inserting_after(node):
+                copy = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)  # type: ignore[misc]
+            copy.meta = dict(node.meta)
 
 
 def _keeps_dtype(node: Node) -> bool:

@@ -107,6 +107,7 @@ class _Pruning:
         self.tokens = self._full_length(inputs)
         for node in nodes:
             self._visit(node)
+        self._drop_unread()
         self.out.lint()
         return GraphModule(self.gm, self.out)
 
@@ -148,6 +149,12 @@ class _Pruning:
         self.stream.note(node)
         if self.pending is not None and node is self.plan.mixers[self.mixer].add:
             self._prune_layer(node)
+
+    def _drop_unread(self) -> None:
+        """Erase what was written for pruned tokens and then only read at full length: the head, for all the logits."""
+        for (node, version), made in reversed(self.made.items()):
+            if version > 0 and (node, 0) in self.made and not made.users and not is_random(node):
+                self.out.erase_node(made)
 
     def _note_mode(self, node: Node) -> None:
         """Follow ``no_grad``, autocast and the like. Copies made under one mode do not serve under another."""

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from toys import HIDDEN, OPS, matrix, tokens
 
 from simba_compile.passes import lower
-from simba_compile.passes.functional import keep_copies, make_functional
+from simba_compile.passes.functional import allow_any_layout, make_functional
 from simba_compile.passes.rows import make_rows
 
 EXAMPLES = int(os.environ.get("SIMBA_FUZZ_EXAMPLES", "0"))
@@ -83,6 +83,7 @@ MADE: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...]]] = {  # a value 
     "clone": lambda x: x.clone(),
     "wide": lambda x: x.double().float(),
     "across": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "viewed across": lambda x: x.transpose(1, 2).contiguous().view(len(x), -1).view(len(x), HIDDEN, -1).transpose(1, 2),
     "silu": F.silu,
     "add": lambda x: x + 1,
     "norm": rms,
@@ -162,6 +163,8 @@ def _step(kind: str, name: str, how: str = "", a: int = 0, b: int = 0) -> Step:
 @example([_step("made", "across"), _step("same", "contiguous"), _step("write", "a sequence", "copy")])
 @example([_step("made", "across"), _step("same", "reshape"), _step("write", "all", "mul_", 1)])
 @example([_step("made", "across"), _step("made", "norm"), _step("same", "flatten"), _step("write", "all", "fill")])
+@example([_step("made", "across"), _step("made", "viewed across"), _step("write", "all", "mul_", 1)])
+@example([_step("made", "across"), _step("made", "norm"), _step("made", "viewed across")])
 @example([_step("made", "pieces"), _step("same", "contiguous"), _step("write", "channels", "mul_")])
 def test_writes_are_seen_by_who_saw_them(steps: list[Step]) -> None:
     note(str(steps))
@@ -169,7 +172,7 @@ def test_writes_are_seen_by_who_saw_them(steps: list[Step]) -> None:
 
     def backend(gm: GraphModule, _: object) -> GraphModule:
         make_functional(gm.graph)
-        keep_copies(gm.graph)
+        allow_any_layout(gm.graph)
         make_rows(gm.graph)
         lower(gm)
         graphs.append(gm)

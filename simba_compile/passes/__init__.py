@@ -1,7 +1,7 @@
 """The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
 
 subgraphs   finds the graphs that higher-order operators run
-functional  writes in-place operations as ordinary ones, and what is copied of the others' memory as copies
+functional  writes in-place operations as ordinary ones, and what depends on the layout of memory so that it does not
 arguments   puts arguments that are given by name in their places
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each
@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from simba_compile.options import Options
 from simba_compile.passes.arguments import place_arguments
-from simba_compile.passes.functional import keep_copies, make_functional
+from simba_compile.passes.functional import allow_any_layout, make_functional
 from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer
 from simba_compile.passes.plan import Plan, make_plan
@@ -61,7 +61,7 @@ def transform(gm: GraphModule, options: Options) -> Transformed:
     graphs = with_subgraphs(gm)
     for each in graphs:
         make_functional(each.graph)
-        keep_copies(each.graph)
+        allow_any_layout(each.graph)
         place_arguments(each.graph)
         make_rows(each.graph)
     mixers = find_mixers(gm)

@@ -4,8 +4,8 @@
 nobody can see the difference: the value that is written to was made by an operation (it is not a view of another value, and
 no input), and nothing made before the write is a view of it.
 
-What is then still written to keeps the copies that were made of it: ``contiguous`` and ``reshape`` copy only where memory is
-not in order, and other passes put it in order.
+Then what depends on where numbers lie in memory is made to do the same wherever they lie, for other passes move them:
+``contiguous`` and ``reshape`` copy only what is not in order, and ``view`` fails on it.
 """
 
 from typing import Any
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.tokens import IN_PLACE, is_inplace, shares_memory, storage_of, value_of, written
+from simba_compile.passes.tokens import IN_PLACE, RESHAPES, is_inplace, shares_memory, storage_of, value_of, written
 
-_COPY_BY_LAYOUT: set[Any] = {"contiguous", "reshape", "flatten", "ravel", torch.reshape, torch.flatten, torch.ravel}
 _GIVE_THEIR_INPUT: set[Any] = {F.dropout, torch.dropout}  # in evaluation, where Dynamo shows a copy
 
 
@@ -40,19 +39,23 @@ def make_functional(graph: Graph) -> None:
                 user.replace_input_with(written, node)
 
 
-def keep_copies(graph: Graph) -> None:
-    """Make what was a copy when it was traced a copy whatever the layout, where it or its source is written to later."""
-    later: set[int | None] = set()  # the memory that is
+def allow_any_layout(graph: Graph) -> None:
+    """Have a copy be one in any layout, where it or its source is written to later, and a view be a copy if need be."""
+    later: set[int | None] = set()  # the memory that is written to
     for node in reversed(graph.nodes):
         if is_inplace(node):
             later |= {storage_of(value) for value in written(node)}
-        if node.target not in _COPY_BY_LAYOUT or not isinstance(node.args[0], Node) or shares_memory(node, node.args[0]):
+        source = node.args[0] if node.args else None
+        if node.target not in RESHAPES | {"contiguous", "ravel", torch.ravel} or not isinstance(source, Node):
             continue
-        if later & {storage_of(node), storage_of(node.args[0])}:
+        is_written = bool(later & {storage_of(node), storage_of(source), None})
+        if is_written and not shares_memory(node, source):
             with graph.inserting_after(node):
                 copy = graph.call_method("clone", (node,))
             node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)  # type: ignore[misc]
             copy.meta = dict(node.meta)
+        elif not is_written and node.target == "view" and not node.kwargs and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"
 
 
 def _keeps_dtype(node: Node) -> bool:

@@ -46,6 +46,10 @@ def tokens_before_the_batch(h: Tensor) -> Tensor:
     return b((a(h).transpose(0, 1) + h.transpose(0, 1)).transpose(0, 1))
 
 
+def tokens_before_the_batch_and_behind_channels(h: Tensor) -> Tensor:
+    return b((a(h).permute(2, 1, 0) + h.sin().permute(2, 1, 0)).permute(2, 1, 0))
+
+
 def output_averaged(h: Tensor) -> Tensor:
     y = a.mixer(h)
     return b(h + y + y.mean(1, keepdim=True))
@@ -134,6 +138,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         [None, "the layer's output does not have the tokens that its scan ran on"],
     ),
     "tokens before the batch": (tokens_before_the_batch, BOTH, ["the tokens of transpose_.* cannot be gathered"] * 2),
+    "channels before tokens before the batch": (
+        tokens_before_the_batch_and_behind_channels,
+        BOTH,
+        ["the tokens of permute_.* cannot be gathered"] * 2,
+    ),
     "a mixer's output averaged": (
         output_averaged,
         BOTH,

@@ -65,6 +65,7 @@ TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last opera
     "scores": (lambda h: h @ h.transpose(1, 2), False),
     "layer norm": (lambda h: F.layer_norm(h, (HIDDEN,)), True),
     "layer norm of tokens": (lambda h: F.layer_norm(h, h.shape[1:]), False),
+    "layer norm of tokens, by their number": (lambda h: F.layer_norm(h, (h.shape[1], HIDDEN)), False),
     "an embedding": (lambda h: F.embedding(h.argmax(-1), matrix), True),
     "an embedding out of all rows": (lambda h: F.embedding(h.argmax(-1), h.flatten(0, 1)), False),
     "an embedding out of sequences": (lambda h: F.embedding(torch.arange(2).flip(0), h[:, :, 0]), False),

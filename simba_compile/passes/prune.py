@@ -28,7 +28,6 @@ from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import CONTRACT, SCANS
 from simba_compile.passes.tokens import (
-    FLAT,
     NO_TOKENS,
     expression,
     inputs_with_tokens,
@@ -323,11 +322,11 @@ class _Pruning:
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)
-        have_batch = axis != FLAT and (self.length.batch_axis(value) == 0 or self.length.is_shared(value))
+        have_batch = self.length.batch_axis(value) == 0 or self.length.is_shared(value)
         if have == 0 and have_batch and self.length.is_square(value):  # a mask: queries and keys
             queries = self._call(OPS.gather, self.made[node, 0], self._positions(version), value.dim() - 2)
             return self._call(OPS.gather, queries, self._positions(version), value.dim() - 1)
-        if axis < 1 or not have_batch:
+        if axis < 1 or not have_batch:  # FLAT is less, too
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
         if have == 0:
             return self._call(OPS.gather, self.made[node, 0], self._positions(version), axis)

@@ -354,8 +354,8 @@ def suffix(node: Node, length: Length) -> int | None:
     source, index = node.args
     items = list(index) if isinstance(index, tuple) else [index]
     rank, axis = _rank(value_of(source)), length.of(source)
-    if Ellipsis in [item if isinstance(item, type(Ellipsis)) else 0 for item in items]:
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+    at = next((i for i, item in enumerate(items) if item is Ellipsis), None)
+    if at is not None:
         items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
     items += [slice(None)] * (rank - len(items))
     if len(items) != rank or not all(isinstance(item, slice) for item in items):

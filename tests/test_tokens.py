@@ -64,6 +64,7 @@ TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last opera
     "a product": (lambda h: h @ column, True),
     "scores": (lambda h: h @ h.transpose(1, 2), False),
     "layer norm": (lambda h: F.layer_norm(h, (HIDDEN,)), True),
+    "RMS norm": (lambda h: F.rms_norm(h, (HIDDEN,), column[:, 0]), True),
     "layer norm of tokens": (lambda h: F.layer_norm(h, h.shape[1:]), False),
     "layer norm of tokens, by their number": (lambda h: F.layer_norm(h, (h.shape[1], HIDDEN)), False),
     "an embedding": (lambda h: F.embedding(h.argmax(-1), matrix), True),

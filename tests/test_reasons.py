@@ -31,6 +31,13 @@ def attends_to_four(h: Tensor) -> Tensor:
     return h + F.scaled_dot_product_attention(heads(h), few, few).transpose(1, 2).flatten(2)
 
 
+def keys_summed_up(h: Tensor) -> Tensor:
+    h = a(h)
+    keys = F.linear(h, matrix)
+    h = h + F.scaled_dot_product_attention(heads(h), heads(keys), heads(keys)).transpose(1, 2).flatten(2)
+    return b(h + keys.cumsum(1))
+
+
 def two_at_once(h: Tensor) -> Tensor:
     h = a(h)
     y, z = b.mixer(h), c.mixer(h)
@@ -122,6 +129,7 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         BOTH,
         ["the key of attention does not have one row for each token"] * 2,
     ),
+    "keys that are summed up": (keys_summed_up, BOTH, ["cumsum reads keys or values of attention for all tokens"] * 2),
     "two mixers at once": (
         two_at_once,
         {"schedule": [0.6, 0.5, 0.3]},

@@ -23,7 +23,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import entries, is_attention, why_not
+from simba_compile.passes.attention import SAME_DATA, entries, is_attention, why_not
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import CONTRACT, SCANS
@@ -182,6 +182,10 @@ class _Pruning:
     def _copy(self, node: Node, version: int, sized: bool = False) -> Node:
         """The node on inputs of this version. The length as an operand, and not as a size, stays the length."""
         sized = sized or takes_sizes(node)
+        if version == 0 and node.target not in SAME_DATA:  # a cache may take its entries with marks; what computes may not
+            marked = self.entries - self.stream.before.keys()
+            if any(source in marked and self.version[source] > 0 for source in node.all_input_nodes):
+                raise Unprunable(self.mixer, f"{node.name} reads keys or values of attention for all tokens")
         return self.out.node_copy(
             node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)
         )

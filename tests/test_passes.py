@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx import Graph
 from toys import HIDDEN, OPS, RANK, STATES, TAPS, WIDTH, Captured, matrix, tokens, toys
 
-import simba_compile
 from simba_compile import Options
 from simba_compile.kernels.reference import is_marked
 from simba_compile.passes import prune, transform
 from simba_compile.passes.functional import make_functional
-from simba_compile.passes.match import match
+from simba_compile.passes.match import _weights, match
 from simba_compile.passes.plan import make_plan, shares
 from simba_compile.passes.rows import make_rows
 from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
@@ -133,16 +133,15 @@ def test_match_takes_a_convolution_along_the_batch_for_no_cache() -> None:
     assert mixer.reason is None
 
 
-def test_match_counts_weights_where_every_size_is_known() -> None:
-    """What a projection reads has then numbers for sizes, too: it is not taken for the weight."""
-    model = toys(2)
-
-    def fixed(h: Tensor) -> Tensor:
-        return model(h) + h[:, h.shape[1] - 1 :]  # a place computed from the length fixes it
-
-    with torch.no_grad():
-        known, varying = (simba_compile.explain(function, tokens(50)[:1]).mixers for function in (fixed, model))
-    assert [mixer.flops_dense for mixer in known] == [mixer.flops_dense for mixer in varying]
+@pytest.mark.parametrize("first", [False, True])
+def test_match_counts_the_parameter_where_every_size_is_known(first: bool) -> None:
+    """As in a graph of one length: what the projection reads has numbers for sizes, too."""
+    graph = Graph()
+    weight, value = graph.placeholder("weight"), graph.placeholder("value")
+    weight.meta["example_value"] = torch.nn.Parameter(torch.randn(HIDDEN, HIDDEN))
+    value.meta["example_value"] = torch.randn(2, 1, HIDDEN, HIDDEN)
+    product = graph.call_function(torch.matmul, (weight, value) if first else (value, weight))
+    assert _weights(product) == HIDDEN * HIDDEN
 
 
 def test_length_finds_the_token_axis() -> None:

@@ -149,7 +149,7 @@ ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must 
 }
 DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has torch.rms_norm for F.rms_norm
+NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has the third for the second
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
 SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
 VIEWS: set[Any] = SPLITS | {

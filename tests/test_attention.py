@@ -44,10 +44,10 @@ def test_marks_survive_what_a_cache_does(dtype: torch.dtype) -> None:
 def test_attention_over_a_cache_is_attention_to_what_is_left(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     batch, tokens, queries = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9)), data.draw(st.integers(1, 3))
-    kept = data.draw(st.integers(1, tokens))
+    kept, channels = data.draw(st.integers(1, tokens)), data.draw(st.sampled_from([1, 6]))
     positions = torch.stack([torch.randperm(tokens)[:kept].sort().values for _ in range(batch)])
-    query = torch.randn(batch, 4, queries, 6, dtype=torch.float64)
-    key, value = torch.randn(2, batch, 2, kept, 6, dtype=torch.float64)
+    query = torch.randn(batch, 4, queries, channels, dtype=torch.float64)
+    key, value = torch.randn(2, batch, 2, kept, channels, dtype=torch.float64)
     cached = [OPS.cache_entries(x, positions, tokens, 2) for x in (key, value)]
     kind = data.draw(st.sampled_from(["none", "bool", "float"]))
     mask = None

@@ -19,6 +19,7 @@ from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.match import match
 from simba_compile.passes.plan import make_plan
 from simba_compile.passes.rows import make_rows
+from simba_compile.passes.tokens import value_of
 
 
 def test_lower_fuses_a_layer() -> None:
@@ -131,6 +132,8 @@ def test_lower_makes_the_gate_for_kept_tokens(function: Callable, projects_kept:
     captured.lowered()
     products = [node for node in captured.gm.graph.nodes if node.target in {F.linear, torch._C._nn.linear, OPS.linear}]
     assert any(node.args[0].target is OPS.gather for node in products) == projects_kept
+    if projects_kept:  # each of the pieces is made once, and the whole no more
+        assert sum(int(value_of(node.args[1]).shape[0]) for node in products) == len(wide)
 
 
 def normed(x: Tensor, dim: int | Sequence[int] = -1, eps: float = 1e-5) -> Tensor:

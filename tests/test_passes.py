@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import HIDDEN, OPS, RANK, STATES, TAPS, WIDTH, Captured, tokens, toys
+from torch.fx import Graph
+from toys import HIDDEN, OPS, RANK, STATES, TAPS, WIDTH, Captured, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.kernels.reference import is_marked
-from simba_compile.passes import prune
+from simba_compile.passes import prune, transform
 from simba_compile.passes.functional import make_functional
-from simba_compile.passes.match import match
+from simba_compile.passes.match import _weights, match
 from simba_compile.passes.plan import make_plan, shares
 from simba_compile.passes.rows import make_rows
 from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
@@ -76,7 +77,12 @@ def test_match_counts_a_product_as_a_projection() -> None:
         return h + layer.out_proj(OPS.selective_scan(x, x, layer.A, B, B, None, z, None, True, None)[0])
 
     found = []
-    for in_proj in (layer.in_proj, lambda h: h @ weight, lambda h: h @ weight.t().t()):
+    for in_proj in (
+        layer.in_proj,
+        lambda h: h @ weight,
+        lambda h: h @ weight.t().t(),
+        lambda h: (weight.t() @ h.transpose(1, 2)).transpose(1, 2),  # the weight comes first, and is no parameter
+    ):
         captured = Captured(lambda h, in_proj=in_proj: function(h, in_proj), tokens())
         found += match(captured.gm.graph)
         assert not found[-1].x.shape[1].node.shape_env.guards  # else every length would be compiled anew
@@ -100,6 +106,44 @@ def test_match_passes_over_adds_of_the_mixers_own() -> None:
     assert mixer.residual is not None and mixer.residual.op == "placeholder"
 
 
+RESIDUALS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda h: h * 0.5,
+    "scaled by what comes first": lambda h: 0.5 * h,
+    "cast": lambda h: h.double(),
+    "cast and scaled": lambda h: torch.mul(h.to(torch.float64), 2),
+}
+
+
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_match_knows_a_residual_behind_casts_and_scales(case: str) -> None:
+    layer, residual = toys(1)[0], RESIDUALS[case]
+    (mixer,) = match(Captured(lambda h: residual(h) + layer.mixer(h), tokens()).gm.graph)
+    assert mixer.reason is None and mixer.residual is not None and mixer.residual.op != "placeholder"
+
+
+def test_match_takes_a_convolution_along_the_batch_for_no_cache() -> None:
+    layer = toys(1)[0]
+
+    def function(h: Tensor) -> Tensor:
+        x = OPS.causal_conv1d(F.linear(h, layer.out_proj.weight.t()).transpose(0, 1), layer.conv, None, True).transpose(0, 1)
+        B = layer.x_proj(x)[..., :STATES]
+        return h + layer.out_proj(OPS.selective_scan(x, x, layer.A, B, B, None, None, None, True, None)[0])
+
+    (mixer,) = match(Captured(function, tokens()).gm.graph)
+    assert mixer.reason is None
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_match_counts_the_parameter_where_every_size_is_known(first: bool) -> None:
+    """As in a graph of one length: what the projection reads has numbers for sizes, too."""
+    graph = Graph()
+    weight, value = graph.placeholder("weight"), graph.placeholder("value")
+    weight.meta["example_value"] = torch.nn.Parameter(torch.randn(HIDDEN, HIDDEN))
+    value.meta["example_value"] = torch.randn(2, 1, HIDDEN, HIDDEN)
+    product = graph.call_function(torch.matmul, (weight, value) if first else (value, weight))
+    assert _weights(product) == HIDDEN * HIDDEN
+
+
 def test_length_finds_the_token_axis() -> None:
     def function(h: Tensor) -> tuple[Tensor, ...]:
         return (
@@ -113,6 +157,9 @@ def test_length_finds_the_token_axis() -> None:
             h[:, :, 0],
             OPS.last_tokens(h, 2, 1),
             OPS.last_tokens(h, 2, 2),
+            h.transpose(1, 2)[..., -4:],
+            h[..., -4:, :],
+            h[..., -4:],
         )
 
     captured = Captured(function, tokens())
@@ -122,8 +169,11 @@ def test_length_finds_the_token_axis() -> None:
     ]
     length = Length(given_input.meta["example_value"])
     assert length.is_symbolic
-    assert [length.of(node) for node in nodes] == [1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1, NO_TOKENS, 1]
-    assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None, 2, None]
+    assert [length.of(node) for node in nodes] == [
+        *(1, 2, NO_TOKENS, FLAT, UNCLEAR, UNCLEAR, NO_TOKENS, 1, NO_TOKENS, 1),
+        *(NO_TOKENS, NO_TOKENS, 1),
+    ]
+    assert [suffix(node, length) for node in nodes] == [None] * 6 + [3, None, 2, None, 4, 4, None]
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -236,6 +286,45 @@ def test_the_length_is_read_off_an_input_where_no_number_shows_it() -> None:
     torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_that_keys_were_made_of_are_no_cache() -> None:
+    """They are restored as other values are, with no marks."""
+    first, second = toys(2)
+
+    def function(h: Tensor) -> tuple[Tensor, Tensor]:
+        h = first(h)
+        rows = F.linear(h.flatten(0, 1), matrix)
+        keys = rows.view(h.shape)[:, None]
+        return second(h + F.scaled_dot_product_attention(h[:, None], keys, keys)[:, 0]), rows
+
+    captured = Captured(function, tokens(40))
+    options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
+    pruned = transform(captured.gm, options).pruned
+    assert pruned is not None
+    with torch.no_grad():
+        few, everything = (pruned(*captured.args, *counts) for counts in ((20, 8), (40, 40)))
+    assert few[1].isfinite().all()
+    torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-5)
+
+
+def test_what_several_read_is_gathered_and_restored_once() -> None:
+    first, second = toys(2)
+
+    def function(h: Tensor) -> Tensor:
+        other = h.sin()
+        h = first(h)
+        h = second(h + other) + other + other.cos()
+        return h + h.cumsum(1) + h.flip(1)
+
+    captured = Captured(function, tokens(40))
+    options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
+    plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
+    pruned = prune(captured.gm, plan, options)
+    called = [(node.target, node.args) for node in pruned.graph.nodes if node.target in (OPS.gather, OPS.restore)]
+    assert called and len(called) == len(set(map(str, called)))
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(*captured.args, 40, 40)[0], captured.result, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_is_restored_where_a_suffix_is_read() -> None:
     model = toys(2)
     captured = Captured(lambda h: model(h)[:, -2:] * 2, tokens(40))
@@ -261,6 +350,7 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], list[Any]]] = {
         lambda h: (lambda m: (m.scatter_(2, h.argmax(2, keepdim=True), 1.0), h * m)[1])(torch.zeros_like(h)),
         ["scatter"],
     ),
+    "of a size": (lambda h: (lambda w: (w.mul_(2), w + 1)[1])(torch.ones(h.shape[1])), ["mul"]),
     "an input": (lambda h: h.mul_(2), ["mul_"]),
     "a view": (lambda h: (lambda w: (w[:, :3].mul_(2), w)[1])(h + 1), ["mul_"]),
     "seen through a view": (lambda h: (lambda w, v: (w.mul_(2), v + 1)[1])(*(lambda w: (w, w[:, :3]))(h + 1)), ["mul_"]),

@@ -31,6 +31,13 @@ def attends_to_four(h: Tensor) -> Tensor:
     return h + F.scaled_dot_product_attention(heads(h), few, few).transpose(1, 2).flatten(2)
 
 
+def keys_summed_up(h: Tensor) -> Tensor:
+    h = a(h)
+    keys = F.linear(h, matrix)
+    h = h + F.scaled_dot_product_attention(heads(h), heads(keys), heads(keys)).transpose(1, 2).flatten(2)
+    return b(h + keys.cumsum(1))
+
+
 def two_at_once(h: Tensor) -> Tensor:
     h = a(h)
     y, z = b.mixer(h), c.mixer(h)
@@ -44,6 +51,10 @@ def one_into_the_next(h: Tensor) -> Tensor:
 
 def tokens_before_the_batch(h: Tensor) -> Tensor:
     return b((a(h).transpose(0, 1) + h.transpose(0, 1)).transpose(0, 1))
+
+
+def tokens_before_the_batch_and_behind_channels(h: Tensor) -> Tensor:
+    return b((a(h).permute(2, 1, 0) + h.sin().permute(2, 1, 0)).permute(2, 1, 0))
 
 
 def output_averaged(h: Tensor) -> Tensor:
@@ -118,6 +129,7 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         BOTH,
         ["the key of attention does not have one row for each token"] * 2,
     ),
+    "keys that are summed up": (keys_summed_up, BOTH, ["cumsum reads keys or values of attention for all tokens"] * 2),
     "two mixers at once": (
         two_at_once,
         {"schedule": [0.6, 0.5, 0.3]},
@@ -134,6 +146,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         [None, "the layer's output does not have the tokens that its scan ran on"],
     ),
     "tokens before the batch": (tokens_before_the_batch, BOTH, ["the tokens of transpose_.* cannot be gathered"] * 2),
+    "channels before tokens before the batch": (
+        tokens_before_the_batch_and_behind_channels,
+        BOTH,
+        ["the tokens of permute_.* cannot be gathered"] * 2,
+    ),
     "a mixer's output averaged": (
         output_averaged,
         BOTH,

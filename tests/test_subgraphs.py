@@ -108,6 +108,22 @@ def test_a_branch_of_cond_is_dense() -> None:
     assert [mixer.reason for mixer in report.mixers] == ["mixers stand inside cond, which has a graph of its own"] * 2
 
 
+def test_mixers_inside_and_outside_are_reported_in_their_order() -> None:
+    first, second, third = (layer.mixer for layer in tiny_model("mamba").backbone.layers)
+
+    def function(h: Tensor) -> Tensor:
+        h = h + first(h)
+        h = torch.cond(h.sum() > 0, lambda h: h + second(h), lambda h: h + second(h), (h,))
+        return h + third(h)
+
+    with torch.no_grad():
+        report = simba_compile.explain(function, torch.randn(2, 50, 32), options=KEEP_FEW)
+    print(report)
+    order = [int("".join(filter(str.isdigit, mixer.path))) for mixer in report.mixers]  # __closure__.0.cell_contents
+    assert order == [0, 1, 1, 2]
+    assert {mixer.reason for mixer in report.mixers} == {"mixers stand inside cond, which has a graph of its own"}
+
+
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_subgraph_after_a_pruned_mixer_sees_every_token(writes: bool, selected: list[Tensor]) -> None:
     """Of a graph inside without a mixer. One that may write into what it reads keeps the mixers before it dense."""

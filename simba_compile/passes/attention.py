@@ -20,7 +20,7 @@ from simba_compile.kernels.reference import is_marked
 from simba_compile.passes.tokens import CASTS, CONCATENATIONS, NO_TOKENS, RESHAPES, VIEWS, Length, is_one_result, value_of
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_SAME_DATA: set[Any] = {*VIEWS, *RESHAPES, *CASTS, *CONCATENATIONS, operator.getitem}
+SAME_DATA: set[Any] = {*VIEWS, *RESHAPES, *CASTS, *CONCATENATIONS, operator.getitem}
 
 
 def is_attention(node: Node) -> bool:
@@ -60,7 +60,7 @@ def _parts(node: Node, length: Length) -> set[Node]:
     for source in queue:  # grows while it is walked
         if source not in found and not is_one_result(source) and isinstance(value_of(source), Tensor):
             found.add(source)
-            if source.target in _SAME_DATA and length.of(source) >= 0:
+            if source.target in SAME_DATA and length.of(source) >= 0:
                 queue += source.all_input_nodes
     return found
 
@@ -78,7 +78,7 @@ def read_cache(node: Node) -> None:
         if source.op == "placeholder" and isinstance(value_of(source), Tensor):
             node.target = attention_over_cache
             return
-        if source.target in _SAME_DATA:
+        if source.target in SAME_DATA:
             queue += [further for further in source.all_input_nodes if further not in seen]
             seen.update(queue)
 

@@ -133,8 +133,8 @@ def _residual(node: Node, scan: Node) -> Node | None:
     if len(outside) != 1:
         return None
     origin = outside[0]
-    while origin.target in CASTS | SCALES and isinstance(origin.args[0], Node) and len(origin.all_input_nodes) == 1:
-        origin = origin.args[0]
+    while origin.target in CASTS | SCALES and len(origin.all_input_nodes) == 1:  # the factor may come first: 0.5 * h
+        (origin,) = origin.all_input_nodes
     return outside[0] if _reaches(origin, scan) else None
 
 
@@ -159,7 +159,7 @@ def _weights(node: Node | None) -> int:
     """How many weights a projection or a convolution has: those of the operand that does not vary with the call."""
     if node is None:
         return 0
-    values = [value for value in map(value_of, node.args[:2]) if isinstance(value, Tensor)]
+    values = [value_of(operand) for operand in node.args[:2]]
     fixed = [value for value in values if all(isinstance(size, int) for size in value.shape)]
     weights = [value for value in fixed if isinstance(value, torch.nn.Parameter)] or fixed
     return weights[-1].numel() if weights else 0

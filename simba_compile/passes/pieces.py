@@ -1,6 +1,5 @@
 """What a projection's output is split into along its channels: the convolution's input, the gate, the steps."""
 
-import operator
 from typing import NamedTuple
 
 from torch.fx import Node
@@ -29,7 +28,7 @@ def pieces_of(projection: Node) -> list[Piece]:
     split = next(iter(projection.users)) if len(projection.users) == 1 else None
     if split is None or split_axis(split) != value_of(projection).dim() - 1:
         return []
-    taken = {user.args[1]: user for user in split.users if user.target is operator.getitem}
+    taken = {user.args[1]: user for user in split.users}  # Dynamo takes every part of a tuple by itself
     parts = value_of(split)
     if len(taken) != len(split.users) or set(taken) != set(range(len(parts))):
         return []

@@ -23,12 +23,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import entries, is_attention, why_not
+from simba_compile.passes.attention import SAME_DATA, entries, is_attention, why_not
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import CONTRACT, SCANS
 from simba_compile.passes.tokens import (
-    FLAT,
     NO_TOKENS,
     expression,
     inputs_with_tokens,
@@ -190,6 +189,10 @@ class _Pruning:
     def _copy(self, node: Node, version: int, sized: bool = False) -> Node:
         """The node on inputs of this version. The length as an operand, and not as a size, stays the length."""
         sized = sized or takes_sizes(node)
+        if version == 0 and node.target not in SAME_DATA:  # a cache may take its entries with marks; what computes may not
+            marked = self.entries - self.stream.before.keys()
+            if any(source in marked and self.version[source] > 0 for source in node.all_input_nodes):
+                raise Unprunable(self.mixer, f"{node.name} reads keys or values of attention for all tokens")
         return self.out.node_copy(
             node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)
         )
@@ -330,11 +333,11 @@ class _Pruning:
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)
-        have_batch = axis != FLAT and (self.length.batch_axis(value) == 0 or self.length.is_shared(value))
+        have_batch = self.length.batch_axis(value) == 0 or self.length.is_shared(value)
         if have == 0 and have_batch and self.length.is_square(value):  # a mask: queries and keys
             queries = self._call(OPS.gather, self.made[node, 0], self._positions(version), value.dim() - 2)
             return self._call(OPS.gather, queries, self._positions(version), value.dim() - 1)
-        if axis < 1 or not have_batch:
+        if axis < 1 or not have_batch:  # FLAT is less, too
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
         if have == 0:
             return self._call(OPS.gather, self.made[node, 0], self._positions(version), axis)

@@ -149,7 +149,7 @@ ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must 
 }
 DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-NORMS: set[Any] = {_F.layer_norm, _F.rms_norm}  # over the last axes, as many as ``normalized_shape`` has
+NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has the third for the second
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
 SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
 VIEWS: set[Any] = SPLITS | {
@@ -354,8 +354,8 @@ def suffix(node: Node, length: Length) -> int | None:
     source, index = node.args
     items = list(index) if isinstance(index, tuple) else [index]
     rank, axis = _rank(value_of(source)), length.of(source)
-    if Ellipsis in [item if isinstance(item, type(Ellipsis)) else 0 for item in items]:
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+    at = next((i for i, item in enumerate(items) if item is Ellipsis), None)
+    if at is not None:
         items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
     items += [slice(None)] * (rank - len(items))
     if len(items) != rank or not all(isinstance(item, slice) for item in items):

@@ -118,7 +118,6 @@ def test_mixers_inside_and_outside_are_reported_in_their_order() -> None:
 
     with torch.no_grad():
         report = simba_compile.explain(function, torch.randn(2, 50, 32), options=KEEP_FEW)
-    print(report)
     order = [int("".join(filter(str.isdigit, mixer.path))) for mixer in report.mixers]  # __closure__.0.cell_contents
     assert order == [0, 1, 1, 2]
     assert {mixer.reason for mixer in report.mixers} == {"mixers stand inside cond, which has a graph of its own"}

@@ -1,8 +1,8 @@
 """The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
 
 subgraphs   finds the graphs that higher-order operators run
-functional  writes in-place operations as ordinary ones (and, after `arguments`, what depends on the layout of memory so that it
-            does not)
+functional  writes in-place operations as ordinary ones (and, after `arguments`, what depends on where numbers lie in memory
+            so that it does not)
 arguments   puts arguments that are given by name in their places
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each

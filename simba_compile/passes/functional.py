@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from simba_compile.passes.tokens import IN_PLACE, RESHAPES, is_inplace, shares_memory, storage_of, value_of, written
 
+_BY_LAYOUT: set[Any] = RESHAPES | {"contiguous", "ravel", torch.ravel}
 _GIVE_THEIR_INPUT: set[Any] = {F.dropout, torch.dropout}  # in evaluation, where Dynamo shows a copy
 
 
@@ -46,7 +47,7 @@ def allow_any_layout(graph: Graph) -> None:
         if is_inplace(node):
             later |= {storage_of(value) for value in written(node)}
         source = node.args[0] if node.args else None
-        if node.target not in RESHAPES | {"contiguous", "ravel", torch.ravel} or not isinstance(source, Node):
+        if node.target not in _BY_LAYOUT or not isinstance(source, Node):
             continue
         is_written = bool(later & {storage_of(node), storage_of(source), None})
         if is_written and not shares_memory(node, source):

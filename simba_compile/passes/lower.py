@@ -14,6 +14,7 @@ from simba_compile.passes.scans import SCANS
 from simba_compile.passes.tokens import (
     CASTS,
     LINEAR,
+    MUL,
     POINTWISE,
     PRODUCTS,
     RESHAPES,
@@ -23,8 +24,7 @@ from simba_compile.passes.tokens import (
 )
 
 OPS = torch.ops.simba
-MUL, POW, RSQRT, MEAN = (
-    {operator.mul, torch.mul, "mul"},
+POW, RSQRT, MEAN = (
     {"pow", torch.pow, operator.pow},
     {torch.rsqrt, "rsqrt"},
     {"mean", torch.mean},

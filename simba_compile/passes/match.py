@@ -22,10 +22,9 @@ from torch.fx import Graph, Node
 
 from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
-from simba_compile.passes.tokens import CASTS, LINEAR, PRODUCTS, Length, suffix, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, Length, suffix, value_of
 
 ADDS = {operator.add, torch.add, "add"}
-SCALES = {operator.mul, torch.mul, "mul"}
 SEVERAL = "the mixers of this graph do not follow one another, as if a model ran twice in it; compile the model by itself"
 
 
@@ -133,7 +132,7 @@ def _residual(node: Node, scan: Node) -> Node | None:
     if len(outside) != 1:
         return None
     origin = outside[0]
-    while origin.target in CASTS | SCALES and len(origin.all_input_nodes) == 1:  # the factor may come first: 0.5 * h
+    while origin.target in CASTS | MUL and len(origin.all_input_nodes) == 1:  # the factor may come first: 0.5 * h
         (origin,) = origin.all_input_nodes
     return outside[0] if _reaches(origin, scan) else None
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.passes.tokens import (
     CASTS,
+    MUL,
     POINTWISE,
     RESHAPES,
     VIEWS,
@@ -24,7 +25,6 @@ from simba_compile.passes.tokens import (
     value_of,
 )
 
-_MUL = {operator.mul, torch.mul, "mul"}
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
     *(POINTWISE | _SAME_NUMBERS),
@@ -93,7 +93,7 @@ def _made_of(nodes: Iterable[Node]) -> set[Node]:
 def _factors(node: Node, length: Length) -> list[Node]:
     """What tokens are multiplied by: a number for each, as it was before views and casts."""
     sources = [source for source in node.all_input_nodes if length.of(source) >= 0]
-    if node.target not in _MUL or all(_is_narrow(value_of(source), length) for source in sources):
+    if node.target not in MUL or all(_is_narrow(value_of(source), length) for source in sources):
         return []
     return [_without_views(source, length) for source in sources if _is_narrow(value_of(source), length)]
 

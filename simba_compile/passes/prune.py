@@ -190,8 +190,8 @@ class _Pruning:
         """The node on inputs of this version. The length as an operand, and not as a size, stays the length."""
         sized = sized or takes_sizes(node)
         if version == 0 and node.target not in SAME_DATA:  # a cache may take its entries with marks; what computes may not
-            marked = self.entries - self.stream.before.keys()
-            if any(source in marked and self.version[source] > 0 for source in node.all_input_nodes):
+            marked = self.entries.intersection(node.all_input_nodes) - self.stream.before.keys()
+            if any(self.version[source] > 0 for source in marked):
                 raise Unprunable(self.mixer, f"{node.name} reads keys or values of attention for all tokens")
         return self.out.node_copy(
             node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)

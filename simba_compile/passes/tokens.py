@@ -157,6 +157,7 @@ VIEWS: set[Any] = SPLITS | {
     *(torch.squeeze, torch.unsqueeze),
 }
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
+MUL: set[Any] = {operator.mul, torch.mul, "mul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
 CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor")

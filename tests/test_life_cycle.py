@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -169,23 +171,40 @@ def test_data_loaders_workers(method: str) -> None:
 # --- training in several processes, dispatched models, hooks ----------------------------------------------------------
 
 
-def train_one_step(rank: int, folder: str) -> None:
+_groups: list[Any] = []
+
+
+@contextlib.contextmanager
+def process_group(folder: Path, rank: int = 0, processes: int = 1) -> Iterator[None]:
+    """A gloo group of processes that meet in a folder. It is held for good, lest DDP's wrapper is the last to have it.
+
+    That one would free the group with the GIL held, and wait for a thread of gloo's that may need the GIL to forget what
+    it did last: about one run in twenty hung (torch 2.13).
+    """
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    _groups.append(torch.distributed.group.WORLD)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def train_one_step(rank: int, folder: Path) -> None:
     """One of two processes: a step on its half of the batch, gradients averaged by DDP."""
     torch.set_num_threads(1)
     torch._dynamo.config.optimize_ddp = False
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = tiny_model(dtype=torch.float64, layers=2).train()
-    compiled = torch.compile(nn.parallel.DistributedDataParallel(model), backend="simba", options=KEEP_FEW)
-    ids = random_ids(4, 40)[2 * rank : 2 * rank + 2]
-    out = compiled(ids, labels=ids)
-    out.loss.backward()
-    torch.save((out.logits.detach(), [parameter.grad for parameter in model.parameters()]), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    with process_group(folder, rank, 2):
+        model = tiny_model(dtype=torch.float64, layers=2).train()
+        compiled = torch.compile(nn.parallel.DistributedDataParallel(model), backend="simba", options=KEEP_FEW)
+        ids = random_ids(4, 40)[2 * rank : 2 * rank + 2]
+        out = compiled(ids, labels=ids)
+        out.loss.backward()
+        torch.save((out.logits.detach(), [parameter.grad for parameter in model.parameters()]), folder / str(rank))
 
 
 def test_ddp_forward_and_backward(tmp_path: Path) -> None:
     """Two gloo processes: each has the reference's logits, and both the mean of the halves' gradients."""
-    torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(train_one_step, (tmp_path,), nprocs=2)
     model, ids = tiny_model(dtype=torch.float64, layers=2).train(), random_ids(4, 40)
     results = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
     for half, (found, _) in zip(ids.chunk(2), results, strict=True):
@@ -202,14 +221,10 @@ def test_ddp_forward_and_backward(tmp_path: Path) -> None:
 
 def test_ddp_that_splits_graphs_is_dense_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Dynamo's default under DDP."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path), caplog.at_level("WARNING", "simba_compile"):
         model = tiny_model(layers=1)
         compiled = torch.compile(nn.parallel.DistributedDataParallel(model), backend="simba", options=KEEP_FEW)
-        with caplog.at_level("WARNING", "simba_compile"):
-            found = logits(compiled, 20)
-    finally:
-        torch.distributed.destroy_process_group()
+        found = logits(compiled, 20)
     torch.testing.assert_close(found, logits(model, 20), rtol=1e-4, atol=1e-4)
     assert "optimize_ddp = False" in caplog.text
 

@@ -38,6 +38,13 @@ def keys_summed_up(h: Tensor) -> Tensor:
     return b(h + keys.cumsum(1))
 
 
+def keys_summed_up_before(h: Tensor) -> Tensor:
+    h = a(h)
+    keys = F.linear(h, matrix)
+    sums = keys.cumsum(1)
+    return b(h + sums + F.scaled_dot_product_attention(heads(h), heads(keys), heads(keys)).transpose(1, 2).flatten(2))
+
+
 def two_at_once(h: Tensor) -> Tensor:
     h = a(h)
     y, z = b.mixer(h), c.mixer(h)
@@ -130,6 +137,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         ["the key of attention does not have one row for each token"] * 2,
     ),
     "keys that are summed up": (keys_summed_up, BOTH, ["cumsum reads keys or values of attention for all tokens"] * 2),
+    "keys that attention reads later": (
+        keys_summed_up_before,
+        BOTH,
+        ["sums reads keys or values of attention for all tokens"] * 2,
+    ),
     "two mixers at once": (
         two_at_once,
         {"schedule": [0.6, 0.5, 0.3]},

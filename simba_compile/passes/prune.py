@@ -78,7 +78,9 @@ class _Pruning:
         self.pending: Node | None = None  # placement "layer": selected at the scan, to be pruned at the residual add
         self.mixer = 0  # the last one that pruned: whom a failure is laid to
         self.experts: int | None = None  # the version inside a mixture of experts
-        self.entries: set[Node] = set()  # keys and values that attention reads: as outputs, a cache's entries
+        attentions = [node for node in gm.graph.nodes if is_attention(node)]
+        # Keys and values that attention reads, now or later: as outputs, a cache's entries
+        self.entries = {source for node in attentions for source in entries(node, plan.length)}
         self.tokens: Node | None = None  # the full length as a number
         self.derived: set[tuple[Node, int]] = set()  # those of `made` that `at` made
         self.read: dict[int | None, Node] = {}  # memory that a value of pruned tokens was made of, and that value
@@ -207,7 +209,6 @@ class _Pruning:
         reason = why_not(node, self.length)
         if reason is not None:
             raise Unprunable(self.mixer, reason)
-        self.entries |= entries(node, self.length)
         self._emit(node, newest)
 
     def _among_experts(self, node: Node, newest: int) -> bool:

@@ -101,11 +101,11 @@ int NAME(ssd_state_update)(const SsdUpdateArgs *a, int threads) {
     for (int64_t i = 0; i < p; i += LANES) { /* outputs that are stored together */
       const int count = (int)(p - i < LANES ? p - i : LANES);
       const vec rows = load(x + i, count), input = delta * rows;
-      vec y = splat(0);
+      vec sums[LANES] = {{0}};
       for (int j = 0; j < count; j += UPDATED) {
         const int size = count - j < UPDATED ? count - j : UPDATED;
         REAL *h = (REAL *)a->state + (task * p + i + j) * N;
-        vec out[UPDATED] = {{0}};
+        vec *const out = sums + j;
         for (int64_t n = 0; n < N; n += LANES) {
           const int left = (int)(N - n < LANES ? N - n : LANES);
           const vec b_n = load(B + n, left), c_n = load(C + n, left);
@@ -115,9 +115,8 @@ int NAME(ssd_state_update)(const SsdUpdateArgs *a, int threads) {
             out[r] += next * c_n;
           }
         }
-        for (int r = 0; r < size; r++) y[j + r] = sum_lanes(out[r]);
       }
-      store((elem *)a->out + task * p + i, y + rows * D, count);
+      store((elem *)a->out + task * p + i, sum_each(sums) + rows * D, count);
     }
   }
   return 0;

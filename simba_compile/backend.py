@@ -116,7 +116,7 @@ def _log(result: Transformed) -> None:
     pruning = 0 if result.plan is None else len(result.plan.pruning)
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
     dense = next((mixer for mixer in result.mixers if mixer.reason is not None), None)
-    if dense is not None and dense.x.shape[1] != 1:  # of one token, nothing can be dropped
+    if dense is not None and result.options.prunes and dense.x.shape[1] != 1:  # of one token, nothing can be dropped
         log.warning("%s and the mixers after it stay dense: %s.", dense.path, dense.reason)
 
 

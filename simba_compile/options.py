@@ -104,6 +104,12 @@ class Options:
                 raise ValueError(f"{name!r} is no option of the simba backend.{hint} The options are {', '.join(names)}.")
         return cls(**(options or {}))
 
+    @property
+    def prunes(self) -> bool:
+        """Whether they ask for fewer than all tokens."""
+        least = self.schedule[-1] if isinstance(self.schedule, tuple) else self.keep
+        return least < 1
+
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

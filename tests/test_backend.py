@@ -230,13 +230,25 @@ def test_dynamic_false_stays_dense_and_says_so(
     assert graphs[0].pruned is None and all(mixer.reason for mixer in graphs[0].mixers)
 
 
-def test_a_prompt_shorter_than_the_convolution_says_so(caplog: pytest.LogCaptureFixture) -> None:
+PRUNING: dict[str, tuple[dict[str, Any], bool]] = {
+    "keep": ({"keep": 0.3}, True),
+    "shares": ({"schedule": [1.0, 0.3]}, True),
+    "keep all": ({"keep": 1.0}, False),
+    "shares of one": ({"schedule": [1.0, 1.0]}, False),
+}
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_a_prompt_shorter_than_the_convolution_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where pruning was asked for."""
+    options, asked = PRUNING[name]
     model = tiny_model(layers=2)
     ids = random_ids(2, model.config.conv_kernel - 1)
     with caplog.at_level(logging.WARNING, "simba_compile"), torch.no_grad():
-        out = simba(model, keep=0.3, min_tokens=1)(ids, use_cache=True).logits
+        out = simba(model, min_tokens=1, **options)(ids, use_cache=True).logits
     close(out, model(ids).logits, 2e-5)
-    assert "the prompt is shorter than the convolution" in caplog.text
+    assert ("the prompt is shorter than the convolution" in caplog.text) == asked
+    assert asked or not caplog.records
 
 
 @pytest.mark.parametrize("way", ["forward", "method", "function", "no fullgraph"])

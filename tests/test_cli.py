@@ -181,7 +181,9 @@ def test_the_others_go_on_where_inductor_cannot() -> None:
         _first_call(EAGER, calls, first, failed)
 
 
-def test_bench(tmp_path: Path) -> None:
+def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setattr(sys, "argv", ["/bin/simba", "bench", "--quick"])
     result = simba("bench", "--quick", "--skip-inductor", "--out", tmp_path / "results")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "results" / "bench.json").read_text())
@@ -194,6 +196,7 @@ def test_bench(tmp_path: Path) -> None:
     assert 0 < data["scoring"]["share"] < 1
     assert data["scoring"]["influence"] > 0
     page = (tmp_path / "results" / "bench.md").read_text()
+    assert "MALLOC_MMAP_MAX_=0 " in data["command"] and data["command"].endswith(" simba bench --quick")
     for shown in (data["machine"]["cpu"], "speedup over HF eager", "speedup over simba keep 1.0"):
         assert shown in page
     assert "speedup over HF eager" in result.output

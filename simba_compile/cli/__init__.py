@@ -5,13 +5,13 @@ without loading torch.
 """
 
 import enum
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from simba_compile.cli import machine
 
 app = typer.Typer(
     help='Run pre-trained Mamba models on the tokens that matter: what torch.compile(model, backend="simba") does, '
@@ -86,7 +86,7 @@ def bench(
     """
     import torch
 
-    command = shlex.join(["simba", *sys.argv[1:]])
+    command = machine.command()
     out = out or Path("build/benchmarks" if quick else "benchmarks/results")  # not over figures that mean something
     has_gpu = torch.cuda.is_available()
     if device is Processor.cuda and not has_gpu:
@@ -130,7 +130,7 @@ def families(
     if unknown:
         known = ", ".join(MODELS)
         raise typer.BadParameter(f"there is no {', '.join(unknown)}; the models are {known}.", param_hint="--only")
-    run(names, tokens, repeats, not skip_inductor, out, shlex.join(["simba", *sys.argv[1:]]))
+    run(names, tokens, repeats, not skip_inductor, out, machine.command())
 
 
 @app.command()

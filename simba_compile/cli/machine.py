@@ -1,8 +1,19 @@
-"""Name the machine that measured something."""
+"""Name the machine that measured something, and how it was asked to."""
 
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
+
+# What memory and threads depend on. Hugging Face's eager mode is much faster where glibc keeps the memory that is freed.
+VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "GOMP_", "KMP_", "MKL_")
+
+
+def command() -> str:
+    """How this process was called, variables that measurements depend on included."""
+    given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
+    return shlex.join([*given, "simba", *sys.argv[1:]])
 
 
 def cpu_name() -> str:

@@ -14,8 +14,6 @@ import datetime
 import json
 import logging
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +75,7 @@ def main(
         torch._dynamo.reset()
         results: dict[str, Any] = {
             "machine": machine.describe(),
-            "command": shlex.join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
+            "command": machine.command("python", "benchmarks/measure.py"),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
         begin = others()

@@ -86,7 +86,7 @@ def bench(
     """
     import torch
 
-    command = machine.command()
+    command = machine.command("simba")
     out = out or Path("build/benchmarks" if quick else "benchmarks/results")  # not over figures that mean something
     has_gpu = torch.cuda.is_available()
     if device is Processor.cuda and not has_gpu:
@@ -130,7 +130,7 @@ def families(
     if unknown:
         known = ", ".join(MODELS)
         raise typer.BadParameter(f"there is no {', '.join(unknown)}; the models are {known}.", param_hint="--only")
-    run(names, tokens, repeats, not skip_inductor, out, machine.command())
+    run(names, tokens, repeats, not skip_inductor, out, machine.command("simba"))
 
 
 @app.command()

@@ -10,10 +10,10 @@ from pathlib import Path
 VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 
-def command() -> str:
-    """How this process was called, variables that measurements depend on included."""
+def command(*program: str) -> str:
+    """How this process, a run of the program, was called, variables that measurements depend on included."""
     given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
-    return shlex.join([*given, "simba", *sys.argv[1:]])
+    return shlex.join([*given, *program, *sys.argv[1:]])
 
 
 def cpu_name() -> str:

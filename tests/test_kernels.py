@@ -110,6 +110,20 @@ def test_causal_conv1d(level: int, dtype: torch.dtype, data: st.DataObject) -> N
 
 @needs_native
 @each_level
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_read_and_rounded_as_torch_does(level: int, dtype: torch.dtype) -> None:
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for factor in (1.0, 1 / 3, 3.0, 1 / 4096, 1 + 3 / 2048):
+        expected = (every.float() * factor).to(dtype)
+        with at_level(level):
+            actual = native.causal_conv1d(every[None, None], torch.full((len(every), 1), factor), None, False)[0, 0]
+        same = (actual.view(torch.int16) == expected.view(torch.int16)) | (actual.isnan() & expected.isnan())
+        flushed = (every.float() * factor).abs() < torch.finfo(torch.float32).tiny
+        assert (same | flushed).all()
+
+
+@needs_native
+@each_level
 @each_dtype
 @settings(max_examples=8)
 @given(data=st.data())

@@ -58,16 +58,19 @@ def test_linear(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
         assert_product(native_linear.linear(*args), args)
 
 
-# rows, depth, columns: a few rows; weights that fit a cache, and that do not; rows that are packed in two strips
-SIZES = [(1, 700, 515), (3, 400, 401), (9, 300, 80), (75, 401, 403), (1100, 390, 349), (1030, 33, 50)]
+# rows, depth, columns: a few rows, in one pass and several, in depths that are asked for ahead; weights that fit a cache,
+# and that do not; rows that are packed in two strips
+FEW = [(1, 700, 515), (3, 400, 401), (7, 1500, 70), (13, 513, 39), (16, 1100, 42)]
+SIZES = [*FEW, (19, 300, 80), (75, 401, 403), (1100, 390, 349), (1030, 33, 50)]
 
 
 @needs_native
 @each_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_linear_in_every_order_of_work(level: int, size: tuple[int, int, int]) -> None:
+def test_linear_in_every_order_of_work(level: int, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, depth, columns = size
-    source = Source(rows, torch.float32, "plain")
+    source = Source(rows, dtype, "plain")
     x, weight, add = source.normal(1, rows, depth), source.normal(columns, depth), source.normal(1, 2 * rows, columns)
     args = (x, weight, source.normal(columns), add, source.kept(1, 2 * rows, rows))
     with at_level(level), threads(2):
@@ -120,14 +123,16 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
     with threads(2):
         if native.library().simba_lanes() >= native_linear.AVX2:  # type: ignore[union-attr]
             monkeypatch.setattr(native_linear, "mkl_is_at_home", lambda: True)
-            assert not taken(1) and not taken(2000)
+            assert not taken(1, columns=1024) and taken(4, columns=1024) and taken(15, columns=1024)
+            assert not taken(4) and not taken(16, columns=1024) and not taken(2000)
             monkeypatch.setattr(native_linear, "mkl_is_at_home", lambda: False)
             assert taken(1) and taken(20) and taken(2000)
             assert taken(2000, columns=16) and not taken(20, columns=16)
             for has in (True, False):
                 monkeypatch.setattr(native_linear, "has_instructions", lambda dtype, has=has: has)
-                assert taken(20, torch.float16) != has and not taken(1, torch.float16)
-                assert taken(20, torch.bfloat16) != has and taken(1, torch.bfloat16) == has
+                assert taken(20, torch.float16) != has and taken(1, torch.float16) != has
+                assert taken(20, torch.bfloat16) != has and taken(1, torch.bfloat16)
+                assert taken(8, torch.float16, columns=16) != has and not taken(7, torch.float16, columns=16)
         assert not taken(2000, torch.float64) and not taken(0)
         assert not native_linear.is_faster(torch.zeros(2000, 512), torch.zeros(512, 512).t())  # would copy all weights
     with threads(native_linear.THREADS + 1):

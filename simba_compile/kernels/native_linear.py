@@ -23,7 +23,9 @@ THREADS = 8  # up to which sharing out the work was thought through
 AVX2 = 8  # lanes
 LARGE = 1 << 18  # weights that do not come out of a cache, so that how they are read decides
 MANY = 96  # rows that make up for the call's overhead with smaller ones
-MANY_HALVES = 8  # rows from which torch's product of halves falls behind, where it has no instructions for them
+MANY_HALVES = 8  # the same of halves, where torch has no instructions for them
+WEAK = range(4, 16)  # rows for which MKL does not read weights at the speed of memory
+LARGE_OF_MKL = 1 << 19  # weights from which it shows
 
 
 @cache
@@ -42,7 +44,7 @@ def has_instructions(dtype: torch.dtype) -> bool:
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel beats torch's product on these: of float32 where MKL is not at home, of halves where torch is weak.
+    """Whether the kernel beats torch's product on these: where MKL is not at home or weak, or torch is, with halves.
 
     docs/decisions.md has the measurements. Torch's products of halves use instructions that this kernel does not use, where
     the CPU has them.
@@ -54,12 +56,14 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         return False
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
-        return (rows >= MANY or weight.numel() >= LARGE) and not mkl_is_at_home()
+        if mkl_is_at_home():
+            return rows in WEAK and weight.numel() >= LARGE_OF_MKL
+        return rows >= MANY or weight.numel() >= LARGE
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if has_instructions(x.dtype):
         return x.dtype == torch.bfloat16 and rows == 1
-    return rows >= MANY_HALVES
+    return rows >= MANY_HALVES or weight.numel() >= LARGE
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:

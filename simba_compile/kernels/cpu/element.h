@@ -1,5 +1,5 @@
 /* Loads and stores of the element type (what tensors hold), as vectors of the compute type. ELEM_KIND picks one of:
- * the compute type itself, bfloat16, float16. Bit operations only, so that no half-precision instructions are needed. */
+ * the compute type itself, bfloat16, float16. Halves take bit operations; float16 an instruction where the level has it. */
 
 #if ELEM_KIND == ELEM_REAL
 
@@ -18,6 +18,17 @@ typedef uint32_t NAME(word_vec) __attribute__((vector_size(VECTOR_BYTES), may_al
 #define half_vec NAME(half_vec)
 #define word_vec NAME(word_vec)
 
+#if ELEM_KIND == ELEM_FLOAT16 && defined(__AVX512F__) && VECTOR_BYTES == 64
+INLINE vec NAME(widen)(const elem *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void NAME(narrow)(elem *p, vec v) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif ELEM_KIND == ELEM_FLOAT16 && defined(__F16C__) && VECTOR_BYTES == 32
+INLINE vec NAME(widen)(const elem *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void NAME(narrow)(elem *p, vec v) {
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
 INLINE vec NAME(widen)(const elem *p) {
   half_vec h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -52,6 +63,7 @@ INLINE void NAME(narrow)(elem *p, vec v) {
   half_vec h = __builtin_convertvector(rounded, half_vec);
   __builtin_memcpy(p, &h, sizeof h);
 }
+#endif
 #endif
 
 /* Up to LANES elements; the lanes past count read as zero and are not written. */

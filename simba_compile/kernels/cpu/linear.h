@@ -13,17 +13,19 @@
 
 #if VECTOR_BYTES == 64
 #define TILE_ROWS 14 /* of 32 registers, 28 hold sums, two weights, one a number of x */
-#define ACROSS 4     /* columns at a time, for a few rows: 16 sums */
+#define PASS 4       /* of a few rows, at a time: with ACROSS columns 16 sums */
 #else
 #define TILE_ROWS 6 /* of 16: 12, two, one */
-#define ACROSS 2
+#define PASS 2
 #endif
 #define TILE_VECS 2
 #define PANEL (TILE_VECS * LANES)                /* columns */
 #define TURNED ((TILE_ROWS + LANES - 1) / LANES) /* blocks of LANES rows that cover a tile's */
 #define STRIP 1024                               /* rows of x that are packed at once, about */
 #define SMALL (512 << 10)                        /* bytes of a packed W that fits the second-level cache */
-#define FEW 4                                    /* rows that are not worth packing W for */
+#define FEW (ELEM_KIND == ELEM_REAL ? 16 : 8)    /* rows that are not worth packing W for; halves are made numbers each pass */
+#define ACROSS 4                                 /* columns they meet at a time */
+#define AHEAD (int64_t)(2048 / sizeof(elem))     /* how far they ask ahead in W: for ACROSS columns it fits the first cache */
 
 /* A square of a matrix's rows first..first+LANES, at columns k..k+LANES; zeros past its `rows` and `depth`. */
 INLINE void NAME(load_square)(vec *square, const elem *matrix, int64_t row, int64_t first, int64_t rows, int64_t k,
@@ -112,31 +114,49 @@ INLINE vec NAME(added)(const LinearArgs *a, const elem *add, int64_t column, int
   return y;
 }
 
-/* Up to FEW rows. */
-INLINE void NAME(linear_few)(const LinearArgs *a, int threads, const int rows, const int across) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (a->columns * a->depth > 1 << 14)
-  for (int64_t n = 0; n < a->columns; n += across) {
-    vec sum[FEW * FEW];
-    const elem *w[FEW];
-    for (int i = 0; i < across; i++) /* of the last columns, some twice */
-      w[i] = (elem *)a->weight + (n + i < a->columns ? n + i : a->columns - 1) * a->weight_row;
-    for (int i = 0; i < rows * across; i++) sum[i] = splat(0);
-    for (int64_t k = 0; k < a->depth; k += LANES) {
-      int count = (int)(a->depth - k < LANES ? a->depth - k : LANES);
-      vec x[FEW];
-      for (int r = 0; r < rows; r++) x[r] = load((elem *)a->x + r * a->x_row + k, count);
-      for (int i = 0; i < across; i++) {
-        vec weight = load(w[i] + k, count);
-        __builtin_prefetch(w[i] + across * a->weight_row + k);
-        for (int r = 0; r < rows; r++) sum[r * across + i] += weight * x[r];
-      }
-    }
-    for (int i = 0; i < across && n + i < a->columns; i++)
-      for (int r = 0; r < rows; r++) {
-        vec y = NAME(added)(a, a->add ? NAME(add_row)(a, r) : NULL, n + i, 1) + sum_lanes(sum[r * across + i]);
-        store((elem *)a->out + r * a->columns + n + i, y, 1);
-      }
+/* Rows of x and columns of W multiplied at k..k+count. Where there is an `ahead`, asks for what stands so far on in W. */
+INLINE void NAME(few_products)(vec *sum, const elem *x, int64_t x_row, const elem *const *w, int64_t k, int count,
+                               int64_t ahead, const int rows) {
+  vec values[PASS];
+  for (int r = 0; r < rows; r++) values[r] = load(x + r * x_row + k, count);
+  for (int i = 0; i < ACROSS; i++) {
+    const vec weight = load(w[i] + k, count);
+    if (ahead) __builtin_prefetch(w[i] + k + ahead);
+    for (int r = 0; r < rows; r++) sum[r * ACROSS + i] += weight * values[r];
   }
+}
+
+/* The columns n..n+ACROSS for the rows first..first+rows. The first rows bring the columns into the cache. */
+INLINE void NAME(few_columns)(const LinearArgs *a, int64_t n, int64_t first, const int rows) {
+  const int64_t depth = a->depth, whole = depth / LANES * LANES;
+  const int64_t near = first > 0 ? whole : depth > AHEAD ? (depth - AHEAD) / LANES * LANES : 0;
+  const int64_t ahead = first > 0 ? 0 : AHEAD, next = ACROSS * a->weight_row - near; /* past a row's end: the next columns */
+  const elem *const x = (elem *)a->x + first * a->x_row, *w[ACROSS];
+  vec sum[PASS * ACROSS];
+  for (int i = 0; i < ACROSS; i++) /* of the last columns, some twice */
+    w[i] = (elem *)a->weight + (n + i < a->columns ? n + i : a->columns - 1) * a->weight_row;
+  for (int i = 0; i < rows * ACROSS; i++) sum[i] = splat(0);
+  for (int64_t k = 0; k < near; k += LANES) NAME(few_products)(sum, x, a->x_row, w, k, LANES, ahead, rows);
+  for (int64_t k = near; k < whole; k += LANES) NAME(few_products)(sum, x, a->x_row, w, k, LANES, next, rows);
+  if (whole < depth) NAME(few_products)(sum, x, a->x_row, w, whole, (int)(depth - whole), 0, rows);
+  for (int r = 0; r < rows; r++) {
+    const elem *add = a->add ? NAME(add_row)(a, first + r) : NULL;
+    for (int i = 0; i < ACROSS && n + i < a->columns; i++) {
+      vec y = NAME(added)(a, add, n + i, 1) + sum_lanes(sum[r * ACROSS + i]);
+      store((elem *)a->out + (first + r) * a->columns + n + i, y, 1);
+    }
+  }
+}
+
+/* Up to FEW rows. How many a pass takes is known where few_columns is compiled, or its sums would not stay in registers. */
+static void NAME(linear_few)(const LinearArgs *a, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (a->columns * a->depth > 1 << 14)
+  for (int64_t n = 0; n < a->columns; n += ACROSS)
+    for (int64_t first = 0, left = a->rows; left > 0; first = a->rows - left) {
+      if (left >= PASS) NAME(few_columns)(a, n, first, PASS), left -= PASS;
+      else if (left >= 2) NAME(few_columns)(a, n, first, 2), left -= 2;
+      else NAME(few_columns)(a, n, first, 1), left--;
+    }
 }
 
 /* One tile of the output, from the packed `x` and `panel`, into its place. */
@@ -218,11 +238,9 @@ static int NAME(linear_by_panels)(const LinearArgs *a, int threads) {
 
 int NAME(linear)(const LinearArgs *a, int threads) {
   if (a->index && !simba_in_range(a->index, a->rows, a->tokens)) return OUT_OF_RANGE;
-  switch (a->rows) {
-    case 1: NAME(linear_few)(a, threads, 1, 4); return 0;
-    case 2: NAME(linear_few)(a, threads, 2, 4); return 0;
-    case 3: NAME(linear_few)(a, threads, 3, ACROSS); return 0;
-    case FEW: NAME(linear_few)(a, threads, FEW, ACROSS); return 0;
+  if (a->rows <= FEW) {
+    NAME(linear_few)(a, threads);
+    return 0;
   }
   const int small = a->columns * a->depth * (int64_t)sizeof(REAL) <= SMALL;
   return small ? NAME(linear_by_rows)(a, threads) : NAME(linear_by_panels)(a, threads);

@@ -91,12 +91,14 @@
 #undef most_of
 #undef TILE_ROWS
 #undef ACROSS
+#undef PASS
 #undef TILE_VECS
 #undef PANEL
 #undef TURNED
 #undef STRIP
 #undef SMALL
 #undef FEW
+#undef AHEAD
 #undef ask_t
 #undef REAL
 #undef INTEGER

@@ -84,6 +84,18 @@ class Source:
         return torch.stack(order).sort().values.to(DEVICE) if order else torch.zeros(0, count, dtype=torch.int64)
 
 
+def spoiled(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor with something wrong about it."""
+    yield "elsewhere", value.to("meta")
+    yield "another rank", value[None]
+    yield "no axis", value.new_zeros(())
+    for axis in range(value.dim()):
+        sizes = list(value.shape)
+        sizes[axis] += 1
+        yield f"axis {axis} too long", torch.zeros(sizes, dtype=value.dtype)
+    yield "whole numbers", value.to(torch.int32)
+
+
 def assert_laid_out_as_shown(operator: Any, args: tuple[Any, ...]) -> None:
     """Results have the strides that fake tensors gave them, also of inputs whose last two axes are swapped in memory."""
 

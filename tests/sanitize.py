@@ -40,7 +40,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
     import torch
     from torch import Tensor
 
-    from simba_compile.kernels import native, native_linear, native_ssd
+    from simba_compile.kernels import native, native_linear, native_mixer, native_ssd
     from simba_compile.kernels.reference import POOLS
 
     library = ctypes.CDLL(path)
@@ -72,7 +72,8 @@ def drive(path: str, seconds: float, seed: int) -> None:
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
     def kernel_of(name: str) -> Callable:
-        return next(getattr(kernels, name) for kernels in (native, native_ssd, native_linear) if hasattr(kernels, name))
+        modules = (native, native_ssd, native_linear, native_mixer)
+        return next(getattr(kernels, name) for kernels in modules if hasattr(kernels, name))
 
     def ssd_cases() -> dict[str, tuple[object, ...]]:
         """Calls of Mamba-2's kernels."""
@@ -114,6 +115,14 @@ def drive(path: str, seconds: float, seed: int) -> None:
         bias = maybe(parameter(dtype, columns))
         return make(batch, rows, depth), make(columns, depth), bias, maybe(add) if index is None else add, index
 
+    def mixer_case() -> tuple[object, ...]:
+        """A step of a whole mixer."""
+        rank = chance.choice([1, 2, 7, 48])
+        window, state = (torch.randn(batch, channels, size, dtype=held) for size in (width, states))
+        projected = view(batch, *chance.choice([(), (1,)]), 2 * channels, dtype=dtype)
+        x_proj, dt_proj = make(rank + 2 * states, channels), make(channels, rank)
+        return state, window, projected, weight, bias, x_proj, dt_proj, maybe(parameter(dtype, channels)), A, D
+
     while time.monotonic() < end:
         levels = [library.simba_set_level(level) for level in (0, 1, 2)]
         library.simba_set_level(chance.choice(levels))
@@ -154,6 +163,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "gated_norm": (x, z, parameter(dtype, channels), 1e-5, chance.choice([1, 2]) if channels % 2 == 0 else 1),
             "select": (scores, k, first, chance.randint(0, k - first)),
             "linear": linear_case(),
+            "mixer_update": mixer_case(),
         }
         if index is not None:
             cases["gather"] = (x if x.shape[2] < 2 or x.stride(2) == 1 else x.contiguous(), index)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kernel_inputs import spoiled
 from torch import Tensor
 
 from simba_compile.kernels import native
@@ -42,18 +43,6 @@ FINE = {  # what these take all the same
     ("gated_norm", 0, "another rank"),
     *(("rms_norm", 0, "axis 0 too long"), ("rms_norm", 0, "axis 1 too long")),
 }
-
-
-def spoiled(value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor with something wrong about it."""
-    yield "elsewhere", value.to("meta")
-    yield "another rank", value[None]
-    yield "no axis", value.new_zeros(())
-    for axis in range(value.dim()):
-        sizes = list(value.shape)
-        sizes[axis] += 1
-        yield f"axis {axis} too long", torch.zeros(sizes, dtype=value.dtype)
-    yield "whole numbers", value.to(torch.int32)
 
 
 CASES = [

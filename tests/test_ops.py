@@ -146,6 +146,10 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
         "gated_norm": [(n(2, 5, 6, grad=True), n(2, 5, 6, grad=True), w, 1e-5, 2) for w in (n(6, grad=True), None)],
         "state_update": [(n(2, 7, 3), n(2, 7), n(2, 7), n(7, 3), n(2, 3), n(2, 3), n(7), n(2, 7), n(7), True)],
         "conv_update": [(n(2, 7, 4), n(2, 7), n(7, 4), n(7), True), (n(2, 7, 4), n(2, 7), n(7, 4), None, False)],
+        "mixer_update": [
+            (n(2, 7, 3), n(2, 7, 4), n(2, *one, 14), n(7, 4), bias, n(8, 7), n(7, 2), bias, n(7, 3), bias)
+            for one, bias in (((1,), n(7)), ((), None))
+        ],
     }
 
 

@@ -336,6 +336,27 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = 
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
+def mixer_update(
+    state: Tensor,
+    window: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.mixer.mixer_update`."""
+    x, z = projected.reshape(-1, projected.shape[-1]).chunk(2, -1)
+    u = conv_update(window, x, conv_weight, conv_bias)
+    dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], state.shape[2], state.shape[2]], -1)
+    A = -torch.exp(A_log.to(compute_dtype(x.dtype)))
+    y = state_update(state, u, F.linear(dt, dt_proj), A, B, C, D, z, dt_bias)
+    return y.reshape(*projected.shape[:-1], y.shape[-1])
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.norm.rms_norm`."""
     kind = compute_dtype(x.dtype)

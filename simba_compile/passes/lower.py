@@ -11,6 +11,7 @@ from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import SCANS
+from simba_compile.passes.step import fuse_step
 from simba_compile.passes.tokens import (
     CASTS,
     LINEAR,
@@ -33,7 +34,7 @@ POW, RSQRT, MEAN = (
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
-    fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear)
+    fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear, fuse_step)
     plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
     for rewrite in (*plainer, *fusions, read_cache):
         for node in list(gm.graph.nodes):
@@ -97,7 +98,7 @@ def untranspose_product(node: Node) -> None:
     if _rank(weight) != 2 or _rank(across) != 3:
         return
     rows = insert(node, torch.nn.functional.linear, across.args[0], weight)
-    rows.meta["example_value"] = value_of(node)  # for its dtype
+    rows.meta["example_value"] = value_of(node).transpose(1, 2)
     replace(node, insert(node, "transpose", rows, 1, 2))
 
 

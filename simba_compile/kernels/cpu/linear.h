@@ -148,15 +148,14 @@ INLINE void NAME(few_columns)(const LinearArgs *a, int64_t n, int64_t first, con
   }
 }
 
-/* Up to FEW rows. How many a pass takes is known where few_columns is compiled, or its sums would not stay in registers. */
-static void NAME(linear_few)(const LinearArgs *a, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (a->columns * a->depth > 1 << 14)
-  for (int64_t n = 0; n < a->columns; n += ACROSS)
-    for (int64_t first = 0, left = a->rows; left > 0; first = a->rows - left) {
-      if (left >= PASS) NAME(few_columns)(a, n, first, PASS), left -= PASS;
-      else if (left >= 2) NAME(few_columns)(a, n, first, 2), left -= 2;
-      else NAME(few_columns)(a, n, first, 1), left--;
-    }
+/* The columns n..n+ACROSS for a few rows. How many a pass takes is known where few_columns is compiled, or its sums would not
+ * stay in registers. */
+INLINE void NAME(linear_few)(const LinearArgs *a, int64_t n) {
+  for (int64_t first = 0, left = a->rows; left > 0; first = a->rows - left) {
+    if (left >= PASS) NAME(few_columns)(a, n, first, PASS), left -= PASS;
+    else if (left >= 2) NAME(few_columns)(a, n, first, 2), left -= 2;
+    else NAME(few_columns)(a, n, first, 1), left--;
+  }
 }
 
 /* One tile of the output, from the packed `x` and `panel`, into its place. */
@@ -239,7 +238,8 @@ static int NAME(linear_by_panels)(const LinearArgs *a, int threads) {
 int NAME(linear)(const LinearArgs *a, int threads) {
   if (a->index && !simba_in_range(a->index, a->rows, a->tokens)) return OUT_OF_RANGE;
   if (a->rows <= FEW) {
-    NAME(linear_few)(a, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (a->columns * a->depth > 1 << 14)
+    for (int64_t n = 0; n < a->columns; n += ACROSS) NAME(linear_few)(a, n);
     return 0;
   }
   const int small = a->columns * a->depth * (int64_t)sizeof(REAL) <= SMALL;

@@ -131,6 +131,12 @@ typedef struct {
 } LinearArgs;
 
 typedef struct {
+  ConvUpdateArgs conv;
+  LinearArgs x_proj, dt_proj;
+  UpdateArgs update;                                              /* A: log(-A) */
+} MixerUpdateArgs;
+
+typedef struct {
   int64_t batch, tokens, kept, row_bytes, batch_bytes, token_bytes;
   const void *x;
   const int64_t *index;                                           /* (batch, kept) */

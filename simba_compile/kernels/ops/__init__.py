@@ -6,6 +6,6 @@ the native kernel for tensors on the CPU where it was built, else `reference` (`
 are taken; the last axis is read without a copy where its stride is 1.
 """
 
-from simba_compile.kernels.ops import conv, linear, norm, scan, ssd, tokens
+from simba_compile.kernels.ops import conv, linear, mixer, norm, scan, ssd, tokens
 
-__all__ = ["conv", "linear", "norm", "scan", "ssd", "tokens"]
+__all__ = ["conv", "linear", "mixer", "norm", "scan", "ssd", "tokens"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_compile.kernels import native, native_linear, native_ssd, reference
+from simba_compile.kernels import native, native_linear, native_mixer, native_ssd, reference
 
 log = logging.getLogger("simba_compile")
 
@@ -82,7 +82,7 @@ def _open_to_inductor(function: Callable) -> None:
 @cache
 def _native_module(name: str) -> ModuleType | None:
     """Where the operator's native kernel stands, if it has one."""
-    return next((kernels for kernels in (native, native_ssd, native_linear) if hasattr(kernels, name)), None)
+    return next((kernels for kernels in (native, native_ssd, native_linear, native_mixer) if hasattr(kernels, name)), None)
 
 
 def implementation(name: str, *tensors: Tensor | None) -> Callable:

@@ -1,0 +1,63 @@
+"""One token through a whole Mamba-1 mixer: what a decoding step on the CPU calls once a layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_compile.kernels.ops.dispatch import fake, implementation, operator
+
+
+@operator(
+    "(Tensor(a!) state, Tensor(b!) window, Tensor projected, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, "
+    "Tensor dt_proj, Tensor? dt_bias, Tensor A_log, Tensor? D) -> Tensor"
+)
+def mixer_update(
+    state: Tensor,
+    window: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+) -> Tensor:
+    """One token through a Mamba-1 mixer, from the output of in_proj to the input of out_proj.
+
+    `conv_update`, the projection of its output to Δ's rank, B and C, the projection of the rank to Δ, and `state_update`
+    with ``A = -exp(A_log)``, SiLU after the convolution, softplus and the gate.
+
+    Parameters
+    ----------
+    state : Tensor
+        (batch, channel, state), updated in place.
+    window : Tensor
+        (batch, channel, width): the convolution's last inputs, shifted in place.
+    projected : Tensor
+        (batch, ..., 2 * channel), one token for each sequence: the convolution's input and, behind it, the gate.
+    conv_weight : Tensor
+        (channel, width).
+    conv_bias, dt_bias, D : Tensor, optional
+        (channel).
+    x_proj : Tensor
+        (rank + 2 * state, channel), in the dtype of `projected`: the weight that makes Δ's rank, B and C.
+    dt_proj : Tensor
+        (channel, rank), in the dtype of `projected`: the weight that makes Δ.
+    A_log : Tensor
+        (channel, state): the logarithm of -A.
+
+    Returns
+    -------
+    Tensor
+        (batch, ..., channel), contiguous.
+    """
+    given = (projected, state, window, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)
+    run = implementation("mixer_update", *given)
+    return run(state, window, projected, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)
+
+
+@fake("mixer_update")
+def _(state: Tensor, window: Tensor, projected: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(projected[..., : state.shape[1]], memory_format=torch.contiguous_format)

@@ -1,0 +1,126 @@
+"""A decoding step of a Mamba-1 mixer on the CPU: one operator in place of its parts."""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from simba_compile.passes.edit import erase, insert, replace, sizes
+from simba_compile.passes.tokens import RESHAPES, VIEWS, expression, is_inplace, shares_memory, storage_of, value_of
+
+OPS = torch.ops.simba
+EXP: set[Any] = {torch.exp, "exp"}
+NEG: set[Any] = {operator.neg, torch.neg, "neg"}
+SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}
+
+
+def fuse_step(node: Node) -> None:
+    """``conv_update``, x_proj, dt_proj and ``state_update``, where nothing else reads what is between: ``mixer_update``.
+
+    A step computes little, and each call costs it: there are some thirty in a mixer without this. That the projections are
+    `simba::linear` by now is so on the CPU alone.
+    """
+    if node.target is not OPS.state_update:
+        return
+    state, x, dt, A, B, C, D, gate, dt_bias, softplus = node.args
+    conv, x_proj, dt_proj, projected, rate = (_made(value) for value in (x, B, dt, gate, A))
+    if conv is None or conv.target is not OPS.conv_update or not _is_product(x_proj) or not _is_product(dt_proj):
+        return
+    window, entering, conv_weight, conv_bias, silu = conv.args
+    if not silu or not softplus or projected is None or rate is not A or not _is_minus_exp(rate):
+        return
+    channels, states = sizes(state)[1:]
+    rank = sizes(dt_proj.args[1])[1]  # type: ignore[union-attr]
+    pieces = (
+        (entering, projected, 0, channels),
+        (gate, projected, channels, channels),
+        (x, conv, 0, channels),
+        (x_proj.args[0], conv, 0, channels),  # type: ignore[union-attr]
+        (dt_proj.args[0], x_proj, 0, rank),  # type: ignore[union-attr]
+        (B, x_proj, rank, states),
+        (C, x_proj, rank + states, states),
+        (dt, dt_proj, 0, channels),
+    )
+    if not all(_is_piece(*piece) for piece in pieces):
+        return
+    inside = {conv, x_proj, dt_proj, node}
+    if any(reader not in inside for made in (conv, x_proj, dt_proj) for reader in _readers(made)):  # type: ignore[arg-type]
+        return
+    end = _end(node, [*sizes(projected)[:-1], channels])
+    if end is None or _is_disturbed(conv, node, window):  # type: ignore[arg-type]
+        return
+    weights = (conv_weight, conv_bias, x_proj.args[1], dt_proj.args[1], dt_bias)  # type: ignore[union-attr]
+    replace(end, insert(node, OPS.mixer_update, state, window, projected, *weights, A.args[0].args[0], D))  # type: ignore
+    for updated in (node, conv):  # they write, so they are not dropped for having no reader
+        sources = updated.all_input_nodes
+        updated.graph.erase_node(updated)
+        for source in sources:
+            erase(source)
+
+
+def _made(value: Any) -> Node | None:
+    """The node whose result a value is a view of."""
+    while isinstance(value, Node) and value.target in SAME_MEMORY and isinstance(value.args[0], Node):
+        value = value.args[0]
+    return value if isinstance(value, Node) else None
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads a node's result, through views of it or not."""
+    for user in node.users:
+        if user.target in SAME_MEMORY:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_product(node: Node | None) -> bool:
+    """Whether it is a linear layer that adds nothing."""
+    return node is not None and node.target is OPS.linear and not any(node.args[2:])
+
+
+def _is_minus_exp(node: Any) -> bool:
+    inner = node.args[0] if isinstance(node, Node) and node.target in NEG else None
+    return isinstance(inner, Node) and inner.target in EXP and isinstance(inner.args[0], Node)
+
+
+def _row_stride(value: Tensor) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """How many rows a value has and how far they are apart (0 for one row), where its last axis is dense in them."""
+    sized = [(expression(n), expression(step)) for n, step in zip(value.shape, value.stride(), strict=True)]
+    rows = [row for row in sized[:-1] if row[0] != 1]
+    if sized[-1][1] != 1 or len(rows) > 1:
+        return None
+    return rows[0] if rows else (sympy.Integer(1), sympy.Integer(0))
+
+
+def _is_piece(node: Any, source: Node, first: sympy.Expr, count: sympy.Expr) -> bool:
+    """Whether a value is the channels first..first+count of another, which is dense, row by row."""
+    value, whole = value_of(node), value_of(source)
+    if not isinstance(value, Tensor) or not isinstance(whole, Tensor) or storage_of(node) != storage_of(source):
+        return False
+    rows = _row_stride(whole)
+    dense = rows is not None and rows[1] in (0, sizes(source)[-1])
+    starts = expression(value.storage_offset()) == expression(whole.storage_offset()) + first
+    return dense and starts and sizes(node)[-1] == count and _row_stride(value) == rows
+
+
+def _end(node: Node, shape: list[sympy.Expr]) -> Node | None:
+    """The node, or the last of the views after it, each the only reader, that has this shape and all of it in order."""
+    while sizes(node) != shape or not value_of(node).is_contiguous():
+        if len(node.users) != 1 or next(iter(node.users)).target not in SAME_MEMORY:
+            return None
+        node = next(iter(node.users))
+    return node
+
+
+def _is_disturbed(first: Node, last: Node, window: Node) -> bool:
+    """Whether anything between two nodes writes, or reads the window, which the first one writes."""
+    while first.next is not last:
+        first = first.next
+        if is_inplace(first) or any(shares_memory(source, window) for source in first.all_input_nodes):
+            return True
+    return False

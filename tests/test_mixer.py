@@ -1,0 +1,307 @@
+"""A decoding step of a whole Mamba-1 mixer: its kernel against its parts, and where it takes their place in a graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_inputs import (
+    Source,
+    assert_near,
+    at_level,
+    each_dtype,
+    each_level,
+    layouts,
+    needs_native,
+    seeds,
+    spoiled,
+    threads,
+    wide,
+)
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from simba_compile.kernels import native, native_linear, native_mixer, reference
+from simba_compile.passes import lower
+
+OPS = torch.ops.simba
+
+
+@st.composite
+def steps(draw: st.DrawFn, dtype: torch.dtype) -> list[Any]:
+    """The arguments of `mixer_update`."""
+    source = Source(draw(seeds), dtype, draw(layouts))
+    kind = draw(st.sampled_from([dtype, torch.float64 if dtype == torch.float64 else torch.float32]))
+    batch, channels, states = draw(st.integers(0, 5)), draw(st.integers(1, 90)), draw(st.integers(1, 40))
+    rank, width = draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    small = 1 / channels**0.5
+
+    def maybe(*shape: int) -> Tensor | None:
+        return source.normal(*shape, dtype=kind) if draw(st.booleans()) else None
+
+    return [
+        source.normal(batch, channels, states, dtype=reference.compute_dtype(dtype)),
+        source.normal(batch, channels, width),
+        source.laid_out(batch, 1, 2 * channels),
+        source.normal(channels, width, dtype=kind),
+        maybe(channels),
+        source.laid_out(rank + 2 * states, channels) * small,
+        source.laid_out(channels, rank) * small,
+        maybe(channels),
+        source.normal(channels, states, dtype=kind),
+        maybe(channels),
+    ]
+
+
+def some(batch: int, channels: int, states: int, width: int, rank: int) -> list[Tensor]:
+    """The same, in float32 and contiguous."""
+    shapes = [(batch, channels, states), (batch, channels, width), (batch, 2 * channels), (channels, width), (channels,)]
+    shapes += [(rank + 2 * states, channels), (channels, rank), (channels,), (channels, states), (channels,)]
+    return [torch.randn(*shape) for shape in shapes]
+
+
+def in_parts(state, window, projected, weight, bias, x_proj, dt_proj, dt_bias, A_log, D):  # type: ignore[no-untyped-def]
+    """The same by the kernels of its parts."""
+    x, z = projected.flatten(0, -2).chunk(2, -1)
+    u = native.conv_update(window, x, weight, bias, True)
+    sizes = [dt_proj.shape[1], state.shape[2], state.shape[2]]
+    dt, B, C = native_linear.linear(u, x_proj, None, None, None).split(sizes, -1)
+    dt, A = native_linear.linear(dt, dt_proj, None, None, None), -A_log.to(state.dtype).exp()
+    return native.state_update(state, u, dt, A, B, C, D, z, dt_bias, True).view(*projected.shape[:-1], -1)
+
+
+def copied(args: list[Any]) -> list[Any]:
+    """The arguments with states of their own, which are written to."""
+    return [args[0].clone(), args[1].clone(), *args[2:]]
+
+
+@needs_native
+@each_level
+@each_dtype
+@settings(max_examples=15)
+@given(data=st.data())
+def test_mixer_update(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    args = data.draw(steps(dtype))
+    whole, parts = copied(args), copied(args)
+    with at_level(level), threads(data.draw(st.integers(1, 3))):
+        out = OPS.mixer_update(*whole)
+        if not out.numel():
+            return
+        expected = in_parts(*parts)
+    assert out.dtype == dtype and out.shape == expected.shape
+    assert torch.equal(whole[1], parts[1])
+    assert_near(whole[0], parts[0].double())  # the parts round what is between them as the whole does
+    assert_near(out, expected.double())
+    if dtype in (torch.float32, torch.float64):
+        exact = copied(wide(args))
+        assert_near(out, reference.mixer_update(*exact))
+        assert_near(whole[0], exact[0])
+
+
+@needs_native
+def test_more_channels_than_one_thread_takes() -> None:
+    args = some(2, 700, 16, 4, 30)
+    args[5] /= 26
+    results = []
+    for count in (1, 2, 3):
+        given = copied(args)
+        with threads(count):
+            results.append((OPS.mixer_update(*given), given[0], given[1]))
+    exact = copied(wide(args))
+    assert_near(results[0][0], reference.mixer_update(*exact))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("held", [torch.float64, torch.bfloat16], ids=str)
+def test_states_of_another_dtype_are_written_back(held: torch.dtype) -> None:
+    args = some(2, 7, 3, 4, 2)
+    expected, given = copied(args), copied(args)
+    given[:2] = [value.to(held) for value in given[:2]]
+    expected[:2] = [value.float() for value in given[:2]]
+    torch.testing.assert_close(native_mixer.mixer_update(*given), native_mixer.mixer_update(*expected))
+    torch.testing.assert_close(given[0], expected[0].to(held))
+    torch.testing.assert_close(given[1], expected[1].to(held))
+
+
+@needs_native
+def test_what_c_takes_on_trust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = some(2, 7, 3, 4, 2)
+    native_mixer.mixer_update(*copied(args))
+    monkeypatch.setattr(native_mixer, "_call", lambda *_: pytest.fail("C was called"))
+    for place, value in enumerate(args):
+        for what, wrong in spoiled(value):
+            if (place, what) == (2, "another rank") or (what == "whole numbers" and place not in (2, 5, 6)):
+                continue  # a token axis of one; parameters and states are cast from any type
+            with pytest.raises(ValueError, match="expected"):
+                native_mixer.mixer_update(*args[:place], wrong, *args[place + 1 :])
+    many = torch.randn(2, 7, 300), torch.randn(602, 7), torch.randn(7, 300)
+    with pytest.raises(ValueError, match="300 states"):
+        native_mixer.mixer_update(many[0], *args[1:5], many[1], *args[6:8], many[2], args[9])
+    with pytest.raises(ValueError, match="width of 65"):
+        native_mixer.mixer_update(args[0], torch.randn(2, 7, 65), args[2], torch.randn(7, 65), *args[4:])
+
+
+# --- in a graph --------------------------------------------------------------------------------------------------------
+
+HIDDEN, CHANNELS, STATES, RANK = 6, 10, 3, 2
+
+
+class Step(nn.Module):
+    """A mixer's decoding step as Hugging Face writes it, on states of its own; a method for each part, to change one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_proj = nn.Parameter(torch.randn(2 * CHANNELS, HIDDEN))
+        self.conv = nn.Parameter(torch.randn(CHANNELS, 1, 4))
+        self.x_proj = nn.Parameter(torch.randn(RANK + 2 * STATES, CHANNELS) / 3)
+        self.dt_proj = nn.Linear(RANK, CHANNELS)
+        self.A_log, self.D = nn.Parameter(torch.rand(CHANNELS, STATES)), nn.Parameter(torch.ones(CHANNELS))
+        self.out_proj = nn.Parameter(torch.randn(HIDDEN, CHANNELS))
+
+    def forward(self, h: Tensor, window: Tensor, state: Tensor) -> Any:
+        """(batch, 1, hidden) of a token."""
+        x, z = F.linear(h, self.in_proj).transpose(1, 2).chunk(2, 1)
+        u = OPS.conv_update(window, x.squeeze(2), self.conv.squeeze(1), None, True)
+        between = self.between(u, window, z)
+        dt, B, C = self.pieces(F.linear(u[:, None], self.x_proj))
+        dt = self.dt_proj.weight @ dt.transpose(1, 2)
+        bias = self.dt_proj.bias
+        y = OPS.state_update(state, u, dt[..., 0], self.rate(), B[:, 0], C[:, 0], self.D, self.gate(z), bias, True)
+        return self.leave(y, u), between
+
+    def pieces(self, made: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(made, [RANK, STATES, STATES], -1)
+
+    def rate(self) -> Tensor:
+        return -torch.exp(self.A_log)
+
+    def gate(self, z: Tensor) -> Tensor:
+        return z[..., 0]
+
+    def between(self, u: Tensor, window: Tensor, z: Tensor) -> Any:
+        return None
+
+    def leave(self, y: Tensor, u: Tensor) -> Tensor:
+        return F.linear(y[..., None].transpose(1, 2), self.out_proj)
+
+
+class ReadsWhatIsBetween(Step):
+    def between(self, u: Tensor, window: Tensor, z: Tensor) -> Any:
+        return u * 2
+
+
+class ReadsTheWindow(Step):
+    def between(self, u: Tensor, window: Tensor, z: Tensor) -> Any:
+        return window * 2
+
+
+class Writes(Step):
+    def between(self, u: Tensor, window: Tensor, z: Tensor) -> Any:
+        return z.mul_(2).sum()
+
+
+class AnotherRate(Step):
+    def rate(self) -> Tensor:
+        return -F.softplus(self.A_log)
+
+
+class GateOfTheInput(Step):
+    def gate(self, z: Tensor) -> Tensor:
+        return F.silu(z)[..., 0]
+
+
+class SwappedPieces(Step):
+    def pieces(self, made: Tensor) -> tuple[Tensor, ...]:
+        dt, C, B = super().pieces(made)
+        return dt, B, C
+
+
+class ReadTwice(Step):
+    def leave(self, y: Tensor, u: Tensor) -> Tensor:
+        return super().leave(y, u) + y.sum()
+
+
+def lowered(module: nn.Module, batch: int, symbolic: bool) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+    """What the lowered graph of a step calls; its result and states, and those of the module."""
+    graphs: list[GraphModule] = []
+
+    def backend(gm: GraphModule, _: Any) -> Callable:
+        graphs.append(gm)
+        lower(gm)
+        return gm
+
+    def inputs() -> list[Tensor]:
+        source = Source(batch, torch.float32, "plain")
+        shapes = ((batch, 1, HIDDEN), (batch, CHANNELS, 4), (batch, CHANNELS, STATES))
+        return [source.normal(*shape) for shape in shapes]
+
+    given, expected = inputs(), inputs()
+    torch._dynamo.reset()
+    for value in given if symbolic else ():
+        torch._dynamo.mark_dynamic(value, 0)
+    with torch.no_grad():
+        ours = torch.compile(module, backend=backend, fullgraph=True)(*given)
+        theirs = module(*expected)
+    ours, theirs = ([value for value in out if value is not None] for out in (ours, theirs))
+    (graph,) = graphs
+    targets = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
+    return targets, [*ours, *given[1:]], [*theirs, *expected[1:]]
+
+
+@needs_native
+@pytest.mark.parametrize(("batch", "symbolic"), [(1, False), (3, False), (3, True)])
+def test_a_step_is_one_operator(batch: int, symbolic: bool) -> None:
+    targets, ours, theirs = lowered(Step(), batch, symbolic)
+    assert [target for target in targets if target is not OPS.linear] == ["squeeze", OPS.mixer_update]
+    assert targets.count(OPS.linear) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+KEPT = [ReadsWhatIsBetween, ReadsTheWindow, Writes, AnotherRate, GateOfTheInput, SwappedPieces, ReadTwice]
+
+
+@pytest.mark.parametrize("module", KEPT)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_steps_stay_in_parts(module: type[Step], batch: int) -> None:
+    targets, ours, theirs = lowered(module(), batch, False)
+    assert OPS.mixer_update not in targets and targets.count(OPS.state_update) == targets.count(OPS.conv_update) == 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_decodes_with_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a Hugging Face model after a prompt are as near to its steps in float64 as eager's are; so are its states."""
+    model = tiny_model("mamba", dtype)
+    exact_model = copy.deepcopy(model).double()
+    calls: list[int] = []
+    kernel = native_mixer.mixer_update
+    monkeypatch.setattr(native_mixer, "mixer_update", lambda *args: calls.append(1) or kernel(*args))
+    ids = torch.arange(40)[None].repeat(2, 1)
+
+    def decode(prefill: nn.Module, step: Any) -> list[Tensor]:
+        cache = prefill(ids, use_cache=True).cache_params
+        made = [step(ids[:, i : i + 1], cache_params=cache, use_cache=True).logits for i in range(4)]
+        return [*made, *tree_leaves([[layer.recurrent_states, layer.conv_states] for layer in cache.layers])]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours = decode(model, torch.compile(model, backend="simba"))
+        eager, exact = decode(model, model), decode(exact_model, exact_model)
+    assert len(calls) == 4 * model.config.num_hidden_layers
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        off, allowed = ((value.double() - c).norm() for value in (a, b))
+        assert off <= 1.2 * allowed + 4 * torch.finfo(torch.float32).eps * c.norm()

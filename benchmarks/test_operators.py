@@ -16,7 +16,7 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2
 import simba_compile.kernels.ops  # noqa: F401  (registers torch.ops.simba)
 from simba_compile.kernels import reference
 
-TOKENS, KEPT, HIDDEN, CHANNELS, STATES, WIDTH = 2048, 1024, 768, 1536, 16, 4
+TOKENS, KEPT, HIDDEN, CHANNELS, STATES, WIDTH, RANK = 2048, 1024, 768, 1536, 16, 4, 48
 HEADS, HEAD, STATES_2, CHUNK = 24, 64, 128, 256  # of Mamba-2: heads, channels of each, their states, Hugging Face's chunks
 OPS = torch.ops.simba
 
@@ -108,6 +108,10 @@ def linear_of_a_step() -> dict[str, Call]:
     return linears(1)
 
 
+def linear_of_eight_steps() -> dict[str, Call]:
+    return linears(8)
+
+
 def rms_norm() -> dict[str, Call]:
     x, weight = rows(TOKENS, HIDDEN), torch.randn(HIDDEN)
     return {
@@ -157,6 +161,34 @@ def conv_update() -> dict[str, Call]:
         "simba": lambda: OPS.conv_update(state, x, weight, bias, True),
         "torch": lambda: reference.conv_update(state, x, weight, bias, True),
     }
+
+
+def mixer_update() -> dict[str, Call]:
+    """The steps of eight mixers, with the projections around them, which drive what they read and call out of the caches."""
+    hidden = rows(1, HIDDEN)
+    layers = []
+    for _ in range(8):
+        _, _, A, _, _, D, _, dt_bias = mixer_inputs(1)
+        states = torch.zeros(1, CHANNELS, STATES), torch.zeros(1, CHANNELS, WIDTH)
+        conv, x_proj = torch.randn(CHANNELS, WIDTH), torch.randn(RANK + 2 * STATES, CHANNELS) / CHANNELS**0.5
+        outer = torch.randn(2 * CHANNELS, HIDDEN) / HIDDEN**0.5, torch.randn(HIDDEN, CHANNELS) / CHANNELS**0.5
+        layers.append((*outer, *states, conv, x_proj, torch.randn(CHANNELS, RANK) / RANK**0.5, dt_bias, (-A).log(), D))
+
+    def parts(state, window, projected, conv, bias, x_proj, dt_proj, dt_bias, A_log, D):  # type: ignore[no-untyped-def]
+        x, z = projected[:, 0].chunk(2, -1)
+        u = OPS.conv_update(window, x, conv, bias, True)
+        dt, B, C = OPS.linear(u, x_proj, None, None, None).split([RANK, STATES, STATES], -1)
+        dt = OPS.linear(dt, dt_proj, None, None, None)
+        return OPS.state_update(state, u, dt, -torch.exp(A_log), B, C, D, z, dt_bias, True)[:, None]
+
+    def step(mixer: Callable[..., Tensor]) -> Tensor:
+        h = hidden
+        for in_proj, out_proj, state, window, conv, *rest in layers:
+            projected = OPS.linear(h, in_proj, None, None, None)
+            h = OPS.linear(mixer(state, window, projected, conv, None, *rest), out_proj, None, None, None)
+        return h
+
+    return {"simba": lambda: step(OPS.mixer_update), "simba, its parts": lambda: step(parts)}
 
 
 def mamba2_inputs() -> tuple[Tensor, ...]:
@@ -221,12 +253,14 @@ OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     linear_of_a_prompt: ("simba", "torch"),
     linear_of_kept_tokens: ("simba", "torch"),
     linear_of_a_step: ("simba", "torch"),
+    linear_of_eight_steps: ("simba", "torch"),
     rms_norm: ("simba", "torch"),
     select: ("simba", "torch"),
     gather: ("simba", "torch"),
     restore: ("simba", "torch"),
     state_update: ("simba", "torch"),
     conv_update: ("simba", "torch"),
+    mixer_update: ("simba", "simba, its parts"),
     ssd_scan: ("simba", "simba, half kept", "transformers"),
     ssd_scan_and_backward: ("simba", "transformers"),
     ssd_influence: ("simba", "torch"),

@@ -17,6 +17,7 @@ from simba_compile.passes import Transformed, transform
 
 log = logging.getLogger("simba_compile")
 
+ROOM = 3200  # words of a frame that fits no chunk of CPython's, and gets one of 64 KiB with 38 KiB left
 PADDED = "a sequence ends in padding, and the score asks what matters to the last position; pad on the left"
 
 
@@ -98,7 +99,7 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
     Inductor's code and needs no compiling (docs/decisions.md).
     """
     if inner in ("auto", "eager"):
-        return gm
+        return with_room(gm)
     # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself. Around the graph stands
     # a function, since Dynamo skips the `forward` of every GraphModule that was made while it compiles (it would trace the
     # Python code of our operators instead, one by one), and cannot trace those of its own, which write their code when they
@@ -110,6 +111,21 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
 
     compiled = torch.compile(capture.with_own_code(whole), backend=inner, dynamic=True, mode=mode)
     return lambda *args: compiled(*args)  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
+
+
+def with_room(function: Callable) -> Callable:
+    """The function, called where the stack of Python's frames has room for what it calls.
+
+    CPython (since 3.11) keeps frames in chunks of 16 KiB. Where one ends just above a graph's frame, each operator that the
+    graph calls maps another and gives it back: a decoding step then takes up to half as long again, by how deep in other
+    functions the model is called. A frame that fits none gets one of its own, with room behind it.
+    """
+
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    run.__code__ = run.__code__.replace(co_stacksize=ROOM)
+    return run
 
 
 def _log(result: Transformed) -> None:

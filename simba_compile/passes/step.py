@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.passes.edit import erase, insert, replace, sizes
-from simba_compile.passes.tokens import RESHAPES, VIEWS, expression, is_inplace, shares_memory, storage_of, value_of
+from simba_compile.passes.tokens import (
+    RESHAPES,
+    VIEWS,
+    expression,
+    is_inplace,
+    shares_memory,
+    storage_of,
+    value_of,
+    written_between,
+)
 
 OPS = torch.ops.simba
 EXP: set[Any] = {torch.exp, "exp"}
@@ -27,11 +36,12 @@ def fuse_step(node: Node) -> None:
     if node.target is not OPS.state_update:
         return
     state, x, dt, A, B, C, D, gate, dt_bias, softplus = node.args
-    conv, x_proj, dt_proj, projected, rate = (_made(value) for value in (x, B, dt, gate, A))
+    conv, x_proj, dt_proj, projected = (_made(value) for value in (x, B, dt, gate))
     if conv is None or conv.target is not OPS.conv_update or not _is_product(x_proj) or not _is_product(dt_proj):
         return
     window, entering, conv_weight, conv_bias, silu = conv.args
-    if not silu or not softplus or projected is None or rate is not A or not _is_minus_exp(rate):
+    A_log = _log_of_minus(A)
+    if not silu or not softplus or projected is None or A_log is None:
         return
     channels, states = sizes(state)[1:]
     rank = sizes(dt_proj.args[1])[1]  # type: ignore[union-attr]
@@ -51,10 +61,10 @@ def fuse_step(node: Node) -> None:
     if any(reader not in inside for made in (conv, x_proj, dt_proj) for reader in _readers(made)):  # type: ignore[arg-type]
         return
     end = _end(node, [*sizes(projected)[:-1], channels])
-    if end is None or _is_disturbed(conv, node, window):  # type: ignore[arg-type]
+    if end is None or _is_disturbed(conv, node, window) or written_between(A_log, node, A_log):  # type: ignore[arg-type]
         return
     weights = (conv_weight, conv_bias, x_proj.args[1], dt_proj.args[1], dt_bias)  # type: ignore[union-attr]
-    replace(end, insert(node, OPS.mixer_update, state, window, projected, *weights, A.args[0].args[0], D))  # type: ignore
+    replace(end, insert(node, OPS.mixer_update, state, window, projected, *weights, A_log, D))
     for updated in (node, conv):  # they write, so they are not dropped for having no reader
         sources = updated.all_input_nodes
         updated.graph.erase_node(updated)
@@ -83,9 +93,12 @@ def _is_product(node: Node | None) -> bool:
     return node is not None and node.target is OPS.linear and not any(node.args[2:])
 
 
-def _is_minus_exp(node: Any) -> bool:
-    inner = node.args[0] if isinstance(node, Node) and node.target in NEG else None
-    return isinstance(inner, Node) and inner.target in EXP and isinstance(inner.args[0], Node)
+def _log_of_minus(A: Any) -> Node | None:
+    """A_log where A is ``-exp(A_log)``."""
+    exp = A.args[0] if isinstance(A, Node) and A.target in NEG and not A.kwargs else None
+    if not isinstance(exp, Node) or exp.target not in EXP or exp.kwargs or not isinstance(exp.args[0], Node):
+        return None
+    return exp.args[0]
 
 
 def _row_stride(value: Tensor) -> tuple[sympy.Expr, sympy.Expr] | None:
@@ -109,12 +122,14 @@ def _is_piece(node: Any, source: Node, first: sympy.Expr, count: sympy.Expr) -> 
 
 
 def _end(node: Node, shape: list[sympy.Expr]) -> Node | None:
-    """The node, or the last of the views after it, each the only reader, that has this shape and all of it in order."""
-    while sizes(node) != shape or not value_of(node).is_contiguous():
-        if len(node.users) != 1 or next(iter(node.users)).target not in SAME_MEMORY:
+    """A node, or the view after it, each the only reader, that has this shape and all of it in order."""
+    end = node
+    while sizes(end) != shape or not _is_piece(end, node, sympy.Integer(0), shape[-1]):
+        reader = next(iter(end.users), None)
+        if reader is None or len(end.users) != 1 or reader.target not in SAME_MEMORY:
             return None
-        node = next(iter(node.users))
-    return node
+        end = reader
+    return end
 
 
 def _is_disturbed(first: Node, last: Node, window: Node) -> bool:

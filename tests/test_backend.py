@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from simba_compile.backend import with_room
 from simba_compile.passes import Transformed
 
 # --- against the eager reference -------------------------------------------------------------------------------------
@@ -408,3 +410,30 @@ def test_inputs_are_left_as_they_were(selected: list[Tensor]) -> None:
     assert selected
     assert torch.equal(embedded, before)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python keeps frames elsewhere")
+def test_what_a_graph_calls_finds_room_for_its_frames_at_any_depth() -> None:
+    resource = pytest.importorskip("resource")
+
+    def inner(value: int) -> int:
+        return value
+
+    def operation(value: int) -> int:
+        return inner(value)
+
+    steps = "\n".join(f"    v{i} = operation({i})" for i in range(300))
+    scope: dict[str, Any] = {"operation": operation}
+    exec(f"def graph():\n{steps}", scope)
+
+    def page_faults(call: Callable[[], object], depth: int) -> int:
+        if depth > 0:
+            return page_faults(call, depth - 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def most(call: Callable[[], object]) -> int:
+        return max(page_faults(call, depth) for depth in range(250))
+
+    assert most(with_room(scope["graph"])) < 100 < 300 <= most(scope["graph"])

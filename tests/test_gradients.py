@@ -96,7 +96,7 @@ def test_inner_compilers_see_whole_graphs(shown: list[set[str]]) -> None:
         compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True)
     assert len(shown) == 2
     assert {"simba.rms_norm", "simba.influence", "simba.select", "simba.selective_scan"} <= shown[0]
-    assert {"simba.rms_norm", "simba.state_update"} <= shown[1]
+    assert {"simba.rms_norm", "simba.mixer_update"} <= shown[1]
 
 
 def test_inner_compilers_see_every_graph(shown: list[set[str]]) -> None:

@@ -54,7 +54,7 @@ def _bits(value: float) -> int:
 
 
 def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter in the compute type, contiguous."""
+    """A parameter or a state in this type, contiguous: itself where it is so already."""
     return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
 
 
@@ -270,7 +270,7 @@ def state_update(
     batch, channels = x.shape
     kind = compute_dtype(x.dtype)
     _expect("state", state, (batch, channels, A.shape[1]), None)
-    h = state if state.dtype == kind and state.is_contiguous() else state.to(kind).contiguous()
+    h: Tensor = _constant(state, kind)  # type: ignore[assignment]
     x, dt, B, C = (_rows(value) for value in (x, dt, B, C))
     z = None if z is None else _rows(z)
     A, D, dt_bias = (_constant(value, kind) for value in (A, D, dt_bias))  # type: ignore[assignment]
@@ -291,7 +291,7 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
     batch, channels = x.shape
     kind = compute_dtype(x.dtype)
     _expect("state", state, (batch, channels, weight.shape[1]), None)
-    window = state if state.dtype == x.dtype and state.is_contiguous() else state.to(x.dtype).contiguous()
+    window: Tensor = _constant(state, x.dtype)  # type: ignore[assignment]
     x = _rows(x)
     weight, bias = _constant(weight, kind), _constant(bias, kind)  # type: ignore[assignment]
     out = torch.empty(batch, channels, dtype=x.dtype)

@@ -62,8 +62,8 @@ def mixer_update(
     out = torch.empty(*projected.shape[:-1], channels, dtype=dtype)
     if not out.numel():
         return out
-    h = state if state.dtype == kind and state.is_contiguous() else state.to(kind).contiguous()
-    held = window if window.dtype == dtype and window.is_contiguous() else window.to(dtype).contiguous()
+    h: Tensor = _constant(state, kind)  # type: ignore[assignment]
+    held: Tensor = _constant(window, dtype)  # type: ignore[assignment]
     x_proj, dt_proj = _rows(x_proj), _rows(dt_proj)
     conv_weight, conv_bias, dt_bias, A_log, D = (  # type: ignore[assignment]
         _constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D)

@@ -179,7 +179,7 @@ def ssd_state_update(
     dtype = x.dtype
     x, dt, B, C = _alike(x, dt, B, C)
     kind = compute_dtype(x.dtype)
-    h = state if state.dtype == kind and state.is_contiguous() else state.to(kind).contiguous()
+    h: Tensor = _constant(state, kind)  # type: ignore[assignment]
     A, D, dt_bias = (_constant(value, kind) for value in (A, D, dt_bias))  # type: ignore[assignment]
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.numel():

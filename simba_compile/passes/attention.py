@@ -8,7 +8,6 @@ of masks from its length. The entries of pruned tokens carry a mark (`simba::cac
 that reads a cache pass over them. Eager attention, which does not know the mark, gives NaN, not a wrong result.
 """
 
-import operator
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.kernels.reference import is_marked
-from simba_compile.passes.tokens import CASTS, CONCATENATIONS, NO_TOKENS, RESHAPES, VIEWS, Length, is_one_result, value_of
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, NO_TOKENS, SAME_MEMORY, Length, is_one_result, value_of
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SAME_DATA: set[Any] = {*VIEWS, *RESHAPES, *CASTS, *CONCATENATIONS, operator.getitem}
+SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS}
 
 
 def is_attention(node: Node) -> bool:

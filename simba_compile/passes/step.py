@@ -11,8 +11,7 @@ from torch.fx import Node
 
 from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.tokens import (
-    RESHAPES,
-    VIEWS,
+    SAME_MEMORY,
     expression,
     is_inplace,
     shares_memory,
@@ -24,7 +23,6 @@ from simba_compile.passes.tokens import (
 OPS = torch.ops.simba
 EXP: set[Any] = {torch.exp, "exp"}
 NEG: set[Any] = {operator.neg, torch.neg, "neg"}
-SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}
 
 
 def fuse_step(node: Node) -> None:

@@ -156,6 +156,7 @@ VIEWS: set[Any] = SPLITS | {
     *("transpose", "permute", "squeeze", "unsqueeze", "expand", torch.transpose, torch.permute),
     *(torch.squeeze, torch.unsqueeze),
 }
+SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}  # give views of what they read, as a rule
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 MUL: set[Any] = {operator.mul, torch.mul, "mul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
@@ -342,7 +343,7 @@ def written_between(first: Node, last: Node, *values: Node) -> bool:
 
 def takes_sizes(node: Node) -> bool:
     """Whether a number among the node's arguments is a size or a place: of pruned tokens, it is how many are left."""
-    return node.target in RESHAPES | VIEWS or node.target is operator.getitem
+    return node.target in SAME_MEMORY
 
 
 def suffix(node: Node, length: Length) -> int | None:

@@ -31,42 +31,52 @@ CARRY_CHUNKS, CARRY_BLOCK = 8, 128  # chunks that pass 2 takes at once, and stat
 
 
 @triton.jit
-def group_places(first, end, GROUP: tl.constexpr):
-    """The tokens of a group; past the end, the last one again: no load needs a mask."""
-    return tl.minimum(first + tl.arange(0, GROUP), end - 1).to(tl.int64)
-
-
-@triton.jit
 def group_tokens(index, stride, first, end, GROUP: tl.constexpr):
-    """Where the tokens of a group stand among those that entered."""
-    token = group_places(first, end, GROUP)
-    if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
-        token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
-    return token
+    """Where the tokens of a group stand among those that entered. Past the end, the last one again: no load needs a mask."""
+    tokens = ()
+    for j in tl.static_range(GROUP):
+        token = tl.minimum(first + j, end - 1).to(tl.int64)
+        if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
+            token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
+        tokens = tokens + (token,)
+    return tokens
 
 
 @triton.jit
-def scattered(base, offsets):
-    """``base + offsets``, addresses that the compiler is told not to be neighbours.
-
-    It would give each lane several neighbouring channels, for wide loads, and then lay out the whole loop that way: states
-    across lanes, sums by shuffles, twice the instructions. One channel for each lane makes whole lines just the same.
-    """
-    return tl.max_contiguous(base + offsets, [1, 1])
+def load_channels(rows, stride, tokens, live, GROUP: tl.constexpr):
+    """The rows of a group's tokens: one vector for each, an entry for each lane."""
+    group = ()
+    for j in tl.static_range(GROUP):
+        group = group + (tl.load(rows + tokens[j] * stride, mask=live, other=0.0),)
+    return group
 
 
 @triton.jit
-def load_group(rows, stride, tokens, live):
-    """The rows of a group's tokens: (GROUP, length of a row)."""
-    at = scattered(rows[None, :], tokens[:, None] * stride)
+def load_states(rows, stride, tokens, live, GROUP: tl.constexpr):
+    """The rows of B or C of a group's tokens: (GROUP, states), spread over the lanes by one load, and not yet converted."""
+    row, token = tl.arange(0, GROUP)[:, None], tokens[0]
+    for j in tl.static_range(1, GROUP):
+        token = tl.where(row == j, tokens[j], token)
+    at = rows[None, :] + token * stride
     return tl.load(at) if live is None else tl.load(at, mask=live[None, :], other=0.0)
 
 
 @triton.jit
 def pick(group, j: tl.constexpr, GROUP: tl.constexpr):
-    """``group[j]`` along axis 0. The axis is in registers, and x + -0.0 is x: no instruction is left of this."""
-    here = tl.arange(0, GROUP)[:, None, None] == j
-    return tl.sum(tl.where(here, group, -0.0), axis=0)
+    """Row j of what `load_states` gave, in float32, as a column for the tile of states."""
+    here = tl.arange(0, GROUP)[:, None] == j
+    return tl.sum(tl.where(here, group.to(tl.float32), -0.0), axis=0)[:, None]
+
+
+@triton.jit
+def lanes(base, offsets):
+    """Addresses ``base + offsets`` of a tile (state, channel), neighbours along the channels: one channel for each lane.
+
+    They are said to be aligned to nothing. The compiler would else give a lane several neighbouring channels, for wide loads,
+    and then lay out the whole loop that way: states across lanes, sums by shuffles, twice the instructions. (With
+    neighbours along the states, or none, triton 3.6 does so in any case.)
+    """
+    return tl.multiple_of(base + offsets, [1, 1])
 
 
 @triton.jit
@@ -92,8 +102,8 @@ def chunk_kernel(
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
     both = live[None, :] & (n < STATES)[:, None]
-    A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32) * LOG2E
-    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
+    A = tl.load(lanes(A, n[:, None] * channels + d[None, :]), mask=both, other=0.0).to(tl.float32) * LOG2E
+    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)
     x += batch * x_batch + d.to(tl.int64) * x_channel
     dt += batch * dt_batch + d.to(tl.int64) * dt_channel
     B += batch * B_batch + n.to(tl.int64) * B_state
@@ -105,23 +115,22 @@ def chunk_kernel(
     state = tl.zeros([PADDED, CHANNELS], tl.float32)
     total = tl.zeros([CHANNELS], tl.float32)
     tokens = group_tokens(index, index_token, start, end, GROUP)
-    next_x, next_dt = load_group(x, x_token, tokens, live), load_group(dt, dt_token, tokens, live)
-    next_B = load_group(B, B_token, tokens, live_n)
+    next_x, next_dt = load_channels(x, x_token, tokens, live, GROUP), load_channels(dt, dt_token, tokens, live, GROUP)
+    next_B = load_states(B, B_token, tokens, live_n, GROUP)
     tokens = group_tokens(index, index_token, start + GROUP, end, GROUP)
     for first in range(start, end, GROUP):
         now_x, now_dt, now_B = next_x, next_dt, next_B
-        next_x, next_dt = load_group(x, x_token, tokens, live), load_group(dt, dt_token, tokens, live)
-        next_B = load_group(B, B_token, tokens, live_n)
+        next_x, next_dt = load_channels(x, x_token, tokens, live, GROUP), load_channels(dt, dt_token, tokens, live, GROUP)
+        next_B = load_states(B, B_token, tokens, live_n, GROUP)
         tokens = group_tokens(index, index_token, first + 2 * GROUP, end, GROUP)
-        delta = step_size(now_dt, shift, SOFTPLUS)
-        total += tl.sum(delta, axis=0)
-        decay = tl.exp2(A[None, :, :] * delta[:, None, :])
-        add = now_B.to(tl.float32)[:, :, None] * (delta * now_x.to(tl.float32))[:, None, :]
         for j in tl.static_range(GROUP):
-            state = tl.fma(pick(decay, j, GROUP), state, pick(add, j, GROUP))
+            delta = step_size(now_dt[j], shift, SOFTPLUS)
+            total += delta
+            add = pick(now_B, j, GROUP) * (delta * now_x[j].to(tl.float32))[None, :]
+            state = tl.fma(tl.exp2(A * delta[None, :]), state, add)
     place = batch * chunks + which
     tl.store(sums + place * channels + d, total, mask=live)
-    tl.store(scattered(ends, (place * STATES + n[:, None]) * channels + d[None, :]), state, mask=both)
+    tl.store(lanes(ends, (place * STATES + n[:, None]) * channels + d[None, :]), state, mask=both)
 
 
 # --- pass 2 ----------------------------------------------------------------------------------------------------------
@@ -142,8 +151,8 @@ def carry_kernel(
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # of (state, channel)
     live = entry < channels * states
-    n, d = entry // channels, entry % channels
-    A = tl.load(A + d * states + n, mask=live, other=0.0).to(tl.float32) * LOG2E
+    d = entry % channels
+    A = tl.load(A + entry, mask=live, other=0.0).to(tl.float32) * LOG2E
     step = tl.arange(0, CHUNKS)
     state = tl.zeros([BLOCK], tl.float32)
     for first in range(0, chunks, CHUNKS):
@@ -176,9 +185,9 @@ def scan_kernel(
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
     both = live[None, :] & (n < STATES)[:, None]
-    A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32) * LOG2E
-    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
-    skip = None if D is None else tl.load(D + d, mask=live, other=0.0).to(tl.float32)[None, :]
+    A = tl.load(lanes(A, n[:, None] * channels + d[None, :]), mask=both, other=0.0).to(tl.float32) * LOG2E
+    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)
+    skip = None if D is None else tl.load(D + d, mask=live, other=0.0).to(tl.float32)
     x += batch * x_batch + d.to(tl.int64) * x_channel
     dt += batch * dt_batch + d.to(tl.int64) * dt_channel
     B += batch * B_batch + n.to(tl.int64) * B_state
@@ -195,41 +204,35 @@ def scan_kernel(
     if ends is not None:
         before = batch * (chunks - 1) + which - 1
         has = both & (d < tl.where(which > 0, channels, 0))[None, :]
-        state += tl.load(scattered(ends, (before * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
+        state += tl.load(lanes(ends, (before * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
     kept = group_tokens(index, index_token, start, end, GROUP)
-    next_x, next_dt = load_group(x, x_token, kept, live), load_group(dt, dt_token, kept, live)
-    next_B, next_C = load_group(B, B_token, kept, live_n), load_group(C, C_token, kept, live_n)
+    next_x, next_dt = load_channels(x, x_token, kept, live, GROUP), load_channels(dt, dt_token, kept, live, GROUP)
+    next_B, next_C = load_states(B, B_token, kept, live_n, GROUP), load_states(C, C_token, kept, live_n, GROUP)
     next_z = next_x
     if z is not None:
-        next_z = load_group(z, z_token, group_places(start, end, GROUP), live)
+        next_z = load_channels(z, z_token, group_tokens(None, 0, start, end, GROUP), live, GROUP)
     kept = group_tokens(index, index_token, start + GROUP, end, GROUP)
     for first in range(start, end, GROUP):
         now_x, now_dt, now_B, now_C, now_z = next_x, next_dt, next_B, next_C, next_z
-        next_x, next_dt = load_group(x, x_token, kept, live), load_group(dt, dt_token, kept, live)
-        next_B, next_C = load_group(B, B_token, kept, live_n), load_group(C, C_token, kept, live_n)
+        next_x, next_dt = load_channels(x, x_token, kept, live, GROUP), load_channels(dt, dt_token, kept, live, GROUP)
+        next_B, next_C = load_states(B, B_token, kept, live_n, GROUP), load_states(C, C_token, kept, live_n, GROUP)
         if z is not None:
-            next_z = load_group(z, z_token, group_places(first + GROUP, end, GROUP), live)
+            next_z = load_channels(z, z_token, group_tokens(None, 0, first + GROUP, end, GROUP), live, GROUP)
         kept = group_tokens(index, index_token, first + 2 * GROUP, end, GROUP)
-        inside = first + tl.arange(0, GROUP) < end
-        value = now_x.to(tl.float32)
-        delta = tl.where(inside[:, None], step_size(now_dt, shift, SOFTPLUS), 0.0)  # past the end: no step
-        decay = tl.exp2(A[None, :, :] * delta[:, None, :])
-        add = now_B.to(tl.float32)[:, :, None] * (delta * value)[:, None, :]
-        output = tl.zeros([GROUP, CHANNELS], tl.float32)
-        wide_C = tl.broadcast_to(now_C.to(tl.float32)[:, :, None], (GROUP, PADDED, CHANNELS))
         for j in tl.static_range(GROUP):
-            state = tl.fma(pick(decay, j, GROUP), state, pick(add, j, GROUP))
-            row = tl.sum(state * pick(wide_C, j, GROUP), axis=0)
-            output = tl.where(tl.arange(0, GROUP)[:, None] == j, row[None, :], output)
-        if D is not None:
-            output += skip * value
-        if z is not None:
-            output *= silu(now_z.to(tl.float32))
-        at = scattered(y[None, :], tl.arange(0, GROUP)[:, None] * channels)
-        tl.store(at, output.to(y.dtype.element_ty), mask=inside[:, None] & live[None, :])
+            inside = d < tl.where(first + j < end, channels, 0)
+            value = now_x[j].to(tl.float32)
+            delta = tl.where(inside, step_size(now_dt[j], shift, SOFTPLUS), 0.0)  # past the end: no step
+            state = tl.fma(tl.exp2(A * delta[None, :]), state, pick(now_B, j, GROUP) * (delta * value)[None, :])
+            output = tl.sum(state * pick(now_C, j, GROUP), axis=0)
+            if D is not None:
+                output += skip * value
+            if z is not None:
+                output *= silu(now_z[j].to(tl.float32))
+            tl.store(y + j * channels, output.to(y.dtype.element_ty), mask=inside)
         y += GROUP * channels
     if which == chunks - 1:
-        tl.store(scattered(last, (batch * channels + d[None, :]) * STATES + n[:, None]), state, mask=both)
+        tl.store(last + (batch * channels + d[None, :]) * STATES + n[:, None], state, mask=both)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -291,7 +294,7 @@ def selective_scan(
     last = x.new_empty((batch, channels, states), dtype=torch.float32)
     if y.numel() == 0:
         return y, last.zero_()
-    A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
+    A, D, dt_bias = A.t().contiguous(), runtime.flat(D), runtime.flat(dt_bias)  # lanes have neighbouring channels
     tile = tile_of(states)
     blocks = runtime.blocks_of(channels, tile["CHANNELS"])
     chunk, chunks = split(batch, tokens, blocks, x.device)
@@ -319,7 +322,7 @@ def chunk_states(
     chunks: int,
 ) -> Tensor:
     """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch, chunk, state, channel)."""
-    batch, channels, states = x.shape[0], x.shape[2], A.shape[1]
+    batch, (states, channels) = x.shape[0], A.shape
     tile = tile_of(states)
     sums = x.new_empty((batch, chunks, channels), dtype=torch.float32)
     ends = x.new_empty((batch, chunks, states, channels), dtype=torch.float32)

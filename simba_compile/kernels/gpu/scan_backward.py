@@ -27,10 +27,11 @@ from simba_compile.kernels.gpu.scan import (
     carry,
     chunk_states,
     group_tokens,
-    load_group,
+    lanes,
+    load_channels,
+    load_states,
     pick,
     program_place,
-    scattered,
     strides,
     tile_of,
 )
@@ -51,8 +52,8 @@ def adjoint_kernel(
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
     both = live[None, :] & (n < STATES)[:, None]
-    A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32) * LOG2E
-    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
+    A = tl.load(lanes(A, n[:, None] * channels + d[None, :]), mask=both, other=0.0).to(tl.float32) * LOG2E
+    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)
     dt += batch * dt_batch + d.to(tl.int64) * dt_channel
     grad += batch * grad_batch + d.to(tl.int64) * grad_channel
     C += batch * C_batch + n.to(tl.int64) * C_state
@@ -64,27 +65,30 @@ def adjoint_kernel(
     adjoint = tl.zeros([PADDED, CHANNELS], tl.float32)
     if grad_state is not None:
         has = both & (d < tl.where(entry == chunks - 2, channels, 0))[None, :]
-        after = scattered(grad_state, (batch * channels + d[None, :]) * STATES + n[:, None])
+        after = lanes(grad_state, (batch * STATES + n[:, None]) * channels + d[None, :])
         adjoint += tl.load(after, mask=has, other=0.0).to(tl.float32)
     total = tl.zeros([CHANNELS], tl.float32)
     groups = tl.cdiv(end - start, GROUP)
     for i in range(groups):
         first = start + (groups - 1 - i) * GROUP
         at = group_tokens(None, 0, first, end, GROUP)
-        inside = (first + tl.arange(0, GROUP) < end)[:, None]
-        delta = tl.where(inside, step_size(load_group(dt, dt_token, at, live), shift, SOFTPLUS), 0.0)
-        g = tl.where(inside, load_group(grad, grad_token, at, live).to(tl.float32), 0.0)
+        raw, grads = load_channels(dt, dt_token, at, live, GROUP), load_channels(grad, grad_token, at, live, GROUP)
+        rows_C = load_states(C, C_token, at, live_n, GROUP)
+        gates = raw
         if z is not None:
-            gate = load_group(z, z_token, at, live).to(tl.float32)
-            g *= gate * sigmoid(gate)
-        total += tl.sum(delta, axis=0)
-        decay = tl.exp2(A[None, :, :] * delta[:, None, :])
-        add = load_group(C, C_token, at, live_n).to(tl.float32)[:, :, None] * g[:, None, :]
+            gates = load_channels(z, z_token, at, live, GROUP)
         for j in tl.static_range(GROUP - 1, -1, -1):
-            adjoint = (adjoint + pick(add, j, GROUP)) * pick(decay, j, GROUP)
+            inside = d < tl.where(first + j < end, channels, 0)
+            delta = tl.where(inside, step_size(raw[j], shift, SOFTPLUS), 0.0)
+            g = tl.where(inside, grads[j].to(tl.float32), 0.0)
+            if z is not None:
+                gate = gates[j].to(tl.float32)
+                g *= gate * sigmoid(gate)
+            total += delta
+            adjoint = tl.fma(pick(rows_C, j, GROUP), g[None, :], adjoint) * tl.exp2(A * delta[None, :])
     place = batch * (chunks - 1) + entry
     tl.store(sums + place * channels + d, total, mask=live)
-    tl.store(scattered(ends, (place * STATES + n[:, None]) * channels + d[None, :]), adjoint, mask=both)
+    tl.store(lanes(ends, (place * STATES + n[:, None]) * channels + d[None, :]), adjoint, mask=both)
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
@@ -99,13 +103,13 @@ def gradient_kernel(
     blocks = tl.cdiv(channels, CHANNELS)
     batch, which, block = program_place(chunks, blocks)
     batch = batch.to(tl.int64)
-    d, n, row = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PADDED), tl.arange(0, GROUP)
+    d, n = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, PADDED)
     live = d < channels
     live_n = n < STATES if STATES < PADDED else None
     both = live[None, :] & (n < STATES)[:, None]
-    A = tl.load(scattered(A, d[None, :] * STATES + n[:, None]), mask=both, other=0.0).to(tl.float32)
-    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)[None, :]
-    skip = None if D is None else tl.load(D + d, mask=live, other=0.0).to(tl.float32)[None, :]
+    A = tl.load(lanes(A, n[:, None] * channels + d[None, :]), mask=both, other=0.0).to(tl.float32)
+    shift = None if bias is None else tl.load(bias + d, mask=live, other=0.0).to(tl.float32)
+    skip = None if D is None else tl.load(D + d, mask=live, other=0.0).to(tl.float32)
     x += batch * x_batch + d.to(tl.int64) * x_channel
     dt += batch * dt_batch + d.to(tl.int64) * dt_channel
     grad += batch * grad_batch + d.to(tl.int64) * grad_channel
@@ -120,10 +124,10 @@ def gradient_kernel(
     if starts is not None:  # more than one chunk
         place = batch * (chunks - 1) + which
         has = both & (d < tl.where(which < chunks - 1, channels, 0))[None, :]
-        adjoint += tl.load(scattered(ends, (place * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
+        adjoint += tl.load(lanes(ends, (place * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
     if grad_state is not None:
         has = both & (d < tl.where(which == chunks - 1, channels, 0))[None, :]
-        after = scattered(grad_state, (batch * channels + d[None, :]) * STATES + n[:, None])
+        after = lanes(grad_state, (batch * STATES + n[:, None]) * channels + d[None, :])
         adjoint += tl.load(after, mask=has, other=0.0).to(tl.float32)
     sum_A = tl.zeros([PADDED, CHANNELS], tl.float32)
     sum_D, sum_bias = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
@@ -134,72 +138,65 @@ def gradient_kernel(
         if starts is not None:  # read again for each group: it is in the cache, and registers are few
             before = batch * (chunks - 1) + which - 1
             has = both & (d < tl.where(which > 0, channels, 0))[None, :]
-            state += tl.load(scattered(starts, (before * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
+            state += tl.load(lanes(starts, (before * STATES + n[:, None]) * channels + d[None, :]), mask=has, other=0.0)
         for first in range(start, now, GROUP):  # to the start of this group
             at = group_tokens(None, 0, first, end, GROUP)
-            delta = step_size(load_group(dt, dt_token, at, live), shift, SOFTPLUS)
-            u = delta * load_group(x, x_token, at, live).to(tl.float32)
-            decay = tl.exp2(A[None, :, :] * (delta * LOG2E)[:, None, :])
-            add = load_group(B, B_token, at, live_n).to(tl.float32)[:, :, None] * u[:, None, :]
+            raw, xs = load_channels(dt, dt_token, at, live, GROUP), load_channels(x, x_token, at, live, GROUP)
+            rows_B = load_states(B, B_token, at, live_n, GROUP)
             for j in tl.static_range(GROUP):
-                state = tl.fma(pick(decay, j, GROUP), state, pick(add, j, GROUP))
+                delta = step_size(raw[j], shift, SOFTPLUS)
+                add = pick(rows_B, j, GROUP) * (delta * xs[j].to(tl.float32))[None, :]
+                state = tl.fma(tl.exp2(A * (delta * LOG2E)[None, :]), state, add)
 
         at = group_tokens(None, 0, now, end, GROUP)
-        inside = (now + row < end)[:, None]
-        raw = load_group(dt, dt_token, at, live).to(tl.float32)
-        if bias is not None:
-            raw += shift
-        delta = tl.where(inside, step_size(raw, None, SOFTPLUS), 0.0)
-        value = load_group(x, x_token, at, live).to(tl.float32)
-        g = tl.where(inside, load_group(grad, grad_token, at, live).to(tl.float32), 0.0)
+        raw, xs = load_channels(dt, dt_token, at, live, GROUP), load_channels(x, x_token, at, live, GROUP)
+        rows_B, rows_C = load_states(B, B_token, at, live_n, GROUP), load_states(C, C_token, at, live_n, GROUP)
+        grads = load_channels(grad, grad_token, at, live, GROUP)
+        gates = raw
         if z is not None:
-            gate, before_gate = load_group(z, z_token, at, live).to(tl.float32), g
-            share = sigmoid(gate)
-            g *= gate * share
-        decay = tl.exp2(A[None, :, :] * (delta * LOG2E)[:, None, :])
-        wide_B = tl.broadcast_to(load_group(B, B_token, at, live_n).to(tl.float32)[:, :, None], (GROUP, PADDED, CHANNELS))
-        wide_C = tl.broadcast_to(load_group(C, C_token, at, live_n).to(tl.float32)[:, :, None], (GROUP, PADDED, CHANNELS))
-        step = tl.broadcast_to((delta * value)[:, None, :], (GROUP, PADDED, CHANNELS))
-        wide_g = tl.broadcast_to(g[:, None, :], (GROUP, PADDED, CHANNELS))
-        wide_delta = tl.broadcast_to(delta[:, None, :], (GROUP, PADDED, CHANNELS))
-        states = (state,)  # before the group and after each of its tokens
+            gates = load_channels(z, z_token, at, live, GROUP)
+        states, deltas, decays = (state,), (), ()  # states: before the group and after each of its tokens
         for j in tl.static_range(GROUP):
-            state = tl.fma(pick(decay, j, GROUP), state, pick(wide_B, j, GROUP) * pick(step, j, GROUP))
-            states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no other way)
-        y, from_B, from_decay = tl.zeros_like(delta), tl.zeros_like(delta), tl.zeros_like(delta)
+            delta = tl.where(d < tl.where(now + j < end, channels, 0), step_size(raw[j], shift, SOFTPLUS), 0.0)
+            decay = tl.exp2(A * (delta * LOG2E)[None, :])
+            state = tl.fma(decay, state, pick(rows_B, j, GROUP) * (delta * xs[j].to(tl.float32))[None, :])
+            states, deltas, decays = states + (state,), deltas + (delta,), decays + (decay,)  # noqa: RUF005
         for j in tl.static_range(GROUP - 1, -1, -1):
-            here = row[:, None] == j
+            inside = d < tl.where(now + j < end, channels, 0)
+            delta, value, b, c = deltas[j], xs[j].to(tl.float32), pick(rows_B, j, GROUP), pick(rows_C, j, GROUP)
+            g = tl.where(inside, grads[j].to(tl.float32), 0.0)
+            if z is not None:
+                gate, before_gate = gates[j].to(tl.float32), g
+                share = sigmoid(gate)
+                g *= gate * share
             part = ((batch * blocks + block) * tokens + now + j) * STATES + n
             mask_n = n < tl.where(now + j < end, STATES, 0)
-            c, gradient = pick(wide_C, j, GROUP), pick(wide_g, j, GROUP)
-            y = tl.where(here, tl.sum(states[j + 1] * c, axis=0)[None, :], y)
-            tl.store(dC + part, tl.sum(gradient * states[j + 1], axis=1), mask=mask_n)
-            adjoint = tl.fma(gradient, c, adjoint)
-            tl.store(dB + part, tl.sum(adjoint * pick(step, j, GROUP), axis=1), mask=mask_n)
-            from_B = tl.where(here, tl.sum(adjoint * pick(wide_B, j, GROUP), axis=0)[None, :], from_B)
-            adjoint *= pick(decay, j, GROUP)
+            tl.store(dC + part, tl.sum(g[None, :] * states[j + 1], axis=1), mask=mask_n)
+            y = tl.sum(states[j + 1] * c, axis=0)
+            adjoint = tl.fma(g[None, :], c, adjoint)
+            tl.store(dB + part, tl.sum(adjoint * (delta * value)[None, :], axis=1), mask=mask_n)
+            from_B = tl.sum(adjoint * b, axis=0)
+            adjoint *= decays[j]
             through = adjoint * states[j]
-            sum_A = tl.fma(through, pick(wide_delta, j, GROUP), sum_A)
-            from_decay = tl.where(here, tl.sum(through * A, axis=0)[None, :], from_decay)
-        gradient_x, gradient_dt = delta * from_B, tl.fma(value, from_B, from_decay)
-        if SOFTPLUS:
-            gradient_dt *= sigmoid(raw)
-        gradient_dt = tl.where(inside, gradient_dt, 0.0)
-        sum_bias += tl.sum(gradient_dt, axis=0)
-        if D is not None:
-            gradient_x += g * skip
-            y += value * skip
-            sum_D += tl.sum(g * value, axis=0)
+            sum_A = tl.fma(through, delta[None, :], sum_A)
+            gradient_x, gradient_dt = delta * from_B, tl.fma(value, from_B, tl.sum(through * A, axis=0))
+            if SOFTPLUS:
+                gradient_dt *= sigmoid(step_size(raw[j], shift, False))
+            gradient_dt = tl.where(inside, gradient_dt, 0.0)
+            sum_bias += gradient_dt
+            if D is not None:
+                gradient_x += g * skip
+                y += value * skip
+                sum_D += g * value
 
-        token = batch * tokens + now + row[:, None]
-        mask = inside & live[None, :]
-        tl.store(scattered(dx, token * channels + d[None, :]), gradient_x.to(dx.dtype.element_ty), mask=mask)
-        tl.store(scattered(ddt, token * channels + d[None, :]), gradient_dt.to(ddt.dtype.element_ty), mask=mask)
-        if z is not None:
-            gradient_z = before_gate * y * share * (1 + gate * (1 - share))
-            tl.store(scattered(dz, token * channels + d[None, :]), gradient_z.to(dz.dtype.element_ty), mask=mask)
+            token = (batch * tokens + now + j) * channels + d
+            tl.store(dx + token, gradient_x.to(dx.dtype.element_ty), mask=inside)
+            tl.store(ddt + token, gradient_dt.to(ddt.dtype.element_ty), mask=inside)
+            if z is not None:
+                gradient_z = before_gate * y * share * (1 + gate * (1 - share))
+                tl.store(dz + token, gradient_z.to(dz.dtype.element_ty), mask=inside)
     part = batch * chunks + which
-    tl.store(scattered(dA, (part * STATES + n[:, None]) * channels + d[None, :]), sum_A, mask=both)
+    tl.store(lanes(dA, (part * STATES + n[:, None]) * channels + d[None, :]), sum_A, mask=both)
     if D is not None:
         tl.store(dD + part * channels + d, sum_D, mask=live)
     if bias is not None:
@@ -227,7 +224,8 @@ def selective_scan_backward(
         dt=(dt, (batch, tokens, channels)), A=(A, (channels, states)), B=(B, (batch, tokens, states)),
         C=(C, (batch, tokens, states)), D=(D, (channels,)), z=(z, (batch, tokens, channels)), dt_bias=(dt_bias, (channels,)),
     )  # fmt: skip
-    A, D, dt_bias, grad_state = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias), runtime.flat(grad_state)
+    A, D, dt_bias = A.t().contiguous(), runtime.flat(D), runtime.flat(dt_bias)
+    grad_state = None if grad_state is None else grad_state.transpose(1, 2).contiguous()
     tile = tile_of(states)
     narrow = tile | {"CHANNELS": max(1, tile["CHANNELS"] // 4)}  # it holds a group's decays and states, besides
     blocks, chunks = runtime.blocks_of(channels, narrow["CHANNELS"]), runtime.blocks_of(tokens, CHUNK)

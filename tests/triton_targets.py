@@ -91,16 +91,25 @@ class Compiled:
         return _cuobjdump("-sass", self.cubin)
 
     def loops(self) -> list[Counter[str]]:
-        """The opcodes of every innermost loop of the SASS, dots and modifiers included (``MUFU.EX2``, ``LDG.E.64``)."""
+        """The opcodes of every loop of the SASS, without the loops in it; dots and modifiers included (``LDG.E.64``)."""
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", self.sass)
         code = [(int(place, 16), opcode, rest) for place, opcode, rest in lines]
+        # Shuffles of lanes that might have diverged stand at the end, out of line, and jump back: those are no loops.
+        last = next((place for place, opcode, _ in code if opcode == "ENDCOLLECTIVE"), code[-1][0])
         spans = []
         for place, opcode, rest in code:
             target = re.search(r"0x([0-9a-f]+)", rest)
-            if opcode.startswith("BRA") and target and int(target[1], 16) < place:
+            if opcode.startswith("BRA") and target and int(target[1], 16) < place < last:
                 spans.append((int(target[1], 16), place))
-        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-        return [Counter(opcode for place, opcode, _ in code if first <= place <= last) for first, last in inner]
+        return [
+            Counter(
+                opcode
+                for place, opcode, _ in code
+                if span[0] <= place <= span[1]
+                and not any(b != span and span[0] <= b[0] <= place <= b[1] <= span[1] for b in spans)
+            )
+            for span in spans
+        ]
 
 
 def record(operator: Callable, *args: Any) -> list[Launch]:

@@ -9,15 +9,22 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)): max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 atanh(s) with s = e / (2 + e) ≤ 1/3.
+    """log(1 + exp(x)): max(x, 0) + log1p(e) with e = exp(-|x|) ≤ 1. A plain log(1 + e) would lose a small e.
 
-    The series of atanh stops where its next term is below float32. A plain log(1 + e) would lose a small e.
+    The polynomial is log1p(e) / e within 5e-9 of it, the minimax of its degree; in float32 the product is within 1.5e-7.
+    Triton's log2 would take longer, and a division (2 atanh(e / (2 + e))) does.
     """
     e = tl.exp2(-tl.abs(x) * LOG2E)
-    s = e / (2.0 + e)
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
-    return tl.where(x > 0, x, 0.0) + 2.0 * s * series
+    ratio = tl.fma(e, -0.003244024235755205, 0.019851457327604294)
+    ratio = tl.fma(e, ratio, -0.056959524750709534)
+    ratio = tl.fma(e, ratio, 0.10603654384613037)
+    ratio = tl.fma(e, ratio, -0.15305592119693756)
+    ratio = tl.fma(e, ratio, 0.1967593878507614)
+    ratio = tl.fma(e, ratio, -0.24954134225845337)
+    ratio = tl.fma(e, ratio, 0.3332996368408203)
+    ratio = tl.fma(e, ratio, -0.4999990165233612)
+    ratio = tl.fma(e, ratio, 1.0)
+    return tl.fma(e, ratio, tl.maximum(x, 0.0))
 
 
 @triton.jit

@@ -64,99 +64,117 @@ def _suffix_sums(sums, channels, chunks, blocks, BLOCK_J: tl.constexpr, BLOCK_C:
         carry += tl.sum(part, 0)
 
 
+@triton.jit
+def _larger(a, b):
+    """The larger one; NaN is larger than any number."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit(do_not_specialize=runtime.LENGTHS)
 def _chunk_scores(
-    x, x_batch, x_token, x_channel, dt, dt_batch, dt_token, dt_channel, A, A_channel, A_state,
+    x, x_batch, x_token, x_channel, dt, dt_batch, dt_token, dt_channel, A,
     B, B_batch, B_token, B_state, C, C_batch, C_state, dt_bias, later, partial,
     tokens, channels, states, chunks, blocks,
     POOL: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS_IN_DECAY: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partial[b, block, t]: the pool over one block of channels, for the tokens of one chunk."""
     program = tl.program_id(0)
     block, chunk, batch = program % blocks, program // blocks % chunks, (program // blocks // chunks).to(tl.int64)
-    c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
-    x += batch * x_batch + c[None, :] * x_channel
-    dt += batch * dt_batch + c[None, :] * dt_channel
-    A += c * A_channel
+    x += batch * x_batch + c.to(tl.int64) * x_channel
+    dt += batch * dt_batch + c.to(tl.int64) * dt_channel
+    A += c
     B += batch * B_batch
     C += batch * C_batch
-    bias = None if dt_bias is None else tl.load(dt_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    bias = None if dt_bias is None else tl.load(dt_bias + c, mask=inside, other=0.0).to(tl.float32)
+    decay_bias = bias if BIAS_IN_DECAY else None
 
     high, low = tl.full([BLOCK_C], -float("inf"), tl.float32), tl.full([BLOCK_C], float("inf"), tl.float32)
     for n in range(states):
-        a = tl.load(A + n * A_state, mask=inside, other=0.0).to(tl.float32)
-        high = tl.maximum(high, a, propagate_nan=tl.PropagateNan.ALL)
-        low = tl.minimum(low, a, propagate_nan=tl.PropagateNan.ALL)
+        a = tl.load(A + n * channels, mask=inside, other=0.0).to(tl.float32)
+        high, low = _larger(high, a), tl.minimum(low, a, propagate_nan=tl.PropagateNan.ALL)
 
-    # S at the end of the chunk, its smallest here where steps are positive: states that have faded there are left out.
-    after = later + (batch * chunks + chunk + 1) * channels + c
-    carry = tl.load(after, mask=c < tl.where(chunk + 1 < chunks, channels, 0), other=0.0)
+    # S at the chunk's last token, its smallest here where steps are positive: states that have faded there are left out.
+    follows = c < tl.where(chunk + 1 < chunks, channels, 0)
+    next_row = ((chunk + 1) * CHUNK).to(tl.int64)  # of the next chunk, whose first step `later` does not count
+    first_step = step_size(tl.load(dt + next_row * dt_token, mask=follows, other=0.0), decay_bias, SOFTPLUS)
+    carry = tl.load(later + (batch * chunks + chunk + 1) * channels + c, mask=follows, other=0.0)
+    carry += tl.where(follows, first_step, 0.0).to(tl.float64)
     live = states
     if SOFTPLUS:
         live = 0
         for n in range(states):
-            a = tl.load(A + n * A_state, mask=inside, other=0.0).to(tl.float32)
+            a = tl.load(A + n * channels, mask=inside, other=0.0).to(tl.float32)
             exponent = (a - high) * LOG2E * carry.to(tl.float32)
             faded = tl.max(tl.where(inside, exponent, -float("inf")), 0) < UNDERFLOW
             live = tl.where(faded, live, n + 1)
 
-    for i in range(CHUNK // BLOCK_T):
-        t = (chunk * CHUNK + CHUNK - (i + 1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-        here = t < tokens
-        valid = here[:, None] & inside[None, :]
-        follows = (t + 1 < tokens)[:, None] & inside[None, :]
-        decay = tl.load(dt + (t + 1)[:, None] * dt_token, mask=follows, other=0.0)
-        decay = tl.where(follows, step_size(decay, bias if BIAS_IN_DECAY else None, SOFTPLUS), 0.0)
-        local = tl.cumsum(decay, 0, reverse=True)
-        S = carry.to(tl.float32)[None, :] + local
-
-        # m = lead S, the largest of the exponents A S; `base` is the block's largest before the tile's own steps.
+    for i in range(CHUNK // GROUP):
+        first = chunk * CHUNK + CHUNK - (i + 1) * GROUP
+        # For each token of the group: where its rows are (past the end, at the last token), its step, S log2(e), and a lead:
+        # m = lead S is the largest of the exponents A S. `base` is the largest m of the block, at the group's end or in it.
+        rows, decays, S, leads, total = (), (), (), (), ()
+        base, local = tl.full([], -float("inf"), tl.float64), tl.zeros([BLOCK_C], tl.float32)
         if SOFTPLUS:
-            lead = high[None, :]
-            ahead = high.to(tl.float64) * carry
-            base = tl.max(tl.where(inside, ahead, -float("inf")), 0)
-            shift = (ahead - base).to(tl.float32)[None, :] + high[None, :] * local
-        else:  # S may be negative, and change its sign
-            lead = tl.where(S < 0, low[None, :], high[None, :])
-            ahead = lead.to(tl.float64) * (carry[None, :] + local.to(tl.float64))
-            base = tl.max(tl.max(tl.where(valid, ahead, -float("inf")), 1), 0)
-            shift = (ahead - base).to(tl.float32)
+            base = tl.max(tl.where(inside, high.to(tl.float64) * carry, -float("inf")), 0)
+        for j in tl.static_range(GROUP - 1, -1, -1):
+            row = tl.minimum(first + j, tokens - 1).to(tl.int64)
+            here = c < tl.where(first + j < tokens, channels, 0)
+            decay = step_size(tl.load(dt + row * dt_token, mask=here, other=0.0), decay_bias, SOFTPLUS)
+            after = carry.to(tl.float32) + local
+            lead = high
+            if not SOFTPLUS:  # S may be negative, and change its sign
+                lead = tl.where(after < 0, low, high)
+                ahead = lead.to(tl.float64) * (carry + local.to(tl.float64))
+                base = _larger(base, tl.max(tl.where(here, ahead, -float("inf")), 0))
+            decay = tl.where(here, decay, 0.0)
+            rows, decays, S, leads = (row,) + rows, (decay,) + decays, (after * LOG2E,) + S, (lead,) + leads
+            total = total + (tl.zeros([BLOCK_C], tl.float32),)
+            local += decay
 
-        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        S *= LOG2E
-        for n in range(live):
-            a = tl.load(A + n * A_state, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(B + t * B_token + n * B_state, mask=here, other=0.0).to(tl.float32)
-            w *= tl.load(C + n * C_state).to(tl.float32)
-            total += w[:, None] * tl.exp2((a[None, :] - lead) * S)
+        for n in tl.range(0, live, loop_unroll_factor=2):
+            a = tl.load(A + n * channels, mask=inside, other=0.0).to(tl.float32)
+            c_n = tl.load(C + n * C_state).to(tl.float32)
+            sums = ()
+            for j in tl.static_range(GROUP):
+                w = tl.load(B + rows[j] * B_token + n * B_state).to(tl.float32) * c_n
+                sums = sums + (tl.fma(w, tl.exp2((a - leads[j]) * S[j]), total[j]),)
+            total = sums
         if live < states:  # what was left out is 0, unless it was a bad number
-            lost = tl.zeros([BLOCK_T], tl.float32)
-            for start in range(0, states, BLOCK_N):
-                m = start + tl.arange(0, BLOCK_N)
-                known = here[:, None] & (m < states)[None, :]
-                b = tl.load(B + t[:, None] * B_token + m[None, :] * B_state, mask=known, other=0.0).to(tl.float32)
-                b *= tl.load(C + m * C_state, mask=m < states, other=0.0).to(tl.float32)[None, :]
-                lost += tl.sum(b * 0.0, 1)
-            total += lost[:, None]
+            sums = ()
+            for j in tl.static_range(GROUP):
+                lost = tl.zeros([BLOCK_N], tl.float32)
+                for start in range(0, states, BLOCK_N):
+                    m = start + tl.arange(0, BLOCK_N)
+                    b = tl.load(B + rows[j] * B_token + m * B_state, mask=m < states, other=0.0).to(tl.float32)
+                    lost += b * tl.load(C + m * C_state, mask=m < states, other=0.0).to(tl.float32) * 0.0
+                sums = sums + (total[j] + tl.sum(lost, 0),)
+            total = sums
 
-        # Loaded only now: held through the loop over states they would take registers from it.
-        delta = step_size(tl.load(dt + t[:, None] * dt_token, mask=valid, other=0.0), bias, SOFTPLUS)
-        value = tl.load(x + t[:, None] * x_token, mask=valid, other=0.0).to(tl.float32) * delta * total
-        if POOL == "max":
-            value = tl.where(value < 0, 0.0, value)
-        score = tl.where(inside[None, :], shift + tl.log2(tl.abs(value)) * LN2, -float("inf"))
-        # Compared as integers in the order of the floats, with NaN as the largest; the bits of 0x7fffffff are a NaN again.
-        bits = score.to(tl.int32, bitcast=True)
-        bits = tl.where(score != score, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-        best = tl.max(bits, 1)
-        best = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        if POOL == "l2":
-            origin = tl.where(tl.abs(best) == float("inf"), 0.0, best)
-            best = origin + 0.5 * LN2 * tl.log2(tl.sum(tl.exp2((score - origin[:, None]) * (2 * LOG2E)), 1))
-        tl.store(partial + (batch * blocks + block) * tokens + t, base + best.to(tl.float64), mask=here)
-        carry += tl.sum(decay.to(tl.float64), 0)
+        local = tl.zeros([BLOCK_C], tl.float32)
+        for j in tl.static_range(GROUP - 1, -1, -1):
+            # Loaded only now: held through the loop over states they would take registers from it.
+            delta = decays[j]
+            if bias is not None and not BIAS_IN_DECAY:
+                delta = step_size(tl.load(dt + rows[j] * dt_token, mask=inside, other=0.0), bias, SOFTPLUS)
+            value = tl.load(x + rows[j] * x_token, mask=inside, other=0.0).to(tl.float32) * delta * total[j]
+            if POOL == "max":
+                value = _larger(value, 0.0)
+            if SOFTPLUS:
+                shift = (high.to(tl.float64) * carry - base).to(tl.float32) + high * local
+            else:
+                shift = (leads[j].to(tl.float64) * (carry + local.to(tl.float64)) - base).to(tl.float32)
+            score = tl.where(inside, shift + tl.log2(tl.abs(value)) * LN2, -float("inf"))
+            best = tl.reduce(score, 0, _larger)
+            if POOL == "l2":
+                origin = tl.where(tl.abs(best) == float("inf"), 0.0, best)
+                best = origin + 0.5 * LN2 * tl.log2(tl.sum(tl.exp2((score - origin) * (2 * LOG2E)), 0))
+            t = first + j
+            tl.store(partial + (batch * blocks + block) * tokens + t, base + best.to(tl.float64), mask=t < tokens)
+            local += decays[j]
+        carry += local.to(tl.float64)
 
 
 def suffix_sums(dt: Tensor, dt_bias: Tensor | None, softplus: bool, limits: tuple[float, float] | None = None) -> Tensor:
@@ -201,18 +219,17 @@ def influence(
     if x.numel() == 0:
         return x.new_full((batch, tokens), -torch.inf, dtype=torch.float64)
     later = suffix_sums(dt, dt_bias if bias_in_decay else None, softplus)
-    # One warp for 4 tokens of 128 channels: 16 pairs for each thread hide the latency of its exponentials; with 32,
-    # registers spill. Few tokens in a tile keep the sums along them within a thread, or two.
+    # One warp: 4 neighbouring channels for each lane, 4 tokens at once. 16 pairs hide the latency of their exponentials.
     block = 128
     blocks = runtime.blocks_of(channels, block)
     partial = x.new_empty((batch, blocks, tokens), dtype=torch.float64)
     chunks, last = later.shape[1], C[:, -1]
     runtime.launch(
         _chunk_scores, (batch * chunks * blocks,),
-        x, *x.stride(), dt, *dt.stride(), A, *A.stride(), B, *B.stride(), last, *last.stride(),
-        runtime.flat(dt_bias), later, partial,         tokens, channels, states, chunks, blocks,
+        x, *x.stride(), dt, *dt.stride(), A.t().contiguous(), B, *B.stride(), last, *last.stride(),
+        runtime.flat(dt_bias), later, partial, tokens, channels, states, chunks, blocks,
         POOL=pool, SOFTPLUS=softplus, BIAS_IN_DECAY=bias_in_decay,
-        CHUNK=CHUNK, BLOCK_T=4, BLOCK_C=block, BLOCK_N=16, num_warps=1,
+        CHUNK=CHUNK, GROUP=min(4, CHUNK), BLOCK_C=block, BLOCK_N=16, num_warps=1,
     )  # fmt: skip
     if blocks == 1:
         return partial[:, 0]

@@ -176,8 +176,8 @@ def test_loop_of_selective_scan() -> None:
     """For each (token, channel, state): one exponential, three additions or products and two for its part of the sum over n.
 
     What is done once for a token and channel (softplus, gate, D) stands beside: 24 for each of them, and 3 exponentials or
-    reciprocals. A lane has all states of its channel, so that nothing is exchanged but B and C, by one shuffle and one store to
-    shared memory for a token; they come back as vectors of 4. 12 instructions a state in all, and 8 without the outputs.
+    reciprocals. A lane has all states of its channel: nothing is exchanged but B and C, by one shuffle and one store to
+    shared memory for a token, from where they come as vectors of 4. 12 instructions a state in all, 8 without the outputs.
     """
     chunk, _, outputs = check("sm_90", record(gpu.KERNELS["selective_scan"], *scan(BF16, 16, kept=512)))
     tokens, pairs = 2, 2 * 16  # of a group, for each thread
@@ -191,6 +191,15 @@ def test_loop_of_selective_scan() -> None:
         assert _count(loop, "SHFL") <= arrays * tokens
         assert _count(loop, "STS") <= arrays * tokens and _count(loop, "STG", "STL") <= tokens
         assert loop.total() <= (8 if built is chunk else 12) * pairs
+
+
+def test_loop_of_causal_conv1d() -> None:
+    """Tokens come and go as vectors of eight channels, once for each place of the window; the weights stay in registers."""
+    (built,) = check("sm_90", record(gpu.KERNELS["causal_conv1d"], *conv(BF16)))
+    (loop,) = built.loops()
+    vectors = 32 * 64 // 128 // 8  # of a tile, for each thread
+    assert loop["LDG.E.128"] == _count(loop, "LD") == 4 * vectors
+    assert loop["STG.E.128"] == _count(loop, "ST") == vectors
 
 
 def _count(loop: Counter[str], *prefixes: str) -> int:

@@ -9,27 +9,39 @@ from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.gpu.elementary import sigmoid, silu
 
 BLOCK_T, BLOCK_C = 32, 64  # a tile's halo of width - 1 tokens is small beside it, and comes from the first-level cache
+TILES = 4  # that a program of the forward pass takes one after the other: loading the weights takes as long as one of them
 
 
 @triton.jit
-def _tile(program, blocks, spans, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(batch, tokens, channels) of a program: channels run fastest."""
+def _tile(program, blocks, spans, SPAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(batch, first BLOCK_T tokens of the span, channels) of a program: channels run fastest."""
     block, span, batch = program % blocks, program // blocks % spans, (program // blocks // spans).to(tl.int64)
-    t = (span * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    t = (span * SPAN + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     return batch, t, c
 
 
 @triton.jit
-def _sum_over_window(x, x_token, t, tokens, weight, weight_width, bias, valid, inside, SPAN: tl.constexpr):
-    """bias + Σ_k weight_k x_{t − SPAN + 1 + k} in float32; `x` and `weight` point at the channels."""
-    total = tl.zeros(valid.shape, tl.float32)
+def _weights(weight, weight_channel, weight_width, bias, c, inside, WIDTH: tl.constexpr):
+    """The channels' weights in float32, a row for each place in the window, and after them their bias."""
+    rows = ()
+    for k in tl.static_range(WIDTH):
+        row = tl.load(weight + c * weight_channel + k * weight_width, mask=inside, other=0.0)
+        rows = rows + (row.to(tl.float32)[None, :],)
+    fixed = tl.zeros(c.shape, tl.float32)
     if bias is not None:
-        total += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(SPAN):
-        at = t - (SPAN - 1 - k)
+        fixed += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    return rows + (fixed[None, :],)
+
+
+@triton.jit
+def _sum_over_window(x, x_token, t, weights, valid, WIDTH: tl.constexpr):
+    """bias + Σ_k weight_k x_{t − WIDTH + 1 + k} in float32; `x` points at the channels."""
+    total = tl.zeros(valid.shape, tl.float32) + weights[WIDTH]
+    for k in tl.static_range(WIDTH):
+        at = t - (WIDTH - 1 - k)
         value = tl.load(x + at * x_token, mask=valid & (at >= 0), other=0.0).to(tl.float32)
-        total += value * tl.load(weight + k * weight_width, mask=inside, other=0.0).to(tl.float32)[None, :]
+        total = tl.fma(value, tl.broadcast_to(weights[k], valid.shape), total)
     return total
 
 
@@ -37,19 +49,19 @@ def _sum_over_window(x, x_token, t, tokens, weight, weight_width, bias, valid, i
 def _conv(
     x, x_batch, x_token, x_channel, weight, weight_channel, weight_width, bias, out,
     tokens, channels, spans, blocks,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    batch, t, c = _tile(tl.program_id(0), blocks, spans, BLOCK_T, BLOCK_C)
+    batch, t, c = _tile(tl.program_id(0), blocks, spans, TILES * BLOCK_T, BLOCK_T, BLOCK_C)
     inside = c < channels
-    valid = (t < tokens) & inside[None, :]
-    bias = None if bias is None else bias + c
-    y = _sum_over_window(
-        x + batch * x_batch + c[None, :] * x_channel, x_token, t, tokens,
-        weight + c * weight_channel, weight_width, bias, valid, inside, WIDTH,
-    )  # fmt: skip
-    if SILU:
-        y = silu(y)
-    tl.store(out + (batch * tokens + t) * channels + c[None, :], y, mask=valid)
+    weights = _weights(weight, weight_channel, weight_width, bias, c, inside, WIDTH)
+    x += batch * x_batch + c[None, :] * x_channel
+    for _ in range(TILES):
+        valid = (t < tokens) & inside[None, :]
+        y = _sum_over_window(x, x_token, t, weights, valid, WIDTH)
+        if SILU:
+            y = silu(y)
+        tl.store(out + (batch * tokens + t) * channels + c[None, :], y, mask=valid)
+        t += BLOCK_T
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
@@ -60,16 +72,14 @@ def _conv_through_silu(
     SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """inner: the gradient before the activation; dweight[span, c, k] and dbias[span, c]: one tile's part of theirs."""
-    batch, t, c = _tile(tl.program_id(0), blocks, spans, BLOCK_T, BLOCK_C)
+    batch, t, c = _tile(tl.program_id(0), blocks, spans, BLOCK_T, BLOCK_T, BLOCK_C)
     inside = c < channels
     valid = (t < tokens) & inside[None, :]
     x += batch * x_batch + c[None, :] * x_channel
     g = tl.load(grad + batch * grad_batch + t * grad_token + c[None, :] * grad_channel, mask=valid, other=0.0).to(tl.float32)
     if SILU:
-        fixed = None if bias is None else bias + c
-        y = _sum_over_window(
-            x, x_token, t, tokens, weight + c * weight_channel, weight_width, fixed, valid, inside, WIDTH
-        )
+        weights = _weights(weight, weight_channel, weight_width, bias, c, inside, WIDTH)
+        y = _sum_over_window(x, x_token, t, weights, valid, WIDTH)
         s = sigmoid(y)
         g *= s + y * s * (1.0 - s)
     tl.store(inner + (batch * tokens + t) * channels + c[None, :], g, mask=valid)
@@ -88,7 +98,7 @@ def _conv_to_input(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx_t = Σ_k weight_k inner_{t + WIDTH − 1 − k}."""
-    batch, t, c = _tile(tl.program_id(0), blocks, spans, BLOCK_T, BLOCK_C)
+    batch, t, c = _tile(tl.program_id(0), blocks, spans, BLOCK_T, BLOCK_T, BLOCK_C)
     inside = c < channels
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for k in tl.static_range(WIDTH):
@@ -128,9 +138,9 @@ def _conv_step(
     tl.store(out + batch * channels + c, y, mask=inside)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
+def _grid(x: Tensor, span: int) -> tuple[int, int]:
     """Spans of tokens and blocks of channels that cover x."""
-    return runtime.blocks_of(x.shape[1], BLOCK_T), runtime.blocks_of(x.shape[2], BLOCK_C)
+    return runtime.blocks_of(x.shape[1], span), runtime.blocks_of(x.shape[2], BLOCK_C)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -138,11 +148,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     runtime.expect(weight=(weight, (x.shape[2], weight.shape[1])), bias=(bias, (x.shape[2],)))
     out = x.new_empty(x.shape)
     if x.numel():
-        spans, blocks = _grid(x)
+        spans, blocks = _grid(x, TILES * BLOCK_T)
         runtime.launch(
             _conv, (x.shape[0] * spans * blocks,), x, *x.stride(), weight, *weight.stride(), runtime.flat(bias), out,
             x.shape[1], x.shape[2], spans, blocks,
-            SILU=silu, WIDTH=weight.shape[1], BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+            SILU=silu, WIDTH=weight.shape[1], TILES=TILES, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -154,7 +164,7 @@ def causal_conv1d_backward(
     (batch, tokens, channels), width = x.shape, weight.shape[1]
     runtime.expect(grad=(grad, (batch, tokens, channels)), weight=(weight, (channels, width)), bias=(bias, (channels,)))
     dx = x.new_empty(x.shape)
-    spans, blocks = _grid(x)
+    spans, blocks = _grid(x, BLOCK_T)
     dweight = x.new_empty((batch * spans, channels, width), dtype=torch.float32)
     dbias = x.new_empty((batch * spans, channels if bias is not None else 0), dtype=torch.float32)
     if x.numel():

@@ -72,9 +72,9 @@ def pick(group, j: tl.constexpr, GROUP: tl.constexpr):
 def lanes(base, offsets):
     """Addresses ``base + offsets`` of a tile (state, channel), neighbours along the channels: one channel for each lane.
 
-    They are said to be aligned to nothing. The compiler would else give a lane several neighbouring channels, for wide loads,
-    and then lay out the whole loop that way: states across lanes, sums by shuffles, twice the instructions. (With
-    neighbours along the states, or none, triton 3.6 does so in any case.)
+    They are said to be aligned to nothing. The compiler would else give a lane several neighbouring channels, for wide
+    loads, and then lay out the whole loop that way: states across lanes, sums by shuffles, twice the instructions. (Of
+    tiles without neighbours along the channels Triton 3.6 makes that in any case.)
     """
     return tl.multiple_of(base + offsets, [1, 1])
 

@@ -160,7 +160,7 @@ def gradient_kernel(
             delta = tl.where(d < tl.where(now + j < end, channels, 0), step_size(raw[j], shift, SOFTPLUS), 0.0)
             decay = tl.exp2(A * (delta * LOG2E)[None, :])
             state = tl.fma(decay, state, pick(rows_B, j, GROUP) * (delta * xs[j].to(tl.float32))[None, :])
-            states, deltas, decays = states + (state,), deltas + (delta,), decays + (decay,)  # noqa: RUF005
+            states, deltas, decays = states + (state,), deltas + (delta,), decays + (decay,)
         for j in tl.static_range(GROUP - 1, -1, -1):
             inside = d < tl.where(now + j < end, channels, 0)
             delta, value, b, c = deltas[j], xs[j].to(tl.float32), pick(rows_B, j, GROUP), pick(rows_C, j, GROUP)

@@ -168,7 +168,7 @@ def _to_dt(
     ddt, dA, dD, tokens, chunks, heads, share, size, states, low, high,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and head: ddt for each token, and its part of dA and dD."""
+    """One chunk and head: ddt and its part of dD for each token, and its part of dA."""
     program = tl.program_id(0)
     head, chunk, batch = program % heads, program // heads % chunks, (program // heads // chunks).to(tl.int64)
     start, row = (chunk * CHUNK).to(tl.int64), tl.arange(0, CHUNK)
@@ -182,9 +182,8 @@ def _to_dt(
     delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since = tl.cumsum(decay, axis=0)
     pairs = _pairs(grad, grad_token, grad_p, x, x_token, x_p, at, size, CHUNK, BLOCK_P, PRECISION)
-    part = (batch * chunks + chunk) * heads + head
-    same = (row[:, None] == row[None, :]) & inside[:, None]
-    tl.store(dD + part, tl.sum(tl.sum(tl.where(same, pairs, 0.0), axis=1), axis=0))
+    part, token = (batch * chunks + chunk) * heads + head, (batch * tokens + start + row) * heads + head
+    tl.store(dD + token, tl.sum(tl.where(row[:, None] == row[None, :], pairs, 0.0), axis=1), mask=inside)
 
     products = tl.zeros([CHUNK, CHUNK], tl.float32)  # C_r · B_s
     for first in range(0, states, BLOCK_N):
@@ -194,7 +193,6 @@ def _to_dt(
         products = tl.dot(c, b, products, input_precision=PRECISION)
     products *= pairs * _decays(since, row, inside)  # K
 
-    token = (batch * tokens + start + row) * heads + head
     start_terms = tl.load(from_start + token, mask=inside, other=0.0)
     end_terms = tl.load(to_end + token, mask=inside, other=0.0)
     to_step = tl.sum(products, axis=0) + end_terms
@@ -240,9 +238,9 @@ def ssd_scan_backward(
     tile = tile_of(x, states)
     chunks = runtime.blocks_of(tokens, tile["CHUNK"])
     dx = x.new_empty(x.shape)
-    ddt, from_start, to_end = (x.new_empty(dt.shape, dtype=wide) for _ in range(3))
+    ddt, dD, from_start, to_end = (x.new_empty(dt.shape, dtype=wide) for _ in range(4))
     dB, dC = (x.new_empty((batch, tokens, heads, states), dtype=wide) for _ in range(2))
-    dA, dD, through = (x.new_empty((batch, chunks, heads), dtype=wide) for _ in range(3))
+    dA, through = (x.new_empty((batch, chunks, heads), dtype=wide) for _ in range(2))
     if x.numel() == 0:
         start = x.new_zeros((batch, heads, size, states), dtype=wide) + (0 if grad_state is None else grad_state)
     else:

@@ -198,7 +198,7 @@ def test_loop_of_causal_conv1d() -> None:
     (built,) = check("sm_90", record(gpu.KERNELS["causal_conv1d"], *conv(BF16)))
     (loop,) = built.loops()
     vectors = 32 * 64 // 128 // 8  # of a tile, for each thread
-    assert loop["LDG.E.128"] == _count(loop, "LD") == 4 * vectors
+    assert loop["LDG.E.128"] == _count(loop, "LDG", "LDS", "LDL") == 4 * vectors
     assert loop["STG.E.128"] == _count(loop, "ST") == vectors
 
 

@@ -37,7 +37,7 @@ def _weights(weight, weight_channel, weight_width, bias, c, inside, WIDTH: tl.co
 @triton.jit
 def _sum_over_window(x, x_token, t, weights, valid, WIDTH: tl.constexpr):
     """bias + Σ_k weight_k x_{t − WIDTH + 1 + k} in float32; `x` points at the channels."""
-    total = tl.zeros(valid.shape, tl.float32) + weights[WIDTH]
+    total = tl.broadcast_to(weights[WIDTH], valid.shape)
     for k in tl.static_range(WIDTH):
         at = t - (WIDTH - 1 - k)
         value = tl.load(x + at * x_token, mask=valid & (at >= 0), other=0.0).to(tl.float32)

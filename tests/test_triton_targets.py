@@ -165,11 +165,12 @@ def test_loop_of_influence(dtype: torch.dtype) -> None:
     assert _count(states, "STG", "STS", "STL", "SHFL") == 0
     assert states.total() <= 5 * pairs
 
-    # Once for each (token, channel), whatever its states: softplus, logarithm, and the pool's share.
+    # Once for each (token, channel), whatever its states: softplus, a power of two, its share of the pool. A third of these
+    # instructions are for the logarithms of values near to underflow, and seldom run.
     group = next(loop for loop in loops if loop["STG.E.64"])
-    assert _count(group, "MUFU") <= (1 if dtype == BF16 else 2) * 4 * 128 // 32
-    assert _count(group, "SHFL") <= 2 * 5 + 4 * 4 + 4 * 5 * (1 if dtype == BF16 else 2)  # base, lost states, the pools
-    assert group.total() <= 112 * 4 * 128 // 32
+    assert group["MUFU.EX2"] <= (2 if dtype == BF16 else 3) * 4 * 128 // 32
+    assert _count(group, "SHFL") <= 2 * 5 + 4 * 2 * 5 * (1 if dtype == BF16 else 2)  # of base, and of the pools, both ways
+    assert group.total() <= (96 if dtype == BF16 else 124) * 4 * 128 // 32
 
 
 def test_loop_of_selective_scan() -> None:

@@ -106,6 +106,15 @@ def test_influence_far_from_the_end() -> None:
     assert bool((score.diff(dim=1) > 5e-4).all()) and score[1, 0] < -9e5
 
 
+@pytest.mark.parametrize("pool", ["max", "absmax", "l2"])
+def test_influence_where_values_underflow(pool: str) -> None:
+    """The slowest channel says nothing, and beside its decay all of the others are 0 in float32."""
+    args = scored(Source(3, torch.float32, "plain"), 20, 3, 2, True, True)
+    args[2][0], args[2][1:] = -0.01, -90.0
+    args[0][..., 0] = 0.0
+    assert_influence_near(influence.influence(*args, pool, True), args, pool, True)
+
+
 @pytest.mark.parametrize("where", ["x", "dt", "B"])
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_influence_shows_bad_numbers(where: str, bad: float) -> None:

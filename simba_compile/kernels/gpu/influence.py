@@ -9,6 +9,9 @@ make it parallel over tokens:
 
 Between chunks S is in double; within one, where it grows by a few steps, in float32. Each block of channels writes its own
 part of the pool, so that no atomics are needed and the result is the same in every run.
+
+A program of `_chunk_scores` is one warp. Each lane has four neighbouring channels and takes four tokens together: sums along
+tokens stay in its registers, and A, which is laid out along the channels, comes four numbers at a time.
 """
 
 import torch
@@ -21,6 +24,8 @@ from simba_compile.kernels.gpu.elementary import LN2, LOG2E, clamp, step_size
 
 CHUNK = 64  # tokens: long enough that its double sums (8 bytes for a channel) are little beside its dt
 UNDERFLOW = tl.constexpr(-126.0)  # the exponent below which a power of two is 0 in float32, subnormals aside
+SAFE = tl.constexpr(2.0**-60)  # what is far above all that underflows beside it
+MISSING = tl.constexpr(-float("inf"))  # the dt whose softplus is no step
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
@@ -39,11 +44,13 @@ def _chunk_sums(
     for start in range(0, CHUNK, BLOCK_T):
         t = (chunk * CHUNK + start + 1 + tl.arange(0, BLOCK_T)).to(tl.int64)
         valid = (t < tokens)[:, None] & inside[None, :]
-        raw = tl.load(dt + batch * dt_batch + t[:, None] * dt_token + c[None, :] * dt_channel, mask=valid, other=0.0)
+        raw = tl.load(dt + batch * dt_batch + t[:, None] * dt_token + c[None, :] * dt_channel, mask=valid, other=MISSING)
         step = step_size(raw, bias, SOFTPLUS)
         if CLAMP:
             step = clamp(step, low, high)
-        total += tl.sum(tl.where(valid, step, 0.0).to(tl.float64), 0)
+        if CLAMP or not SOFTPLUS:
+            step = tl.where(valid, step, 0.0)
+        total += tl.sum(step.to(tl.float64), 0)
     tl.store(sums + (batch * chunks + chunk) * channels + c, total, mask=inside)
 
 
@@ -68,6 +75,32 @@ def _suffix_sums(sums, channels, chunks, blocks, BLOCK_J: tl.constexpr, BLOCK_C:
 def _larger(a, b):
     """The larger one; NaN is larger than any number."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _log_pool(value, shift, inside, POOL: tl.constexpr):
+    """The logarithm to base 2 of the pool over channels of ``|value| 2^shift``.
+
+    Where the largest is a number and far from underflow it is taken of those; else, seldom, of their logarithms, each of
+    which takes as long as a softplus.
+    """
+    if POOL == "max":
+        value = _larger(value, 0.0)
+    size = tl.abs(value)
+    plain = size * tl.exp2(shift)
+    best = tl.reduce(plain, 0, _larger)
+    if (best >= SAFE) & (best < float("inf")):
+        log = tl.log2(best)
+        if POOL == "l2":
+            share = plain * (1.0 / best)
+            log += 0.5 * tl.log2(tl.sum(share * share, 0))
+    else:
+        logs = tl.where(inside, shift + tl.log2(size), -float("inf"))
+        log = tl.reduce(logs, 0, _larger)
+        if POOL == "l2":
+            origin = tl.where(tl.abs(log) == float("inf"), 0.0, log)
+            log = origin + 0.5 * tl.log2(tl.sum(tl.exp2((logs - origin) * 2), 0))
+    return log
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
@@ -110,6 +143,15 @@ def _chunk_scores(
             exponent = (a - high) * LOG2E * carry.to(tl.float32)
             faded = tl.max(tl.where(inside, exponent, -float("inf")), 0) < UNDERFLOW
             live = tl.where(faded, live, n + 1)
+        # A bad number shows, whatever its state: a chunk with one goes through all of them.
+        t = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
+        lost = tl.zeros([CHUNK, BLOCK_N], tl.float32)
+        for start in range(0, states, BLOCK_N):
+            m = start + tl.arange(0, BLOCK_N)
+            known = (t < tokens)[:, None] & (m < states)[None, :]
+            b = tl.load(B + t[:, None] * B_token + m[None, :] * B_state, mask=known, other=0.0).to(tl.float32)
+            lost += b * tl.load(C + m * C_state, mask=m < states, other=0.0).to(tl.float32)[None, :] * 0.0
+        live = tl.where(tl.sum(tl.sum(lost, 1), 0) == 0.0, live, states)
 
     for i in range(CHUNK // GROUP):
         first = chunk * CHUNK + CHUNK - (i + 1) * GROUP
@@ -122,14 +164,14 @@ def _chunk_scores(
         for j in tl.static_range(GROUP - 1, -1, -1):
             row = tl.minimum(first + j, tokens - 1).to(tl.int64)
             here = c < tl.where(first + j < tokens, channels, 0)
-            decay = step_size(tl.load(dt + row * dt_token, mask=here, other=0.0), decay_bias, SOFTPLUS)
+            decay = step_size(tl.load(dt + row * dt_token, mask=here, other=MISSING), decay_bias, SOFTPLUS)
             after = carry.to(tl.float32) + local
             lead = high
             if not SOFTPLUS:  # S may be negative, and change its sign
                 lead = tl.where(after < 0, low, high)
                 ahead = lead.to(tl.float64) * (carry + local.to(tl.float64))
                 base = _larger(base, tl.max(tl.where(here, ahead, -float("inf")), 0))
-            decay = tl.where(here, decay, 0.0)
+                decay = tl.where(here, decay, 0.0)
             rows, decays, S, leads = (row,) + rows, (decay,) + decays, (after * LOG2E,) + S, (lead,) + leads
             total = total + (tl.zeros([BLOCK_C], tl.float32),)
             local += decay
@@ -142,37 +184,21 @@ def _chunk_scores(
                 w = tl.load(B + rows[j] * B_token + n * B_state).to(tl.float32) * c_n
                 sums = sums + (tl.fma(w, tl.exp2((a - leads[j]) * S[j]), total[j]),)
             total = sums
-        if live < states:  # what was left out is 0, unless it was a bad number
-            sums = ()
-            for j in tl.static_range(GROUP):
-                lost = tl.zeros([BLOCK_N], tl.float32)
-                for start in range(0, states, BLOCK_N):
-                    m = start + tl.arange(0, BLOCK_N)
-                    b = tl.load(B + rows[j] * B_token + m * B_state, mask=m < states, other=0.0).to(tl.float32)
-                    lost += b * tl.load(C + m * C_state, mask=m < states, other=0.0).to(tl.float32) * 0.0
-                sums = sums + (total[j] + tl.sum(lost, 0),)
-            total = sums
 
         local = tl.zeros([BLOCK_C], tl.float32)
+        offset = tl.where(inside, (high.to(tl.float64) * carry - base).to(tl.float32) * LOG2E, -float("inf"))
         for j in tl.static_range(GROUP - 1, -1, -1):
             # Loaded only now: held through the loop over states they would take registers from it.
             delta = decays[j]
             if bias is not None and not BIAS_IN_DECAY:
                 delta = step_size(tl.load(dt + rows[j] * dt_token, mask=inside, other=0.0), bias, SOFTPLUS)
             value = tl.load(x + rows[j] * x_token, mask=inside, other=0.0).to(tl.float32) * delta * total[j]
-            if POOL == "max":
-                value = _larger(value, 0.0)
-            if SOFTPLUS:
-                shift = (high.to(tl.float64) * carry - base).to(tl.float32) + high * local
-            else:
-                shift = (leads[j].to(tl.float64) * (carry + local.to(tl.float64)) - base).to(tl.float32)
-            score = tl.where(inside, shift + tl.log2(tl.abs(value)) * LN2, -float("inf"))
-            best = tl.reduce(score, 0, _larger)
-            if POOL == "l2":
-                origin = tl.where(tl.abs(best) == float("inf"), 0.0, best)
-                best = origin + 0.5 * LN2 * tl.log2(tl.sum(tl.exp2((score - origin) * (2 * LOG2E)), 0))
-            t = first + j
-            tl.store(partial + (batch * blocks + block) * tokens + t, base + best.to(tl.float64), mask=t < tokens)
+            shift = tl.fma(high * LOG2E, local, offset)
+            if not SOFTPLUS:
+                shift = (leads[j].to(tl.float64) * (carry + local.to(tl.float64)) - base).to(tl.float32) * LOG2E
+            log = _log_pool(value, shift, inside, POOL) * LN2
+            at = partial + (batch * blocks + block) * tokens + first + j
+            tl.store(at, base + log.to(tl.float64), mask=first + j < tokens)
             local += decays[j]
         carry += local.to(tl.float64)
 

@@ -1,7 +1,6 @@
-"""The Triton kernels on the CPU, under Triton's interpreter.
+"""The Triton kernels in processes of their own: under Triton's interpreter, and compiled by the oldest Triton.
 
-The interpreter is chosen when triton is imported and for the whole process, so ``tests/interpreted`` runs in processes of
-its own, which are started here.
+Both are chosen when triton is imported, and for the whole process.
 """
 
 from __future__ import annotations
@@ -13,13 +12,28 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "interpreted"
+TESTS = Path(__file__).parent
+OLDEST = Path(sys.prefix) / "triton_oldest"  # what torch 2.11 brings
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((TESTS / "interpreted").glob("test_*.py")), ids=lambda file: file.stem)
 def test_interpreted(file: Path) -> None:
     """Every test of the file passes, and there is at least one."""
+    assert_passes(file, {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.skipif(not OLDEST.is_dir(), reason="the oldest Triton is not installed: `make test` does it")
+def test_oldest_triton() -> None:
+    """It lays out tiles by rules of its own, and yet compiles every kernel without a spill and with loops as short."""
+    environment = {"PYTHONPATH": os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])}
+    show = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    assert subprocess.run(show, env=os.environ | environment, capture_output=True, text=True).stdout == "3.6.0\n"
+    assert_passes(TESTS / "test_triton_targets.py", environment)
+
+
+def assert_passes(file: Path, environment: dict[str, str]) -> None:
+    """In a process with this environment every test of the file passes, and there is at least one."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 import triton_targets
-from triton_targets import TARGETS, check, compile_for, record
+from triton_targets import TARGETS, check, compile_for, count, record
 
 from simba_compile.kernels import gpu
 from simba_compile.kernels.gpu import runtime
@@ -161,15 +160,15 @@ def test_loop_of_influence(dtype: torch.dtype) -> None:
     assert states["MUFU.EX2"] == pairs
     assert sum(states[name] for name in ("FFMA", "FMUL", "FADD")) <= 3 * pairs
     assert states["LDG.E.128"] == 2  # of A; anything else would read a line for each channel
-    assert _count(states, "LDG", "LDS", "LDL") <= 2 * (1 + 4 + 1)
-    assert _count(states, "STG", "STS", "STL", "SHFL") == 0
+    assert count(states, "LDG", "LDS", "LDL") <= 2 * (1 + 4 + 1)
+    assert count(states, "STG", "STS", "STL", "SHFL") == 0
     assert states.total() <= 5 * pairs
 
     # Once for each (token, channel), whatever its states: softplus, a power of two, its share of the pool. A third of these
     # instructions are for the logarithms of values near to underflow, and seldom run.
     group = next(loop for loop in loops if loop["STG.E.64"])
     assert group["MUFU.EX2"] <= (2 if dtype == BF16 else 3) * 4 * 128 // 32
-    assert _count(group, "SHFL") <= 2 * 5 + 4 * 2 * 5 * (1 if dtype == BF16 else 2)  # of base, and of the pools, both ways
+    assert count(group, "SHFL") <= 2 * 5 + 4 * 2 * 5 * (1 if dtype == BF16 else 2)  # of base, and of the pools, both ways
     assert group.total() <= (96 if dtype == BF16 else 124) * 4 * 128 // 32
 
 
@@ -184,13 +183,13 @@ def test_loop_of_selective_scan() -> None:
     tokens, pairs = 2, 2 * 16  # of a group, for each thread
     for built, arrays in ((chunk, 1), (outputs, 2)):
         (loop,) = built.loops()
-        assert pairs <= _count(loop, "MUFU") <= pairs + 3 * tokens
+        assert pairs <= count(loop, "MUFU") <= pairs + 3 * tokens
         sums = 3 * pairs if built is chunk else 4.5 * pairs
-        assert _count(loop, "FFMA", "FMUL", "FADD") <= sums + 24 * tokens
-        assert _count(loop, "LDS") <= arrays * pairs // 4
-        assert _count(loop, "LDG") <= 3 * tokens + 2 * arrays + 8
-        assert _count(loop, "SHFL") <= arrays * tokens
-        assert _count(loop, "STS") <= arrays * tokens and _count(loop, "STG", "STL") <= tokens
+        assert count(loop, "FFMA", "FMUL", "FADD") <= sums + 24 * tokens
+        assert count(loop, "LDS") <= arrays * pairs // 4
+        assert count(loop, "LDG") <= 3 * tokens + 2 * arrays + 8
+        assert count(loop, "SHFL") <= arrays * tokens
+        assert count(loop, "STS") <= arrays * tokens and count(loop, "STG", "STL") <= tokens
         assert loop.total() <= (8 if built is chunk else 12) * pairs
 
 
@@ -199,12 +198,8 @@ def test_loop_of_causal_conv1d() -> None:
     (built,) = check("sm_90", record(gpu.KERNELS["causal_conv1d"], *conv(BF16)))
     (loop,) = built.loops()
     vectors = 32 * 64 // 128 // 8  # of a tile, for each thread
-    assert loop["LDG.E.128"] == _count(loop, "LDG", "LDS", "LDL") == 4 * vectors
-    assert loop["STG.E.128"] == _count(loop, "ST") == vectors
-
-
-def _count(loop: Counter[str], *prefixes: str) -> int:
-    return sum(count for name, count in loop.items() if name.startswith(prefixes))
+    assert loop["LDG.E.128"] == count(loop, "LDG", "LDS", "LDL") == 4 * vectors
+    assert loop["STG.E.128"] == count(loop, "ST") == vectors
 
 
 def test_spills_are_seen() -> None:

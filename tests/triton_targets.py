@@ -112,6 +112,11 @@ class Compiled:
         ]
 
 
+def count(loop: Counter[str], *prefixes: str) -> int:
+    """How many instructions of a loop have opcodes that start so."""
+    return sum(number for opcode, number in loop.items() if opcode.startswith(prefixes))
+
+
 def record(operator: Callable, *args: Any) -> list[Launch]:
     """The launches of an operator's launcher in `simba_compile.kernels.gpu`; nothing runs, its tensors become meta tensors.
 

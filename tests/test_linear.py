@@ -58,6 +58,21 @@ def test_linear(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
         assert_product(native_linear.linear(*args), args)
 
 
+@needs_native
+@each_dtype
+@settings(max_examples=25)
+@given(data=st.data())
+def test_linear_by_torch(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Where torch's product is the faster one it is what the operator gives, and its inputs stay as they were."""
+    args = data.draw(products(dtype))
+    before = [value.clone() if isinstance(value, Tensor) else value for value in args]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_linear, "is_faster", lambda x, weight: False)
+        result = OPS.linear(*args)
+    assert torch.equal(result, reference.linear(*args)) and result.is_contiguous()
+    assert all(value is None or torch.equal(value, old) for value, old in zip(args, before, strict=True))
+
+
 # rows, depth, columns: a few rows, in one pass and several, in depths that are asked for ahead; weights that fit a cache,
 # and that do not; rows that are packed in two strips
 FEW = [(1, 700, 515), (3, 400, 401), (7, 1500, 70), (13, 513, 39), (16, 1100, 42)]

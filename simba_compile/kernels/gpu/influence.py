@@ -157,7 +157,7 @@ def _chunk_scores(
         first = chunk * CHUNK + CHUNK - (i + 1) * GROUP
         # For each token of the group: where its rows are (past the end, at the last token), its step, S log2(e), and a lead:
         # m = lead S is the largest of the exponents A S. `base` is the largest m of the block, at the group's end or in it.
-        rows, decays, S, leads, total = (), (), (), (), ()
+        rows, decays, S, leads, totals = (), (), (), (), ()
         base, local = tl.full([], -float("inf"), tl.float64), tl.zeros([BLOCK_C], tl.float32)
         if SOFTPLUS:
             base = tl.max(tl.where(inside, high.to(tl.float64) * carry, -float("inf")), 0)
@@ -173,7 +173,7 @@ def _chunk_scores(
                 base = _larger(base, tl.max(tl.where(here, ahead, -float("inf")), 0))
                 decay = tl.where(here, decay, 0.0)
             rows, decays, S, leads = (row,) + rows, (decay,) + decays, (after * LOG2E,) + S, (lead,) + leads
-            total = total + (tl.zeros([BLOCK_C], tl.float32),)
+            totals = totals + (tl.zeros([BLOCK_C], tl.float32),)
             local += decay
 
         for n in tl.range(0, live, loop_unroll_factor=2):
@@ -182,8 +182,8 @@ def _chunk_scores(
             sums = ()
             for j in tl.static_range(GROUP):
                 w = tl.load(B + rows[j] * B_token + n * B_state).to(tl.float32) * c_n
-                sums = sums + (tl.fma(w, tl.exp2((a - leads[j]) * S[j]), total[j]),)
-            total = sums
+                sums = sums + (tl.fma(w, tl.exp2((a - leads[j]) * S[j]), totals[j]),)
+            totals = sums
 
         local = tl.zeros([BLOCK_C], tl.float32)
         offset = tl.where(inside, (high.to(tl.float64) * carry - base).to(tl.float32) * LOG2E, -float("inf"))
@@ -192,7 +192,7 @@ def _chunk_scores(
             delta = decays[j]
             if bias is not None and not BIAS_IN_DECAY:
                 delta = step_size(tl.load(dt + rows[j] * dt_token, mask=inside, other=0.0), bias, SOFTPLUS)
-            value = tl.load(x + rows[j] * x_token, mask=inside, other=0.0).to(tl.float32) * delta * total[j]
+            value = tl.load(x + rows[j] * x_token, mask=inside, other=0.0).to(tl.float32) * delta * totals[j]
             shift = tl.fma(high * LOG2E, local, offset)
             if not SOFTPLUS:
                 shift = (leads[j].to(tl.float64) * (carry + local.to(tl.float64)) - base).to(tl.float32) * LOG2E

@@ -2,7 +2,8 @@
 
 The scan is bound by its exponentials: one for each (token, channel, state), of which a streaming multiprocessor (SM) does 16
 a cycle, against 128 multiply-adds. So a program is one warp that walks over the tokens with its states in registers, one
-channel for each lane with all that channel's states: no shuffles, no shared memory, no barriers.
+channel for each lane with all that channel's states: sums over states need no exchange. Only B and C, which all channels
+share, are loaded once by the warp, and handed out through shared memory.
 
 A short batch has too few channels to fill a GPU with such warps. Then the tokens are cut into chunks, in three passes:
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.gpu.elementary import LOG2E, silu, step_size
 
-GROUP = 2  # tokens that a program loads together, one group ahead of their use; with 4, the registers spill on sm_100
+GROUP = 2  # tokens that a program loads together, one group ahead of their use; with 4, each takes more instructions
 MIN_CHUNK = 32  # tokens: below, a chunk's own start and end cost as much as its tokens
 CARRY_CHUNKS, CARRY_BLOCK = 8, 128  # chunks that pass 2 takes at once, and states that one of its programs carries
 

@@ -153,8 +153,8 @@ def _compile(target: str, source: ASTSource, options: dict[str, Any]) -> Compile
     if TARGETS[target].backend == "hip":
         assembly = built.asm["amdgcn"]
         of = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.M)}
-        # Scalar registers that are too many wait in lanes of a vector register: no memory is touched, and none is counted.
-        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], of["vgpr_spill_count"], shared, ttir, b"")
+        spilled = of["vgpr_spill_count"] + of["sgpr_spill_count"]
+        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, ttir, b"")
     cubin = built.asm["cubin"]
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin)))
     return Compiled(name, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, ttir, cubin)

@@ -32,14 +32,20 @@ CARRY_CHUNKS, CARRY_BLOCK = 8, 128  # chunks that pass 2 takes at once, and stat
 
 
 @triton.jit
+def token_at(index, stride, place, end):
+    """Where the tokens at these places stand among those that entered. Past the end, the last one: no load needs a mask."""
+    token = tl.minimum(place, end - 1).to(tl.int64)
+    if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
+        token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
+    return token
+
+
+@triton.jit
 def group_tokens(index, stride, first, end, GROUP: tl.constexpr):
-    """Where the tokens of a group stand among those that entered. Past the end, the last one again: no load needs a mask."""
+    """`token_at` of each token of a group."""
     tokens = ()
     for j in tl.static_range(GROUP):
-        token = tl.minimum(first + j, end - 1).to(tl.int64)
-        if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
-            token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
-        tokens = tokens + (token,)
+        tokens = tokens + (token_at(index, stride, first + j, end),)
     return tokens
 
 
@@ -322,7 +328,7 @@ def chunk_states(
     chunk: int,
     chunks: int,
 ) -> Tensor:
-    """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch, chunk, state, channel)."""
+    """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch, chunk, state, channel). A is (state, channel)."""
     batch, (states, channels) = x.shape[0], A.shape
     tile = tile_of(states)
     sums = x.new_empty((batch, chunks, channels), dtype=torch.float32)

@@ -23,21 +23,12 @@ from torch import Tensor
 
 from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.gpu.elementary import LOG2E, clamp, step_size
-from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, strides
+from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, strides, token_at
 
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
 BLOCK = 64  # of a head's channels, and of its states, at a time
 FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
 FLOAT_STATES = 16  # of the states, where outputs of float32 are made: 32 leave ptxas a stack of 8 bytes
-
-
-@triton.jit
-def chunk_tokens(index, stride, start, end, CHUNK: tl.constexpr):
-    """Where the tokens of a chunk stand among those that entered; past the end, the last one again: no load needs a mask."""
-    token = tl.minimum(start + tl.arange(0, CHUNK), end - 1).to(tl.int64)
-    if index is not None:  # below 2^31: said so, the products with strides are of 32 by 32 bits
-        token = tl.load(index + token * stride).to(tl.int32).to(tl.int64)
-    return token
 
 
 @triton.jit
@@ -72,7 +63,7 @@ def _chunk_states(
     if index is not None:
         index += batch * index_batch
     start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
-    at = chunk_tokens(index, index_token, start, end, CHUNK)
+    at = token_at(index, index_token, start + tl.arange(0, CHUNK), end)
     inside = start + tl.arange(0, CHUNK) < end
     delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     total = tl.sum(decay, axis=0)
@@ -135,7 +126,7 @@ def _outputs(
     if index is not None:
         index += batch * index_batch
     start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
-    at = chunk_tokens(index, index_token, start, end, CHUNK)
+    at = token_at(index, index_token, start + tl.arange(0, CHUNK), end)
     inside = start + row < end
     delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since = tl.cumsum(decay, axis=0)  # from the chunk's start

@@ -100,14 +100,14 @@ def _conv_to_input(
     """dx_t = Σ_k weight_k inner_{t + WIDTH − 1 − k}."""
     batch, t, c = _tile(tl.program_id(0), blocks, spans, BLOCK_T, BLOCK_T, BLOCK_C)
     inside = c < channels
+    weights = _weights(weight, weight_channel, weight_width, None, c, inside, WIDTH)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for k in tl.static_range(WIDTH):
         at = t + (WIDTH - 1 - k)
         value = tl.load(
             inner + (batch * tokens + at) * channels + c[None, :], mask=(at < tokens) & inside[None, :], other=0.0
         )
-        w = tl.load(weight + c * weight_channel + k * weight_width, mask=inside, other=0.0).to(tl.float32)
-        total += value * w[None, :]
+        total += value * weights[k]
     tl.store(dx + (batch * tokens + t) * channels + c[None, :], total, mask=(t < tokens) & inside[None, :])
 
 

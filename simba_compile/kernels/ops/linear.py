@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
-    """Torch's product, where that is faster than our kernel: it is added to the kept tokens in place: they are a copy."""
+    """Torch's product, where that is faster than our kernel. Kept tokens are a copy, to which it is added in place."""
     if add is None or index is None:
         return reference.linear(x, weight, bias, add)
     kept = torch.ops.simba.gather(add, index, 1)

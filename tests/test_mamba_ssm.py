@@ -6,12 +6,11 @@ into a folder that only ``tests/with_mamba_ssm`` sees, beside a stub of its CUDA
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from own_process import assert_passes, with_path
 
 FOLDER = Path(__file__).parent / "with_mamba_ssm"
 INSTALLED = Path(sys.prefix) / "mamba_ssm"
@@ -20,13 +19,4 @@ INSTALLED = Path(sys.prefix) / "mamba_ssm"
 @pytest.mark.skipif(not INSTALLED.is_dir(), reason="mamba_ssm is not installed: `make test` does it")
 def test_with_mamba_ssm() -> None:
     """Every test of the folder passes, and there is at least one."""
-    path = os.pathsep.join([str(INSTALLED), str(FOLDER), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER)],
-        env=os.environ | {"PYTHONPATH": path, "SIMBA_WITH_MAMBA_SSM": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
+    assert_passes(FOLDER, with_path(INSTALLED, FOLDER) | {"SIMBA_WITH_MAMBA_SSM": "1"})

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_process import assert_passes, with_path
 
 TESTS = Path(__file__).parent
 OLDEST = Path(sys.prefix) / "triton_oldest"  # what torch 2.11 brings
@@ -25,15 +26,7 @@ def test_interpreted(file: Path) -> None:
 @pytest.mark.skipif(not OLDEST.is_dir(), reason="the oldest Triton is not installed: `make test` does it")
 def test_oldest_triton() -> None:
     """It lays out tiles by rules of its own, and yet compiles every kernel without a spill and with loops as short."""
-    environment = {"PYTHONPATH": os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])}
+    environment = with_path(OLDEST)
     show = [sys.executable, "-c", "import triton; print(triton.__version__)"]
     assert subprocess.run(show, env=os.environ | environment, capture_output=True, text=True).stdout == "3.6.0\n"
     assert_passes(TESTS / "test_triton_targets.py", environment)
-
-
-def assert_passes(file: Path, environment: dict[str, str]) -> None:
-    """In a process with this environment every test of the file passes, and there is at least one."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout

@@ -328,7 +328,10 @@ def chunk_states(
     chunk: int,
     chunks: int,
 ) -> Tensor:
-    """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch, chunk, state, channel). A is (state, channel)."""
+    """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch, chunk, state, channel).
+
+    A is laid out as they are: (state, channel).
+    """
     batch, (states, channels) = x.shape[0], A.shape
     tile = tile_of(states)
     sums = x.new_empty((batch, chunks, channels), dtype=torch.float32)

@@ -229,10 +229,10 @@ def generate(run: Callable[..., Any], ids: torch.Tensor, decoded: int) -> tuple[
     output = run(ids, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1].argmax(-1, keepdim=True)
     first = time.perf_counter() - begin
-    cache = output.cache_params
+    cache = models.going_on(output)
     begin = time.perf_counter()
     for _ in range(decoded):
-        token = run(token, cache_params=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        token = run(token, **cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
     return first, (time.perf_counter() - begin) / decoded
 
 

@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from conftest import close, left_padding, random_ids
+from conftest import cache_of, close, left_padding, random_ids
 from eager_reference import pruned_forward
 from families import FAMILIES as EVERY_FAMILY
 from families import exact, tiny_model
@@ -34,7 +34,7 @@ def main() -> None:
                 torch.testing.assert_close(out.logits, expected.logits, atol=1e-5, rtol=1e-5)
                 for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
                     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-                for layer, conv, ssm in zip(out.cache_params.layers, expected.conv_states, expected.ssm_states, strict=True):
+                for layer, conv, ssm in zip(cache_of(out).layers, expected.conv_states, expected.ssm_states, strict=True):
                     torch.testing.assert_close(layer.conv_states[0], conv, atol=1e-5, rtol=1e-5)
                     torch.testing.assert_close(layer.recurrent_states[0], ssm, atol=1e-5, rtol=1e-5, check_dtype=False)
             print(f"{model_class.__name__} {options}: equal")

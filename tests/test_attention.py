@@ -8,13 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, simba
+from conftest import cache_of, random_ids, simba
 from families import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from toys import Captured, tokens
 
+from simba_compile.cli.models import going_on
 from simba_compile.kernels import reference
 from simba_compile.passes.attention import _attention_past, attention_over_cache
 
@@ -122,9 +123,9 @@ def test_eager_attention_shows_that_entries_are_missing() -> None:
     """A pruned cache that the uncompiled model goes on from gives NaN, not tokens from a wrong context."""
     model, ids = tiny_model("bamba"), random_ids(2, 40)
     with torch.no_grad():
-        cache = simba(model, keep=0.3, min_tokens=4)(ids, use_cache=True).past_key_values
-        assert cache.get_seq_length() == 40  # positions and masks are made from it
-        assert model(ids[:, -1:], past_key_values=cache, position_ids=torch.tensor([[40]])).logits.isnan().all()
+        out = simba(model, keep=0.3, min_tokens=4)(ids, use_cache=True)
+        assert cache_of(out).get_seq_length() == 40  # positions and masks are made from it
+        assert model(ids[:, -1:], **going_on(out), position_ids=torch.tensor([[40]])).logits.isnan().all()
 
 
 def test_a_second_prompt_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
@@ -134,9 +135,9 @@ def test_a_second_prompt_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
     compiled = simba(model, keep=0.3, min_tokens=4)
 
     def last(*prompts: Tensor) -> Tensor:
-        cache = compiled(ids, use_cache=True).past_key_values
+        cache = going_on(compiled(ids, use_cache=True))
         for prompt in prompts:
-            out = compiled(prompt, past_key_values=cache, use_cache=True)
+            out = compiled(prompt, **cache, use_cache=True)
         return out.logits[:, -1]
 
     with torch.no_grad():

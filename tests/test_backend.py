@@ -18,6 +18,7 @@ from conftest import (
     SELECTING,
     VOCABULARY,
     assert_as_contracted,
+    cache_of,
     close,
     conv_states,
     each_family,
@@ -121,7 +122,7 @@ def test_logits_to_keep_restores_nothing(
         expected = pruned_exactly(model, random_ids(2, 60), logits_to_keep=count, keep=0.1, min_tokens=1)
     assert out.logits.shape == (2, count, VOCABULARY)
     close(out.logits, expected.logits, 1e-6)
-    for actual, wanted in zip(ssm_states(out.cache_params), expected.ssm_states, strict=True):
+    for actual, wanted in zip(ssm_states(cache_of(out)), expected.ssm_states, strict=True):
         close(actual, wanted, 1e-11)
     assert original_places(selected, 60)[-1] == expected.kept[-1].tolist()
     (graph,) = graphs
@@ -167,7 +168,7 @@ def test_keep_everything_is_hugging_face(family: str, dtype: torch.dtype, select
         out = simba(model, keep=1.0)(ids, **everything)
 
     def values(output: Any) -> list[Tensor]:
-        cache = output.cache_params
+        cache = cache_of(output)
         return [output.logits, *output.hidden_states, *conv_states(cache), *ssm_states(cache)]
 
     close(out.hidden_states[0], dense.hidden_states[0], 6 * torch.finfo(dtype).eps + 1e-6)

@@ -12,6 +12,7 @@ from conftest import (
     KEEP_FEW,
     VOCABULARY,
     assert_as_contracted,
+    cache_of,
     close,
     conv_states,
     pruned_exactly,
@@ -20,6 +21,8 @@ from conftest import (
     tiny_model,
 )
 from torch import Tensor
+
+from simba_compile.cli.models import going_on
 
 
 def test_labels_embeddings_and_tuples(selected: list[Tensor]) -> None:
@@ -62,12 +65,12 @@ def test_short_prompts_are_dense(length: int, selected: list[Tensor]) -> None:
         dense = model(ids, use_cache=True)
         out = compiled(ids, use_cache=True)
         close(out.logits, dense.logits, 2e-5)
-        for ours, theirs in zip(conv_states(out.cache_params), conv_states(dense.cache_params), strict=True):
+        for ours, theirs in zip(conv_states(cache_of(out)), conv_states(cache_of(dense)), strict=True):
             close(ours, theirs, 2e-5)
         following = random_ids(2, 1, seed=1)
         close(
-            compiled(following, cache_params=out.cache_params, use_cache=True).logits,
-            model(following, cache_params=dense.cache_params, use_cache=True).logits,
+            compiled(following, **going_on(out), use_cache=True).logits,
+            model(following, **going_on(dense), use_cache=True).logits,
             2e-5,
         )
     assert not any(index.shape[1] < length for index in selected)

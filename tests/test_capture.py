@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import simba_compile
 from simba_compile import capture
+from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
 WHOLE_MIXERS = {"mamba_inner_fn", "mamba2_split_conv1d_scan_combined"}
@@ -164,5 +165,5 @@ def test_installed_kernels_are_lifted_too(installed: str, monkeypatch: pytest.Mo
         report = simba_compile.explain(model, ids, options=KEEP_FEW).to_dict()
         compiled = simba(model, **KEEP_FEW)
         out = compiled(ids, use_cache=True)
-        assert compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True).logits.isfinite().all()
+        assert compiled(ids[:, :1], **going_on(out), use_cache=True).logits.isfinite().all()
     assert [(mixer["tokens_in"], mixer["tokens_out"]) for mixer in report["mixers"]] == [(40, 40), (40, 8)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import VOCABULARY, close, left_padding, original_places, random_ids, simba
+from conftest import VOCABULARY, cache_of, close, left_padding, original_places, random_ids, simba
 from eager_reference import counts
 from families import FAMILIES, exact, tiny_model
 from family_reference import LayerState, Pass, n_mixers, pruned_forward, reference_generate
@@ -37,12 +37,6 @@ each_new_family = pytest.mark.parametrize("family", [*FAMILIES][2:])
 def tolerance(family: str) -> float:
     """How far float64 models may be from the reference: routers round to float32, all else is exact."""
     return 1e-6 if FAMILIES[family].routes else 1e-10
-
-
-def cache_of(output: Any) -> DynamicCache:
-    """The cache that a model returned, by the name that it has there."""
-    cache = output.get("past_key_values")
-    return output.cache_params if cache is None else cache
 
 
 def assert_same_states(cache: DynamicCache, states: list[LayerState], error: float) -> None:

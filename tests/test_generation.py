@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import (
     KEEP_FEW,
+    cache_of,
     close,
     each_family,
     left_padding,
@@ -18,6 +19,8 @@ from conftest import (
     tiny_model,
 )
 from torch import Tensor, nn
+
+from simba_compile.cli.models import going_on
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -45,13 +48,13 @@ def test_generation_that_keeps_everything_is_hugging_faces(family: str, mode: st
 def continued(model: nn.Module, ids: Tensor, mask: Tensor | None, following: Tensor, **options: Any) -> list[Tensor]:
     """The logits of eager decoding from the reference's pruned states, for given tokens (or greedily, for a count)."""
     expected = pruned_exactly(model, ids, mask, **options)
-    cache = model(ids, attention_mask=mask, use_cache=True).cache_params
-    for layer, conv, ssm in zip(cache.layers, expected.conv_states, expected.ssm_states, strict=True):
+    out = model(ids, attention_mask=mask, use_cache=True)
+    for layer, conv, ssm in zip(cache_of(out).layers, expected.conv_states, expected.ssm_states, strict=True):
         layer.conv_states[0].copy_(conv)
         layer.recurrent_states[0].copy_(ssm)
-    logits = [expected.logits[:, -1]]
+    logits, cache = [expected.logits[:, -1]], going_on(out)
     for token in following.unbind(1):
-        logits.append(model(token[:, None], cache_params=cache, use_cache=True).logits[:, -1])
+        logits.append(model(token[:, None], **cache, use_cache=True).logits[:, -1])
     return logits
 
 
@@ -66,9 +69,9 @@ def test_decoding_goes_on_from_the_pruned_states(family: str, padded: bool, sele
         compiled = simba(model, **KEEP_FEW)
         out = compiled(ids, attention_mask=mask, use_cache=True)
         prunings = len(selected)
-        actual, cache = [out.logits[:, -1]], out.cache_params
+        actual, cache = [out.logits[:, -1]], going_on(out)
         for token in following.unbind(1):
-            out = compiled(token[:, None], cache_params=cache, use_cache=True)
+            out = compiled(token[:, None], **cache, use_cache=True)
             actual.append(out.logits[:, -1])
     assert prunings > 0 and len(selected) == prunings  # decoding prunes nothing
     for ours, theirs in zip(actual, expected, strict=True):

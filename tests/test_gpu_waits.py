@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OPERATORS, left_padding, random_ids, simba
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import GraphModule, Interpreter
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import simba_compile.backend
+from simba_compile.cli.models import going_on
 from simba_compile.kernels.ops import dispatch
 
 pytest.importorskip("triton")
@@ -111,11 +112,8 @@ def test_neither_prompt_nor_step_waits(family: str, called: list, launched: list
     compiled = simba(model, **OPTIONS)
     with torch.no_grad():
         out = compiled(ids, attention_mask=mask, use_cache=True)
-        if "cache_params" in out:
-            compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True)
-        else:
-            longer = torch.cat([mask, mask[:, -1:]], 1)
-            compiled(ids[:, :1], attention_mask=longer, past_key_values=out.past_key_values, use_cache=True)
+        longer = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1)} if FAMILIES[family].attends else {}
+        compiled(ids[:, :1], **going_on(out), **longer, use_cache=True)
     assert len(called) == 2
     for (graph, args), kernels in zip(called, ({"_select", "_conv"}, {"_conv_step"}), strict=True):
         launched.clear()

@@ -21,6 +21,7 @@ from conftest import (
 from torch import Tensor
 
 import simba_compile.backend
+from simba_compile.cli.models import going_on
 
 
 @each_family
@@ -93,7 +94,7 @@ def test_inner_compilers_see_whole_graphs(shown: list[set[str]]) -> None:
     with torch.no_grad():
         out = compiled(ids, use_cache=True)
         compiled(random_ids(3, 55), use_cache=True)
-        compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True)
+        compiled(ids[:, :1], **going_on(out), use_cache=True)
     assert len(shown) == 2
     assert {"simba.rms_norm", "simba.influence", "simba.select", "simba.selective_scan"} <= shown[0]
     assert {"simba.rms_norm", "simba.mixer_update"} <= shown[1]

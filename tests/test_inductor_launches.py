@@ -29,6 +29,7 @@ from interpreter_server import Place
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 
+from simba_compile.cli.models import going_on
 from simba_compile.kernels.ops import dispatch
 
 lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
@@ -184,7 +185,7 @@ def test_a_whole_model(started: list[str], monkeypatch: pytest.MonkeyPatch) -> N
         with torch.no_grad():
             for length in (21, 30):
                 out = compiled(random_ids(2, length), use_cache=True)
-                step = compiled(random_ids(2, 1), cache_params=out.cache_params, use_cache=True)
+                step = compiled(random_ids(2, 1), **going_on(out), use_cache=True)
                 made += [out.logits, step.logits]
     for ours, theirs in zip(seen, expected, strict=True):
         close(ours, theirs, 1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cache_of
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from simba_compile.cli.models import going_on
 from simba_compile.kernels import native, native_linear, native_mixer, reference
 from simba_compile.passes import lower
 
@@ -301,9 +303,9 @@ def test_a_model_decodes_with_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     ids = torch.arange(40)[None].repeat(2, 1)
 
     def decode(prefill: nn.Module, step: Any) -> list[Tensor]:
-        cache = prefill(ids, use_cache=True).cache_params
-        made = [step(ids[:, i : i + 1], cache_params=cache, use_cache=True).logits for i in range(4)]
-        return [*made, *tree_leaves([[layer.recurrent_states, layer.conv_states] for layer in cache.layers])]
+        out = prefill(ids, use_cache=True)
+        made = [step(ids[:, i : i + 1], **going_on(out), use_cache=True).logits for i in range(4)]
+        return [*made, *tree_leaves([[layer.recurrent_states, layer.conv_states] for layer in cache_of(out).layers])]
 
     torch._dynamo.reset()
     with torch.no_grad():

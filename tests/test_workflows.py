@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, pipeline
 
 import simba_compile
+from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
 
@@ -207,11 +208,9 @@ def test_a_static_cache_is_not_pruned_into(graphs: list[Transformed]) -> None:
 def test_the_second_part_of_a_prompt(family: str, graphs: list[Transformed]) -> None:
     """With the cache of the first: nothing is dropped, and it is what Hugging Face gives for this call."""
     model, ids = family_model(family), random_ids(2, 40)
-    name = "past_key_values" if FAMILIES[family].attends else "cache_params"
     with torch.no_grad():
-        cache = model(ids[:, :30], use_cache=True)[name]
-        given = {name: copy.deepcopy(cache), "use_cache": True}
-        found = simba(model, **KEEP_FEW)(ids[:, 30:], **given).logits
-        expected = model(ids[:, 30:], **{name: cache}, use_cache=True).logits
+        cache = going_on(model(ids[:, :30], use_cache=True))
+        found = simba(model, **KEEP_FEW)(ids[:, 30:], **copy.deepcopy(cache), use_cache=True).logits
+        expected = model(ids[:, 30:], **cache, use_cache=True).logits
     close(found, expected, 1e-4)
     assert "it goes on from a cache" in str(reasons(graphs))

@@ -208,9 +208,9 @@ def _decode(steps: Steps, model: PreTrainedModel, ids: Tensor, settings: Setting
     for name in (EAGER, INDUCTOR, PRUNED):
         if name == INDUCTOR and (not settings.inductor or INDUCTOR in failed):
             continue
-        cache = model(ids[:, :PROMPT_BEFORE_DECODING], use_cache=True).cache_params
+        cache = models.going_on(model(ids[:, :PROMPT_BEFORE_DECODING], use_cache=True))
         forward = compile_model(name, model)
-        calls[name] = functools.partial(forward, ids[:, -1:], cache_params=cache, use_cache=True)
+        calls[name] = functools.partial(forward, ids[:, -1:], **cache, use_cache=True)
         if name != EAGER:
             steps.next(f"compiling a decoding step of {name}")
             _first_call(name, calls, first, failed)

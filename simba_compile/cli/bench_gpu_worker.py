@@ -104,9 +104,9 @@ class Worker:
         if contender == MAMBA_SSM:
             return {"timing": self._mamba_ssm_loop(model).to_dict()}
         ids = self._ids(model, PROMPT_BEFORE_DECODING)
-        cache = self._model(model)(ids, use_cache=True).cache_params
+        cache = models.going_on(self._model(model)(ids, use_cache=True))
         forward = self._forward(contender, model)
-        call = functools.partial(forward, ids[:, -1:], cache_params=cache, use_cache=True)
+        call = functools.partial(forward, ids[:, -1:], **cache, use_cache=True)
         call()
         step = self.device.captured(call)
         step()

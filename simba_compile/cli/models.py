@@ -7,7 +7,8 @@ import torch
 import transformers
 import typer
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
 
 MAMBA_130M: dict[str, Any] = {"hidden_size": 768, "state_size": 16, "vocab_size": 50280}
 TINY: dict[str, Any] = {"hidden_size": 64, "state_size": 16, "vocab_size": 256}
@@ -28,6 +29,12 @@ def random_mamba(layers: int, sizes: dict[str, Any]) -> MambaForCausalLM:
 def random_ids(vocabulary: int, tokens: int) -> torch.Tensor:
     """A random prompt, (1, tokens), the same one each time."""
     return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def going_on(output: ModelOutput) -> dict[str, Cache]:
+    """The cache that a model returned, as the argument of its next call: since transformers 5.24 its name is `cache`."""
+    name = next(name for name in ("cache", "cache_params", "past_key_values") if name in output)
+    return {name: output[name]}
 
 
 def load_bytes(folder: Path) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from conftest import left_padding, random_ids, simba, tiny_model
 from eager_reference import pruned_forward
 from kernel_inputs import DEVICE
 
+from simba_compile.cli.models import going_on
 from simba_compile.kernels.gpu import influence, runtime
 from simba_compile.kernels.ops import dispatch
 
@@ -45,7 +46,7 @@ def test_pruned_model(started: Counter[str]) -> None:
     with torch.no_grad():
         out = compiled(ids, attention_mask=mask, output_hidden_states=True, use_cache=True)
         expected = pruned_forward(model, ids, mask, **OPTIONS)
-        step = compiled(ids[:, :1], cache_params=out.cache_params, use_cache=True)
+        step = compiled(ids[:, :1], **going_on(out), use_cache=True)
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
     for actual, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)

@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 import triton
 import triton_targets
 from interpreter_server import Place
+from torch._dynamo.device_interface import CpuInterface
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 
@@ -102,6 +103,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return Launcher(process, name, source)
 
     monkeypatch.setattr(AsyncCompile, "triton", compiled)
+    # torch 2.15 asks whether there is a Triton for the CPU, and what options it takes.
+    monkeypatch.setattr(CpuInterface, "raise_if_triton_unavailable", staticmethod(lambda device=None: None), raising=False)
+    backend = triton.compiler.compiler.make_backend(Driver.get_current_target())
+    monkeypatch.setattr(triton.compiler.compiler, "make_backend", lambda target: backend)
     with torch._inductor.config.patch(force_disable_caches=True), process:
         yield names
         process.stdin.close()

@@ -1,0 +1,98 @@
+"""Where nothing is recorded, a graph's operators are called past autograd; elsewhere gradients are as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import KEEP_FEW, close, pruned_exactly, random_ids, simba, tiny_model
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+
+from simba_compile.backend import records_nothing
+
+PAST: list[bool] = []  # for each call of `probe`: whether autograd was passed by
+
+
+@torch.compiler.allow_in_graph
+def probe(x: Tensor) -> Tensor:
+    """A node of the graph that sees how it is called."""
+    PAST.append(torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality))
+    return x * 1
+
+
+class Probed(nn.Module):
+    """A model whose graph ends in `probe`, in a mode that it sets by itself."""
+
+    def __init__(self, model: nn.Module, mode: Callable[[], Any] | None = None) -> None:
+        super().__init__()
+        self.model, self.mode = model, mode
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.mode is None:
+            return probe(self.model(ids).logits)
+        with self.mode():
+            return probe(self.model(ids).logits)
+
+
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
+def test_a_graph_that_records_nothing(outer: Callable[[], Any], selected: list[Tensor]) -> None:
+    model, ids = tiny_model(dtype=torch.float64), random_ids(2, 40)
+    compiled = simba(Probed(model), **KEEP_FEW)
+    with outer():
+        logits = compiled(ids)
+        assert PAST.pop()
+    assert selected and not logits.requires_grad
+    with torch.no_grad():
+        close(logits, pruned_exactly(model, ids, None, **KEEP_FEW).logits, 1e-6)
+    assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
+def test_the_same_model_with_gradients() -> None:
+    model, ids = Probed(tiny_model(dtype=torch.float64)), random_ids(2, 40)
+    compiled = simba(model, **KEEP_FEW)
+    with torch.no_grad():
+        without = compiled(ids)
+    logits = compiled(ids)
+    assert not PAST.pop()
+    close(logits, without, 1e-6)
+    logits.sum().backward()
+    assert all(value.grad is not None for value in model.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, lambda: torch.set_grad_enabled(True)], ids=["enable", "set"])
+def test_gradients_that_a_model_records_by_itself(mode: Callable[[], Any]) -> None:
+    model, ids = Probed(tiny_model(dtype=torch.float64), mode), random_ids(2, 40)
+    with torch.no_grad():
+        logits = simba(model, **KEEP_FEW)(ids)
+    assert not PAST.pop()
+    assert logits.requires_grad
+    logits.sum().backward()
+    assert all(value.grad is not None for value in model.parameters())
+
+
+def test_regions_without_gradients_are_no_obstacle() -> None:
+    with torch.no_grad():
+        simba(Probed(tiny_model(), torch.no_grad), **KEEP_FEW)(random_ids(2, 40))
+    assert PAST.pop()
+
+
+def test_what_keeps_autograd() -> None:
+    """Higher-order operators, which have rules for autograd's keys, and tensors that dispatch by themselves."""
+    found: list[bool] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Callable:
+        found.append(records_nothing(gm))
+        return gm
+
+    x = torch.randn(3)
+    for function, given in (
+        (lambda x: x.sin() + 1, x),
+        (lambda x: checkpoint(torch.sin, x, use_reentrant=False), x),
+        (lambda x: x.sin() + 1, TwoTensor(x, x + 1)),
+    ):
+        torch.compile(function, backend=backend, fullgraph=True)(given)
+    assert found == [True, False, False]

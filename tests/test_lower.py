@@ -288,6 +288,25 @@ def test_lower_drops_casts_that_do_nothing() -> None:
     assert "to" in Captured(lambda h: h.to(torch.float32, copy=True), tokens()).lowered()
 
 
+@pytest.mark.parametrize("case", ["half", "written", "narrowed"])
+def test_lower_leaves_the_widening_to_the_operator(case: str) -> None:
+    """Of a bias and D in half precision, that nobody writes in between; what narrows stays."""
+    given = torch.float64 if case == "narrowed" else torch.bfloat16
+    kind = given if case == "narrowed" else torch.float32
+    A, B, D = -torch.rand(HIDDEN, 3, dtype=kind), torch.randn(HIDDEN, 3, dtype=kind), torch.randn(HIDDEN).to(given)
+
+    def scan(h: Tensor) -> Tensor:
+        bias, b = D * 2, h @ B
+        widened = bias.float()
+        if case == "written":
+            bias.add_(1)
+        return OPS.selective_scan(h, h, A, b, b, D.to(torch.float32), None, widened, True, None)[0]
+
+    captured = Captured(scan, tokens().to(kind))
+    after = captured.lowered()
+    assert after.count("float") + after.count("to") == {"half": 0, "written": 1, "narrowed": 2}[case]
+
+
 def test_lower_projects_rows() -> None:
     after = Captured(lambda h: (matrix @ h.transpose(1, 2)).transpose(1, 2), tokens()).lowered()
     assert OPS.linear in after and "transpose" not in after

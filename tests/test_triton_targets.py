@@ -36,12 +36,12 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def scored(dtype: torch.dtype, pool: str, softplus: bool = True, bias: bool = True) -> tuple[Any, ...]:
     """The arguments of `influence`."""
     x, B, A = empty(BATCH, TOKENS, CHANNELS, dtype=dtype), empty(BATCH, TOKENS, STATES, dtype=dtype), (CHANNELS, STATES)
-    return x, x, empty(*A, dtype=F32), B, B, empty(CHANNELS, dtype=F32) if bias else None, softplus, pool, bias
+    return x, x, empty(*A, dtype=F32), B, B, empty(CHANNELS, dtype=dtype) if bias else None, softplus, pool, bias
 
 
 def step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
     """The arguments of `state_update`."""
-    x, B, D = empty(BATCH, CHANNELS, dtype=dtype), empty(BATCH, states, dtype=dtype), empty(CHANNELS, dtype=F32)
+    x, B, D = empty(BATCH, CHANNELS, dtype=dtype), empty(BATCH, states, dtype=dtype), empty(CHANNELS, dtype=dtype)
     state, A = empty(BATCH, CHANNELS, states, dtype=F32), empty(CHANNELS, states, dtype=F32)
     return state, x, x, A, B, B, D, x, D, True
 
@@ -66,7 +66,7 @@ def conv(dtype: torch.dtype) -> tuple[Any, ...]:
 def scan(dtype: torch.dtype, states: int, batch: int = 1, kept: int | None = None) -> tuple[Any, ...]:
     """The arguments of `selective_scan`, which runs in chunks at batch 1."""
     x, BC = empty(batch, TOKENS, CHANNELS, dtype=dtype), empty(batch, TOKENS, 2 * states, dtype=dtype)
-    D = empty(CHANNELS, dtype=F32)
+    D = empty(CHANNELS, dtype=dtype)
     index = None if kept is None else empty(batch, kept, dtype=torch.int64)
     return x, x, empty(CHANNELS, states, dtype=F32), BC[..., :states], BC[..., states:], D, x[:, :kept], D, True, index
 

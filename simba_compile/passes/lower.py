@@ -25,6 +25,7 @@ from simba_compile.passes.tokens import (
 )
 
 OPS = torch.ops.simba
+WIDENED = ("D", "dt_bias")  # what operators take in any type
 POW, RSQRT, MEAN = (
     {"pow", torch.pow, operator.pow},
     {torch.rsqrt, "rsqrt"},
@@ -35,7 +36,7 @@ POW, RSQRT, MEAN = (
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
     fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear, fuse_step)
-    plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
+    plainer = (drop_marks, drop_casts, drop_widening, untranspose_product, cancel_transposes, gather_first, project_kept)
     for rewrite in (*plainer, *fusions, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
@@ -86,6 +87,24 @@ def drop_casts(node: Node) -> None:
         return
     node.replace_all_uses_with(source)
     erase(node)
+
+
+def drop_widening(node: Node) -> None:
+    """``bias.float()`` of a bias in half precision, given to an operator that widens it by itself: the bias.
+
+    On a GPU each is a launch of its own, in every layer.
+    """
+    if getattr(node.target, "_qualified_op_name", "").partition("::")[0] != "simba":
+        return
+    for i, argument in enumerate(node.target.default._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
+        cast = node.args[i]
+        if argument.name not in WIDENED or not isinstance(cast, Node) or cast.target not in CASTS - {"contiguous", "clone"}:
+            continue
+        bias: Node = cast.args[0]  # type: ignore[assignment]
+        widens = _dtype(cast) == torch.float32 and _dtype(bias) in (torch.bfloat16, torch.float16)
+        if widens and value_of(bias).device == value_of(cast).device and not written_between(cast, node, bias):
+            node.update_arg(i, bias)
+            erase(cast)
 
 
 def untranspose_product(node: Node) -> None:

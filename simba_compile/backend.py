@@ -159,6 +159,9 @@ def with_room(function: Callable) -> Callable:
 
 def _log(result: Transformed) -> None:
     pruning = 0 if result.plan is None else len(result.plan.pruning)
+    if not result.mixers:
+        log.info("Nothing to prune in this graph: a decoding step, or a model without a mixer.")
+        return
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
     dense = next((mixer for mixer in result.mixers if mixer.reason is not None), None)
     if dense is not None and result.options.prunes and dense.x.shape[1] != 1:  # of one token, nothing can be dropped

@@ -337,8 +337,9 @@ def test_other_backends_see_the_graphs_that_they_always_saw() -> None:
 # --- other models, several models, changed weights -------------------------------------------------------------------
 
 
-def test_models_without_a_mixer_are_as_in_eager() -> None:
+def test_models_without_a_mixer_are_as_in_eager(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
+    caplog.set_level(logging.INFO, "simba_compile")
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
     )
@@ -349,6 +350,7 @@ def test_models_without_a_mixer_are_as_in_eager() -> None:
         for length in (20, 45):
             ids = random_ids(2, length)
             close(simba(llama, fullgraph=False)(ids).logits, llama(ids).logits, 1e-6)
+    assert "Nothing to prune in this graph" in caplog.text
     out = simba(layers)(x)
     close(out, layers(x), 1e-6)
     (grad,) = torch.autograd.grad(out.sum(), x)

@@ -115,6 +115,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "ssd-step-128": ("ssd_state_update", lambda: ssd_step(BF16, 128)),
     "ssd-step-16": ("ssd_state_update", lambda: ssd_step(F32, 16)),
     "select": ("select", lambda: (empty(BATCH, TOKENS, dtype=F64), 1024, 0, 1)),
+    "select-short": ("select", lambda: (empty(BATCH, 1000, dtype=F64), 100, 0, 1)),
     "gather-rows": ("gather", lambda: (empty(BATCH, TOKENS, CHANNELS), empty(BATCH, 512, dtype=torch.int64), 1)),
     "gather-numbers": ("gather", lambda: (empty(BATCH, TOKENS), empty(BATCH, 512, dtype=torch.int64), 1)),
     "conv": ("causal_conv1d", lambda: conv(BF16)),
@@ -258,10 +259,13 @@ def test_sizes_of_one_compile(name: str) -> None:
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "gather-numbers"])
 def test_one_compilation_serves_all_lengths(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for masks, whose rows are as far apart as they are long: that loads wide numbers is worth a second one."""
+    """But for masks, whose rows are as far apart as they are long: that loads wide numbers is worth a second one.
+
+    So is a small block to select among few: all lengths here are of the large one.
+    """
     name, arguments = CASES[case]
     compiled = []
-    for tokens in (4096, 4097, 1000):
+    for tokens in (4096, 4097, 1500):
         monkeypatch.setattr(sys.modules[__name__], "TOKENS", tokens)
         sources = [launch.source() for launch in record(gpu.KERNELS[name], *arguments())]
         compiled.append([(source.name, source.signature, source.constants, source.attrs, rest) for source, rest in sources])

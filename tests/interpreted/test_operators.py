@@ -115,6 +115,24 @@ def test_influence_where_values_underflow(pool: str) -> None:
     assert_influence_near(influence.influence(*args, pool, True), args, pool, True)
 
 
+def test_influence_shows_an_endless_step_of_a_single_channel() -> None:
+    """S is infinite before it, so all states have faded but the slowest, whose exponent 0 · ∞ is no number."""
+    args = scored(Source(5, torch.float32, "plain"), 20, 1, 3, False, True)
+    args[1][0, 15], args[2][0] = INF, torch.tensor([-1.0, -2.0, -3.0])
+    score, exact = influence.influence(*args, "absmax", True), reference.influence(*wide(args), "absmax", True)
+    assert exact[:, :15].isnan().all()
+    assert torch.equal(score.isnan(), exact.isnan())
+
+
+@pytest.mark.parametrize(
+    ("warps", "tokens", "chunk"), [(40, 4096, 64), (40, 410, 16), (12, 2048, 16), (12, 5000, 32), (1, 1, 16)]
+)
+def test_chunks_are_short_where_warps_are_few(warps: int, tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """132 multiprocessors: 2112 warps for four a scheduler."""
+    monkeypatch.setattr(influence, "CHUNK", 64)
+    assert influence.chunk_of(warps, tokens, torch.device("cpu")) == chunk
+
+
 @pytest.mark.parametrize("where", ["x", "dt", "B"])
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_influence_shows_bad_numbers(where: str, bad: float) -> None:

@@ -125,14 +125,14 @@ def _conv_step(
     y = tl.zeros([BLOCK_C], tl.float32)
     if bias is not None:
         y += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    window = ()
+    for k in tl.static_range(WIDTH - 1):
+        window = window + (tl.load(state + (k + 1) * state_width, mask=inside, other=0.0),)
+    window = window + (tl.load(x + batch * x_batch + c * x_channel, mask=inside, other=0.0).to(state.dtype.element_ty),)
+    tl.debug_barrier()  # no warp overwrites an entry before each has read it
     for k in tl.static_range(WIDTH):
-        if k < WIDTH - 1:
-            value = tl.load(state + (k + 1) * state_width, mask=inside, other=0.0)
-        else:
-            value = tl.load(x + batch * x_batch + c * x_channel, mask=inside, other=0.0).to(state.dtype.element_ty)
-        tl.store(state + k * state_width, value, mask=inside)
-        y += value.to(tl.float32) * tl.load(weight + k * weight_width, mask=inside, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # no warp overwrites the next entry before each has read it
+        tl.store(state + k * state_width, window[k], mask=inside)
+        y += window[k].to(tl.float32) * tl.load(weight + k * weight_width, mask=inside, other=0.0).to(tl.float32)
     if SILU:
         y = silu(y)
     tl.store(out + batch * channels + c, y, mask=inside)

@@ -32,7 +32,7 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
     A position outside the sequence gives zeros: reading it back to raise an error would wait for the GPU.
     """
-    if dim != 1 or x.dim() > 3 or x.numel() == 0 or index.numel() == 0:
+    if dim != 1 or x.dim() > 3 or x.is_complex() or x.numel() == 0 or index.numel() == 0:
         return reference.gather(x, index, dim)
     if x.shape[0] not in (1, index.shape[0]):
         raise ValueError(f"x has {x.shape[0]} sequences and index {index.shape[0]}.")

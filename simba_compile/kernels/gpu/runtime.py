@@ -45,6 +45,11 @@ def expect(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} is {tuple(value.shape)}; expected {shape}.")
 
 
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; an H100's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def blocks_of(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return (size + block - 1) // block

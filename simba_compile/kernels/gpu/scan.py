@@ -260,7 +260,7 @@ def split(batch: int, tokens: int, blocks: int, device: torch.device) -> tuple[i
     A GPU with S multiprocessors has 4 S schedulers. Chunks double the exponentials, so they pay where fewer than half the
     schedulers would have a warp at all: then there are as many as give each scheduler 4, which hides the latencies.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    processors = runtime.processors(device)
     warps = batch * blocks
     if warps >= 2 * processors or tokens <= MIN_CHUNK:
         return tokens, 1

@@ -16,6 +16,7 @@ from simba_compile.kernels.gpu import runtime
 
 ALWAYS = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # ranks above every score
 NOT_A_NUMBER = tl.constexpr(0x7FFFFFFFFFFFFFFE)
+SMALL, LARGE, TOKENS_OF_A_WARP = 1024, 4096, 256  # tokens of a block
 TOP_BYTE = tl.constexpr(-(1 << 56))
 TOP_BIT = tl.constexpr(-(1 << 63))
 
@@ -77,7 +78,11 @@ def select(scores: Tensor, k: int, first: int, last: int) -> Tensor:
     batch, tokens = scores.shape
     index = scores.new_empty((batch, k), dtype=torch.int64)
     if index.numel():
-        # Large blocks, for a program has a sequence to itself; no larger than what 16 warps keep in registers.
+        # Large blocks, for a program has a sequence to itself; no larger than what 16 warps keep in registers, nor than a
+        # sequence. While a graph of all lengths is traced, no length is asked for: that would make it one of some.
+        block = SMALL if isinstance(tokens, int) and tokens <= SMALL else LARGE
         scores = scores.to(torch.float64).contiguous()
-        runtime.launch(_select, (batch,), scores, index, tokens, k, first, last, BLOCK=4096, num_warps=16)
+        runtime.launch(
+            _select, (batch,), scores, index, tokens, k, first, last, BLOCK=block, num_warps=block // TOKENS_OF_A_WARP
+        )
     return index

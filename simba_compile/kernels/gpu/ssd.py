@@ -12,8 +12,6 @@ cores make one product of three in TF32, AMD's multiply float32. C · B is compu
 tokens it is a third of the products, and costs no memory. `ssd_backward` has the gradients.
 """
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
@@ -99,7 +97,8 @@ def _carry(sums, held, chunks, heads, entries, REVERSE: tl.constexpr, CHUNKS: tl
         place = batch * (chunks + 1) + chunk + (0 if REVERSE else 1)
         at = held + (place * heads + head)[:, None] * entries + entry[None, :]
         row = (batch * chunks + chunk) * heads + head
-        decay = tl.exp2(tl.load(sums + row[:, None] + entry[None, :] * 0, mask=mask, other=0.0))
+        decay = tl.exp2(tl.load(sums + row, mask=order < chunks, other=0.0))
+        decay = tl.broadcast_to(decay[:, None], mask.shape)
         decays, adds = tl.associative_scan((decay, tl.load(at, mask=mask, other=0.0)), 0, compose)
         adds += decays * state[None, :]
         tl.store(at, adds, mask=mask)
@@ -154,19 +153,6 @@ def _outputs(
     tl.store(y + (token[:, None] * heads + head) * size + p[None, :], out, mask=inside[:, None] & live[None, :])
 
 
-@cache
-def _mamba_ssm_installed() -> bool:
-    return importlib.util.find_spec("mamba_ssm") is not None
-
-
-def prefers_mamba_ssm(x: Tensor, index: Tensor | None) -> bool:
-    """Whether mamba-ssm's kernels run instead: installed, no gather to fuse, and a call on real tensors.
-
-    While a graph is traced ours run, since Inductor can see into them.
-    """
-    return index is None and type(x) is Tensor and x.device.type == "cuda" and _mamba_ssm_installed()
-
-
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -195,14 +181,6 @@ def ssd_scan(
     if y.numel() == 0:
         none = x.new_zeros((batch, heads, size, states), dtype=torch.float32)
         return y, none if initial is None else none + initial
-    if prefers_mamba_ssm(x, index):
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        out, last = mamba_chunk_scan_combined(
-            x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, initial_states=initial, dt_softplus=softplus,
-            dt_limit=(dt_min, dt_max), return_final_states=True,
-        )  # fmt: skip
-        return out.float(), last.float()
     A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
     held = chunk_states(x, dt, A, B, dt_bias, softplus, (dt_min, dt_max), initial, index)
     tile = tile_of(x, states)
@@ -212,7 +190,8 @@ def ssd_scan(
     runtime.launch(
         _outputs, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
         x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias, index, *strides(index, 2), held,
-        y, tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max, SOFTPLUS=softplus, **tile, num_warps=8,
+        y, tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max, SOFTPLUS=softplus, **tile,
+        num_warps=4 if x.dtype == torch.float32 else 8,
     )  # fmt: skip
     return y, held[:, -1].clone()
 

@@ -3,12 +3,14 @@
 Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -112,7 +114,14 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
         return graph(*args)
 
     compiled = torch.compile(capture.with_own_code(whole), backend=inner, dynamic=True, mode=mode)
-    return lambda *args: compiled(*args)  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
+
+    def run(*args: Any) -> Any:  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
+        # What AOTAutograd traced starts Triton's kernels on the current GPU, whichever their tensors are on.
+        on_gpu = next((value for value in args if isinstance(value, Tensor) and value.is_cuda), None)
+        with contextlib.nullcontext() if on_gpu is None else torch.cuda.device_of(on_gpu):
+            return compiled(*args)
+
+    return run
 
 
 def records_nothing(gm: GraphModule) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,6 +107,30 @@ def test_inner_compilers_see_every_graph(shown: list[set[str]]) -> None:
         layer = torch.nn.Linear(size, 1)
         simba_compile.backend.compile_inner(torch.fx.symbolic_trace(layer), "inductor")(torch.ones(2, size))
     assert len(shown) == 11
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_inner_compilers_run_on_the_gpu_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one, where Triton would start a kernel."""
+    entered: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(value: Tensor) -> Iterator[None]:
+        entered.append(value)
+        yield
+        entered.append(value)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch, "compile", lambda function, **given: lambda *args: len(entered))
+    run = simba_compile.backend.compile_inner(torch.fx.symbolic_trace(torch.nn.ReLU()), "aot_eager")
+    held = torch.ones(2).as_subclass(OnGpu)
+    assert run(3, torch.ones(2), held) == 1 and len(entered) == 2 and all(value is held for value in entered)
+    assert run(3, torch.ones(2)) == 2  # none is entered
 
 
 def test_gradients_through_aot_eager() -> None:

@@ -24,7 +24,7 @@ print(json.dumps({"machine": {"device": "a test"}}), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     if job["do"] == "die":
-        print("an illegal address", file=sys.stderr, flush=True)
+        print("a trace\\n\\nan illegal address", file=sys.stderr, flush=True)
         os._exit(3)
     if job["do"] == "hang":
         time.sleep(60)
@@ -49,6 +49,7 @@ def test_one_job_does_not_lose_the_rest() -> None:
     assert [job["result"] for job in (first, second, third, fourth)] == [0, 2, 4, 6]
     assert failed["failed"] == lost["failed"] == "no"
     assert dead["failed"] == "its process ended with 3: an illegal address"
+    assert dead["trace"] == "a trace\nan illegal address"
 
 
 def test_a_worker_ends_where_its_device_is_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +71,7 @@ def test_a_worker_ends_where_its_device_is_lost(monkeypatch: pytest.MonkeyPatch,
     bench_gpu_worker.main("cpu", 1)
     machine, failed, over = map(json.loads, capsys.readouterr().out.splitlines())  # and nothing of the last one
     assert "machine" in machine and "over" not in failed and "TypeError" in failed["failed"]  # a job without its numbers
+    assert "in rms_norm" in over.pop("trace")
     assert over == {"failed": "RuntimeError: CUDA error: an illegal memory access was encountered", "over": True}
 
 
@@ -117,6 +119,27 @@ def test_a_deeper_model_that_cannot_be_compiled_in_time_is_skipped() -> None:
     assert reasons == ["expected to take 60 s, after 5 s to compile 2 layers", None, None]
 
 
+def test_what_failed_is_not_tried_where_it_is_harder() -> None:
+    """On longer prompts and more layers; and where a way to run a model failed on a small one, nowhere."""
+    model = {"hidden_size": 8, "num_hidden_layers": 2}
+    some = {"kind": "prefill", "contender": HF, "model": model, "tokens": 200}
+    failed = some | {"failed": "no"}
+    others = [
+        some | {"tokens": 400},
+        some | {"model": model | {"num_hidden_layers": 4}},
+        some | {"tokens": 100},
+        some | {"model": model | {"hidden_size": 9}},
+        some | {"contender": DENSE},
+        {"kind": "decode", "contender": HF, "model": model},
+    ]
+    skipped = [bench_gpu._too_long(job, [failed, *others], 100.0, 50.0) for job in others]
+    assert skipped == ["it failed already: prefill HF hidden 8, 2 layers, 200 tokens"] * 2 + [None] * 4
+    graph = {"kind": "agree", "contender": GRAPH, "failed": "no"}
+    jobs = [some | {"contender": f"{PRUNED}, {GRAPH}"}, some | {"contender": PRUNED}]
+    skipped = [bench_gpu._too_long(job, [graph, *jobs], 100.0, 50.0) for job in jobs]
+    assert skipped == ["it failed already: agree CUDA graph", None]
+
+
 def test_a_dry_run_on_the_cpu(tmp_path: Path) -> None:
     """Every job runs, in a worker of its own, and the report has what it measured."""
     bench_gpu.run(Settings.quick("cpu", inductor=False), tmp_path, "simba bench")
@@ -151,9 +174,11 @@ def test_the_full_benchmark_covers_what_it_should() -> None:
     prompts = {(job["model"]["hidden_size"], job["tokens"]) for job in prefills}
     assert prompts == {(hidden, tokens) for hidden in (768, 2048, 2560) for tokens in (2048, 8192, 32768)}
     for contender in (INDUCTOR, f"{PRUNED}, {INNER}"):
-        assert [job["model"]["num_hidden_layers"] for job in prefills if job["contender"] == contender] == [2, 24]
-    asked = [json.dumps(job, sort_keys=True) for job in jobs]
-    assert len(asked) == len({*asked})
+        asked = [job["model"] for job in prefills if job["contender"] == contender]
+        sizes = [(model["hidden_size"], model["num_hidden_layers"]) for model in asked]
+        assert sizes == [(768, 2), (2560, 2), (768, 24)]
+    written = [json.dumps(job, sort_keys=True) for job in jobs]
+    assert len(written) == len({*written})
     of_largest = [job for job in prefills if job["model"]["hidden_size"] == 2560]
     assert [job["contender"] for job in of_largest].index(HF) < len(of_largest) - 2  # if only at the shortest length
 
@@ -173,6 +198,36 @@ def test_the_report_shows_what_is_wrong() -> None:
     ]
     page = bench_gpu_report.markdown({"machine": {}, "jobs": jobs, "command": "simba bench", "date": "today"})
     assert "Checks: 1 of 2 are right; WRONG: correct, select, float32." in page and page.count("WRONG") == 2
+
+
+def test_what_the_cache_holds_is_not_compared_with_a_copy() -> None:
+    """It may well be faster than one in memory."""
+    timing = {"median": 5e-6, "min": 4e-6, "max": 6e-6}
+    moved = {"kind": "kernel", "operator": "gather", "batch": 1, "tokens": 8}
+    jobs = [
+        {"kind": "copy", "result": {"rate": 4e12}},
+        *(moved | {"result": {"timing": timing, "bytes": size, "rate": size / 5e-6}} for size in (3e6, 5e6)),
+    ]
+    about = {"cache_bytes": 1e6}
+    page = bench_gpu_report.markdown({"machine": about, "jobs": jobs, "command": "simba bench", "date": "today"})
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| gather")]
+    assert [row[4] for row in rows] == ["5.0 µs"] * 2 and [row[6] for row in rows] == ["", "25%"]
+
+
+def test_each_prompt_is_beside_ours_as_kernels_and_as_a_graph() -> None:
+    """A base that was not measured leaves its column empty."""
+    model = {"hidden_size": 8, "num_hidden_layers": 2}
+    jobs = [
+        {"kind": "prefill", "contender": contender, "model": model, "tokens": tokens,
+         "result": {"timing": {"median": median, "min": median, "max": median}, "first": first, "memory_mib": None}}
+        for contender, tokens, median, first in (
+            (PRUNED, 10, 2.0, 7.0), (f"{PRUNED}, {GRAPH}", 10, 1.0, None), (HF, 10, 4.0, 4.0), (PRUNED, 20, 3.0, None),
+        )
+    ]  # fmt: skip
+    page = bench_gpu_report.markdown({"machine": {}, "jobs": jobs, "command": "simba bench", "date": "today"})
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| hidden")]
+    assert [row[6] for row in rows] == ["7.00 s", "", "4.00 s", ""]
+    assert [row[8:10] for row in rows] == [["1.00", "2.00"], ["0.50", "1.00"], ["2.00", "4.00"], ["1.00", ""]]
 
 
 def test_the_report_names_what_is_missing() -> None:

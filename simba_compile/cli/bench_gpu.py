@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,38 +114,39 @@ def jobs_of(settings: Settings) -> list[Job]:
     for name in OF_PROMPTS:
         longer = tokens * (2 if name in HALF_AS_WIDE else 1)
         jobs.append({"kind": "far", "operator": name, "batch": batch, "tokens": longer, **settings.kernels})
-    batch, tokens = settings.scans[1]
     for name in CASES:
         if name.endswith("_backward"):  # a prompt has none
             continue
-        shapes = settings.scans if name in ("selective_scan", "influence") else [(batch, tokens)]
+        shapes = [settings.scans[1], settings.scans[-2]] if name in OF_PROMPTS else [settings.scans[1]]
+        if name in ("selective_scan", "influence"):
+            shapes = list(settings.scans)
         jobs += [{"kind": "kernel", "operator": name, "batch": b, "tokens": t, **settings.kernels} for b, t in shapes]
     contenders = (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", OURS[1])
     names = list(settings.models)
     ends = list(dict.fromkeys([names[0], names[-1]]))  # of the range of sizes: they come first
     models = [settings.models[name] for name in dict.fromkeys([*ends, *names])]
     lengths = settings.tokens
-    for i, model in enumerate(models):
+    for model in models:
         for contender in contenders:
             jobs += [{"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in lengths]
             if contender == PRUNED:  # after its first call, which compiles
                 jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": lengths[1]})
-        jobs.append({"kind": "decode", "contender": PRUNED, "model": model})
-        if i < len(ends):  # what all is compared with, if only at the shortest length
-            jobs.append({"kind": "prefill", "contender": HF, "model": model, "tokens": lengths[0]})
+        # What ours is compared with, if only at the shortest length.
+        jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in (PRUNED, HF)]
+        jobs.append({"kind": "prefill", "contender": HF, "model": model, "tokens": lengths[0]})
     if settings.inductor:
         jobs += [{"kind": "agree", "contender": way} for way in (INNER, REDUCED)]
-        shallow = models[0] | {"num_hidden_layers": INDUCTOR_LAYERS}
-        some = {"kind": "prefill", "model": shallow, "tokens": lengths[0]}
+        some = {"kind": "prefill", "tokens": lengths[0]}
         with_inductor = (f"{PRUNED}, {INNER}", INDUCTOR)
-        jobs += [some | {"contender": contender} for contender in (DENSE, PRUNED, HF, *with_inductor)]
-        if shallow != models[0]:
-            jobs += [some | {"contender": contender, "model": models[0]} for contender in with_inductor]
-    for i, model in enumerate(models):  # last, for these take minutes
-        left = lengths[1:] if i < len(ends) else lengths
-        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in left]
-        decoding = (HF, MAMBA_SSM) if settings.device == "cuda" else (HF,)
-        jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in decoding]
+        shallow = [model | {"num_hidden_layers": INDUCTOR_LAYERS} for model in models[: len(ends)]]
+        for model in shallow:
+            jobs += [some | {"contender": one, "model": model} for one in (DENSE, PRUNED, HF, *with_inductor)]
+        if shallow[0] != models[0]:
+            jobs += [some | {"contender": one, "model": models[0]} for one in with_inductor]
+    for model in models:  # last, for these take minutes
+        if settings.device == "cuda":
+            jobs.append({"kind": "decode", "contender": MAMBA_SSM, "model": model})
+        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in lengths[1:]]
     return jobs
 
 
@@ -176,8 +178,8 @@ def measure(settings: Settings, save: Callable[[dict[str, Any]], object]) -> dic
     Returns
     -------
     dict
-        "machine"; "settings"; "date"; "jobs": each with its "result", or the reason why it "failed" or was "skipped", and
-        its "seconds".
+        "machine"; "settings"; "date"; "jobs": each with its "result", or the reason why it "failed" (with the end of a
+        "trace") or was "skipped", and its "seconds".
     """
     jobs = jobs_of(settings)
     results: dict[str, Any] = {
@@ -203,7 +205,7 @@ def supervise(
     command : sequence of str
         Starts a worker.
     jobs : list of dict
-        Each gets "result", "failed" or "skipped", and "seconds" where it was begun.
+        Each gets "result", "failed" (with a "trace", where there is one) or "skipped", and "seconds" where it was begun.
     budget : float
         Seconds for all jobs.
     say : callable
@@ -228,7 +230,7 @@ def supervise(
             answer = worker.ask(job, min(end - time.monotonic(), SHARE * budget))
             job["seconds"] = round(time.monotonic() - begin, 2)
             over = answer is None or answer.pop("over", False)
-            job.update({"failed": worker.why()} if answer is None else answer)
+            job.update(worker.why() if answer is None else answer)
             if over:
                 worker.end()
                 worker = None
@@ -242,6 +244,9 @@ def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None
     """Why a job is not begun: no time, or the same at a shorter length says that it would not end in time."""
     if left <= 0:
         return "no time was left"
+    failed = next((other for other in jobs if "failed" in other and _no_easier(job, other)), None)
+    if failed is not None:
+        return f"it failed already: {title(failed)}"
     if job["kind"] != "prefill":
         return None
     done = [other for other in jobs if "result" in other and other["kind"] == "prefill"]
@@ -257,11 +262,22 @@ def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None
         layers = other["model"]["num_hidden_layers"]
         alike = other["model"] == job["model"] | {"num_hidden_layers": layers} and other["tokens"] == job["tokens"]
         if alike and layers < depth:
-            first = other["result"]["first"]
+            first = other["result"]["first"] or 0.0
             expected = first * depth / layers
             if expected > min(left, most):
                 return f"expected to take {expected:.0f} s, after {first:.0f} s to compile {layers} layers"
     return None
+
+
+def _no_easier(job: Job, other: Job) -> bool:
+    """Whether a job is the other one on a longer prompt or on more layers, or runs in a way that failed on a small model."""
+    if other["kind"] == "agree" and job.get("contender", "").endswith(f", {other['contender']}"):
+        return True
+    if "model" not in job or (job["kind"], job["contender"]) != (other["kind"], other["contender"]):
+        return False
+    layers = [one["model"]["num_hidden_layers"] for one in (job, other)]
+    alike = job["model"] | {"num_hidden_layers": layers[1]} == other["model"]
+    return alike and layers[0] >= layers[1] and job.get("tokens", 0) >= other.get("tokens", 0)
 
 
 def title(job: Job) -> str:
@@ -280,20 +296,21 @@ class _Worker:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         self.answers: queue.Queue[str | None] = queue.Queue()
         self.late = False
-        self.told = "it said nothing"  # the last line of its errors
+        self.told: deque[str] = deque(maxlen=40)  # the last lines of its errors
         self.threads = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
         for thread in self.threads:
             thread.start()
 
     def _read(self) -> None:
         for line in self.process.stdout or ():
-            if line.startswith("{"):  # what libraries print is not for us
+            if line.startswith('{"'):  # what libraries print is not for us
                 self.answers.put(line)
         self.answers.put(None)
 
     def _read_errors(self) -> None:
         for line in self.process.stderr or ():
-            self.told = line.strip() or self.told
+            if line.strip():
+                self.told.append(line.rstrip())
 
     def ask(self, job: Job, seconds: float) -> dict[str, Any] | None:
         """Hand over a job; the answer, or None where there is none in time."""
@@ -313,16 +330,17 @@ class _Worker:
             return None
         return None if line is None else json.loads(line)
 
-    def why(self) -> str:
-        """Why there was no answer."""
+    def why(self) -> dict[str, str]:
+        """Why there was no answer: "failed", and in "trace" the end of what the process said."""
         if self.late:
-            return "it took too long"
+            return {"failed": "it took too long"}
         try:
             code = self.process.wait(10.0)
         except subprocess.TimeoutExpired:
-            return "its process says nothing any more"
+            return {"failed": "its process says nothing any more"}
         self.threads[1].join(1.0)
-        return f"its process ended with {code}: {self.told}"
+        last = self.told[-1].strip() if self.told else "it said nothing"
+        return {"failed": f"its process ended with {code}: {last}", "trace": "\n".join(self.told)}
 
     def end(self) -> None:
         """Stop the process: by the end of its input, where it still listens."""
@@ -332,4 +350,5 @@ class _Worker:
             self.process.wait(0.0 if self.late else 10.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # held by a driver that hangs: others go on without it
+                self.process.wait(20.0)

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from simba_compile.cli.device import RANGE, Device
 
 SCORING = ("influence", "select", "gather")
 AGREE_TOKENS, AGREE = 300, 1e-3  # how far float32 may be off, as a share of the largest logit
+TRACE = 4000  # characters of a failure's trace that are kept: its end says where it was
 PROMPT_BEFORE_DECODING = 16  # a step's cost does not depend on it: the state has one size
 
 
@@ -75,7 +77,8 @@ class Worker:
         def call() -> None:
             made[:] = [forward(ids).logits]
 
-        with torch._inductor.config.patch({"triton.cudagraphs": contender == REDUCED}):
+        graphs = {"triton.cudagraphs": contender == REDUCED, "triton.cudagraph_or_error": contender == REDUCED}
+        with torch._inductor.config.patch(graphs):  # or error: else Inductor only warns where it records none
             for _ in range(3):  # a graph of Inductor's is recorded in the second call
                 call()
         replay = self.device.captured(call) if contender == GRAPH else self.device.wait
@@ -88,10 +91,13 @@ class Worker:
         return bench_kernels.measure(operator, self.device, shape, self.runs)
 
     def prefill(self, contender: str, model: dict[str, Any], tokens: int) -> dict[str, Any]:
-        """A prompt, up to the next token's logits: the first call with its compiling, runs, and growth of the memory."""
+        """A prompt, up to the next token's logits: a first call that compiles, runs, and growth of the memory."""
+        before = self.compiled
         forward = self._forward(contender, model)
         call = functools.partial(forward, self._ids(model, tokens), use_cache=False, logits_to_keep=1)
-        first = self.device.seconds(call)
+        first: float | None = self.device.seconds(call)
+        if self.compiled is not None and self.compiled is before:
+            first = None  # it was compiled for another length
         memory = self.device.peak_mib(call)
         if GRAPH in contender:
             call = self.device.captured(call)  # type: ignore[assignment]
@@ -181,6 +187,7 @@ def main(device: str, runs: int) -> None:
             answer: dict[str, Any] = {"result": worker.do(json.loads(line))}
         except Exception as error:  # the next one may well run
             answer = {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+            answer["trace"] = traceback.format_exc()[-TRACE:]
         if ("failed" in answer or worker.device.lost) and not worker.device.is_usable():
             answer["over"] = True
         print(json.dumps(answer), flush=True)

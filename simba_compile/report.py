@@ -85,10 +85,13 @@ class Report:
         for name in ("tokens in", "tokens out", "GFLOP dense", "GFLOP pruned"):
             table.add_column(name, justify="right")
         table.add_column("left dense because")
+        told = None
         for mixer in self.mixers:
             flops = (f"{mixer.flops_dense / 1e9:.2f}", f"{mixer.flops_pruned / 1e9:.2f}")
             tokens = (str(mixer.tokens_in), str(mixer.tokens_out))
-            table.add_row(mixer.path, mixer.kind, *tokens, *flops, mixer.reason or "")
+            reason = "as above" if mixer.reason and mixer.reason == told else mixer.reason or ""
+            table.add_row(mixer.path, mixer.kind, *tokens, *flops, reason)
+            told = mixer.reason
         first, last = self.mixers[0], self.mixers[-1]
         ends = (str(first.tokens_in), str(last.tokens_out))
         totals = (f"{self.flops_dense / 1e9:.2f}", f"{self.flops_pruned / 1e9:.2f}")

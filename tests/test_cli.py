@@ -1,6 +1,6 @@
 """The command ``simba``, with models of a few thousand weights."""
 
-import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import typer
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner, Result
 
+import simba_compile
 from simba_compile.cli import app
 
 
@@ -55,6 +56,10 @@ def test_help_names_the_commands() -> None:
     assert result.exit_code == 0
     for command in ("demo", "bench", "explain"):
         assert command in result.output
+
+
+def test_version() -> None:
+    assert simba("--version").output.strip() == importlib.metadata.version("simba_compile") == simba_compile.__version__
 
 
 def test_help_says_what_is_taken_where_nothing_is_given() -> None:
@@ -244,6 +249,9 @@ def test_explain(model: Path) -> None:
         assert result.exit_code == 0, result.output
         assert "layers.1.mixer" in result.output
         assert "50" in result.output  # a quarter of 200 tokens
+    result = simba("explain", model, "--tokens", 200, "--schedule", "0.5, 0.4", "--protect-last", 90)
+    assert "100" in result.output and "90" in result.output and "80" not in result.output
+    assert "as above" in simba("explain", model, "--tokens", 200, "--min-tokens", 200).output
 
 
 def test_explain_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
@@ -252,3 +260,5 @@ def test_explain_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "cannot be loaded" in refused("explain", tmp_path)
     assert "above 0 and at most 1" in refused("explain", model, "--keep", 2)
+    assert "'0.5,x' is no list of numbers" in refused("explain", model, "--schedule", "0.5,x")
+    assert "did you mean 'linear'" in refused("explain", model, "--schedule", "linaer")

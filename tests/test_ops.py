@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from simba_compile.kernels import native
+from simba_compile.kernels.ops import dispatch
 
 OPS = torch.ops.simba
 
@@ -151,6 +154,20 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
             for one, bias in (((1,), n(7)), ((), None))
         ],
     }
+
+
+def test_the_page_of_operators_says_what_there_is() -> None:
+    page = (Path(__file__).parents[1] / "docs/operators.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(name for name, *_ in rows) == sorted(REGISTERED)
+    for name, _, kernels, gradient in rows:
+        there = ["C"] * (dispatch._native_module(name) is not None) + ["Triton"] * (name in dispatch._triton_kernels())
+        assert kernels == ", ".join(there), name
+        assert (gradient == "yes") == torch._C._dispatch_has_kernel_for_dispatch_key(f"simba::{name}", "Autograd"), name
+
+
+def test_help_of_an_operator_is_its_docstring() -> None:
+    assert "log |Δy_T(t)[d]|" in pydoc.render_doc(OPS.influence)
 
 
 def test_every_operator_is_checked() -> None:

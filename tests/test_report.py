@@ -114,6 +114,7 @@ def test_why_all_tokens_stay(options: dict[str, Any], call: dict[str, int], reas
         report = simba_compile.explain(tiny_model(layers=2), random_ids(2, LENGTH), options=options, **call)
     assert tokens_left(report) == [LENGTH] * 2
     assert {mixer.reason for mixer in report.mixers} == {reason}
+    assert str(report).count("as above") == (reason is not None)  # a table tells a reason once
 
 
 def test_a_call_without_mixers() -> None:

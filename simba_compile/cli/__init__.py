@@ -11,15 +11,25 @@ from typing import Annotated, Any
 
 import typer
 
+import simba_compile
 from simba_compile.cli import machine
 
-app = typer.Typer(
-    help='Run pre-trained Mamba models on the tokens that matter: what torch.compile(model, backend="simba") does, '
-    "shown and measured.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(simba_compile.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def simba(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Run pre-trained Mamba models on the tokens that matter: what torch.compile(model, backend="simba") does, measured."""
 
 
 class Task(enum.Enum):
@@ -133,19 +143,36 @@ def families(
     run(names, tokens, repeats, not skip_inductor, out, machine.command("simba"))
 
 
+ONE = "Options of the backend"
+
+
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face Hub.")],
-    keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.")] = 0.1,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt.")] = 2048,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Read only the model's configuration; its weights are random.")
     ] = False,
+    keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.", rich_help_panel=ONE)] = 0.1,
+    schedule: Annotated[
+        str, typer.Option(help="linear, uniform, or shares with commas, one for each mixer.", rich_help_panel=ONE)
+    ] = "linear",
+    every: Annotated[int, typer.Option(help="Prune at every k-th mixer only.", rich_help_panel=ONE)] = 1,
+    placement: Annotated[
+        str, typer.Option(help="Drop tokens before a layer's scan, or (layer) from its output.", rich_help_panel=ONE)
+    ] = "scan",
+    protect_first: Annotated[int, typer.Option(help="First tokens that always stay.", rich_help_panel=ONE)] = 0,
+    protect_last: Annotated[int, typer.Option(help="Last tokens that always stay.", rich_help_panel=ONE)] = 1,
+    min_tokens: Annotated[int, typer.Option(help="No layer has fewer tokens left.", rich_help_panel=ONE)] = 32,
 ) -> None:
     """Show what the backend does to a model: each mixer, its tokens, its FLOPs, or why it stays dense."""
     from simba_compile.cli.explain import run
 
-    run(model, keep, tokens, config_only)
+    options: dict[str, Any] = {"keep": keep, "schedule": schedule, "every": every, "placement": placement}
+    options |= {"protect_first": protect_first, "protect_last": protect_last, "min_tokens": min_tokens}
+    if schedule[:1].isdigit():
+        options["schedule"] = _listed(float, schedule, "--schedule")
+    run(model, tokens, config_only, options)
 
 
 def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
@@ -265,9 +292,9 @@ def flow(
     text: Texts,
     length: Length = 512,
     windows: Windows = 8,
-    keep: Annotated[float, typer.Option()] = 0.1,
-    pool: Annotated[str, typer.Option()] = "max",
-    dt_bias: Annotated[str, typer.Option()] = "include",
+    keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.")] = 0.1,
+    pool: Annotated[str, typer.Option(help="A score over channels: max, absmax or l2.")] = "max",
+    dt_bias: Annotated[str, typer.Option(help="Of Δ, in the score's decay: include or exclude.")] = "include",
     layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas.", show_default="all")] = None,
     bins: Annotated[int, typer.Option(min=2, help="Points of a curve.")] = 32,
     data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("flow.json"),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from simba_compile.backend import simba
 from simba_compile.cli import machine, models, plot
-from simba_compile.cli.show import Steps, clock, times
+from simba_compile.cli.show import Steps, clock, spread, times
 from simba_compile.cli.timing import Timing, side_by_side
 from simba_compile.passes import Transformed
 from simba_compile.passes.plan import Plan
@@ -233,10 +233,11 @@ def _layer_table(layers: dict[float, list[int]]) -> Table:
 def _time_table(timings: dict[str, Timing], bits: dict[str, float] | None = None, heading: str = "") -> Table:
     table = Table(title=f"Medians of {REPEATS} runs in turns; {HF} ran once", title_justify="left")
     table.add_column("")
-    for column in ("time", "over dense", f"over {HF}", *([heading] if bits else [])):
+    for column in ("time", "fastest to slowest", "over dense", f"over {HF}", *([heading] if bits else [])):
         table.add_column(column, justify="right")
     dense, eager = timings[_name(1.0)].median, timings[HF].median
     for name, timing in timings.items():
-        cells = [clock(timing.median), times(dense / timing.median), times(eager / timing.median)]
+        cells = [clock(timing.median), spread(timing.to_dict())]
+        cells += [times(dense / timing.median), times(eager / timing.median)]
         table.add_row(name, *cells, *([f"{bits[name]:.3f}"] if bits else []))
     return table

@@ -1,5 +1,7 @@
 """``simba explain``: print what the backend does to a model."""
 
+from typing import Any
+
 import torch
 import typer
 from rich.console import Console
@@ -8,16 +10,16 @@ import simba_compile
 from simba_compile.cli import models
 
 
-def run(name: str, keep: float, tokens: int, config_only: bool) -> None:
+def run(name: str, tokens: int, config_only: bool, given: dict[str, Any]) -> None:
     """See `simba_compile.cli.explain`."""
     try:
-        options = simba_compile.Options(keep=keep)
+        options = simba_compile.Options(**given)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--keep") from None
+        raise typer.BadParameter(str(error)) from None
     models.quiet()
     model = models.load(name, config_only)
     ids = models.random_ids(model.config.get_text_config().vocab_size, tokens)
     # The call that `generate` makes for a prompt, without its cache: only the last token's logits are asked for.
     with torch.no_grad():
-        report = simba_compile.explain(model, ids, options={"keep": options.keep}, logits_to_keep=1, use_cache=False)
+        report = simba_compile.explain(model, ids, options=options, logits_to_keep=1, use_cache=False)
     Console().print(str(report), markup=False, highlight=False, soft_wrap=True)

@@ -28,6 +28,7 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
         LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
         _open_to_inductor(function)
+        getattr(torch.ops.simba, function.__name__).__doc__ = function.__doc__  # for help(torch.ops.simba.influence)
         return function
 
     return register

@@ -1,13 +1,15 @@
 """Each setting of a file of ``simba eval`` against the default one at the same keep, on the same sequences.
 
-python benchmarks/against_defaults.py benchmarks/results/eval-text.jsonl
+    python benchmarks/against_defaults.py benchmarks/results/eval-text.jsonl
 
 Where the file has no default at that keep, the setting is left out.
 """
 
 import json
-import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from simba_compile.analysis.evaluation import describe
 from simba_compile.analysis.intervals import paired
@@ -15,8 +17,8 @@ from simba_compile.analysis.intervals import paired
 COMMON = ("keep", "min_tokens")
 
 
-def main(path: Path) -> None:
-    """Print the paired differences, setting minus default, with 95% intervals."""
+def main(path: Annotated[Path, typer.Argument(help="A file of `simba eval`.", exists=True, dir_okay=False)]) -> None:
+    """Print each setting minus the default one at the same keep, paired, with 95% intervals."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     by_setting = {json.dumps(record["of"], sort_keys=True): record for record in records}
     for record in records:
@@ -32,4 +34,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    typer.run(main)

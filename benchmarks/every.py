@@ -3,29 +3,30 @@
     python benchmarks/every.py
 
 A model of mamba-130m's size with random weights, 2048 tokens, batch 1, float32, up to the next token's logits; in turns.
-Written to benchmarks/results/every.json. What `every` does to quality is in docs/results.md.
+What `every` does to quality is in docs/results.md.
 """
 
+import datetime
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 import simba_compile
 from simba_compile.cli import machine, models
 from simba_compile.cli.show import clock, markdown_table, spread
 from simba_compile.cli.timing import side_by_side
 
-OUT = Path(__file__).parent / "results" / "every.json"
 LAYERS, TOKENS, REPEATS = 24, 2048, 7
 KEEP, STEPS = 0.1, (1, 2, 4)
 
 
 @torch.no_grad()
-def main() -> None:
-    """Measure, write the figures, and print them as a table."""
+def main(out: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("benchmarks/results/every.json")) -> None:
+    """Time a prompt with pruning at every mixer, every second and every fourth one, and dense; print a table."""
     models.quiet()
     model = models.random_mamba(LAYERS, models.MAMBA_130M)
     ids = models.random_ids(models.MAMBA_130M["vocab_size"], TOKENS)
@@ -49,8 +50,9 @@ def main() -> None:
         "tokens": TOKENS,
         "keep": KEEP,
         "command": "python benchmarks/every.py",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    OUT.write_text(json.dumps(about | {"settings": figures}, indent=1) + "\n")
+    out.write_text(json.dumps(about | {"settings": figures}, indent=1) + "\n")
     dense = timings["dense"].median
     rows = [
         [name, f"{shares[name]:.2f}", clock(taken.median), spread(taken.to_dict()), f"{dense / taken.median:.2f}×"]
@@ -61,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

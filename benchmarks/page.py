@@ -295,20 +295,20 @@ def limits(results: Results, path: Path) -> list[str]:
     ratios = [runs[f"float32 {what}"]["median"] / runs[f"bfloat16 {what}"]["median"] for what in ("keep 0.1", "products")]
     headings = ["", "keep 1.0", "keep 0.1", "spread", "its products alone", "spread", "keep 0.1 / products"]
     parts = [
-        "## How close to the limit",
+        "## How close to what the machine can do",
         _origin(results),
         f"A prompt of {settings['tokens']} tokens, {_model(settings['sizes'], settings['layers'])}; {settings['repeats']} "
         "runs.",
         markdown_table(headings, whole),
-        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and its matrix products alone {ratios[1]:.2f} times: what "
-        "is not a product gains less, so the products bound the gain. The 2.5 times that were aimed at presuppose "
-        "products that gain far more, as on processors with AMX.",
-        "Each stage of the pruned run, all layers together, in runs of its graph node by node. Its limit is the longer "
-        "one of its bare matrix products (same shapes, nothing else) and of moving what it must read and write once at "
-        f"the speed of a copy, {results['copy'] / 1e9:.1f} GB/s here (read and written bytes of an array far larger than "
-        "the caches). Scan and score compute an exponential for each token, channel and state: neither limit is theirs. The "
-        "selection reads a few kilobytes a layer.",
-        f"![How close to the limit]({picture.name})",
+        f"bfloat16 is {ratios[0]:.2f} times as fast as float32, and its matrix products alone {ratios[1]:.2f} times. What "
+        "is not a product gains less, so the products bound the gain.",
+        "Each stage of the pruned run, all layers together, in runs of its graph node by node. Its yardstick is the longer "
+        "one of its bare matrix products (torch's, same shapes, nothing else) and of moving what it must read and write, "
+        f"once, at the speed of a copy, {results['copy'] / 1e9:.1f} GB/s here (read and written bytes of an array much "
+        "larger than the caches). It is no bound: where our own products are faster than torch's, a stage is below 1. It "
+        "leaves out the exponentials of scan and score, one for each token, channel and state. The selection reads a few "
+        "kilobytes a layer.",
+        f"![How close to what the machine can do]({picture.name})",
     ]
     for dtype, found in results["stages"].items():
         total = sum(stage["seconds"] for stage in found.values())
@@ -320,16 +320,16 @@ def limits(results: Results, path: Path) -> list[str]:
                 clock(stage["products"]) if stage["products"] else "",
                 f"{stage['flops'] / stage['seconds'] / 1e9:.0f}" if stage["flops"] else "",
                 clock(stage["bytes"] / results["copy"]),
-                f"{stage['seconds'] / limit(stage, results['copy']):.2f}",
+                f"{stage['seconds'] / yardstick(stage, results['copy']):.2f}",
             ]
             for name, stage in found.items()
-            if name != "other" and limit(stage, results["copy"]) > 0  # a stage that did not run has none
+            if name != "other" and yardstick(stage, results["copy"]) > 0  # a stage that did not run has none
         ]
-        headings = [f"{dtype}, keep 0.1", "time", "share", "bare products", "GFLOP/s", "memory", "time / limit"]
+        headings = [f"{dtype}, keep 0.1", "time", "share", "bare products", "GFLOP/s", "memory", "time / yardstick"]
         parts.append(markdown_table(headings, rows))
     return parts
 
 
-def limit(stage: dict[str, float], copy: float) -> float:
-    """The least seconds that a stage can take: its bare products, or its bytes at the speed of a copy."""
+def yardstick(stage: dict[str, float], copy: float) -> float:
+    """Seconds that a stage's bare products take, or its bytes at the speed of a copy: whichever is longer."""
     return max(stage["products"], stage["bytes"] / copy)

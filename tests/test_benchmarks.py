@@ -182,7 +182,7 @@ def test_the_command_writes_its_results_and_its_page(tmp_path: Path, monkeypatch
     for row in found["growth"]["lengths"]:
         assert row["stages"]["score"] > 0
     text = page.read_text()
-    for heading in ("Side by side with its peers", "How cost grows", "How close to the limit"):
+    for heading in ("Side by side with its peers", "How cost grows", "How close to what the machine can do"):
         assert f"## {heading}" in text
     for picture in ("benchmarks-growth.png", "benchmarks-limits.png"):
         assert (page.parent / picture).stat().st_size > 10_000 and picture in text

@@ -10,6 +10,7 @@ separator byte that occurs in none of them.
     python training/corpus.py > build/held-out.txt     # the held-out part, joined in the same way
 """
 
+import argparse
 import random
 import sys
 import sysconfig
@@ -158,5 +159,6 @@ def windows_of(texts: Iterable[bytes], length: int, whole: bool = False) -> list
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Print the held-out part of the corpus.").parse_args()
     separator = bytes([SEPARATOR])
     sys.stdout.buffer.write(b"".join(separator + text for text in held_out_files().values()))

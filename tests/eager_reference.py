@@ -1,4 +1,4 @@
-"""The contract of DESIGN section 1 in plain eager PyTorch: the yardstick that the compiler is tested against.
+"""The method (docs/method.md; "the contract" in tests) in plain eager PyTorch: what the compiler is tested against.
 
 Nothing here is compiled, fused or shared with ``simba_compile``. Every step is written out, module by module, for
 Hugging Face's ``MambaForCausalLM`` and ``FalconMambaForCausalLM``, with the casts of their own eager code, so that

@@ -1,4 +1,4 @@
-"""The contract of DESIGN section 1 in plain eager PyTorch, for every Mamba-based family of transformers.
+"""The method (docs/method.md; "the contract" in tests) in plain eager PyTorch, for every Mamba-based family of transformers.
 
 `eager_reference` writes out Mamba and FalconMamba with all options; this module has all families with the default
 placement and criterion. No compiler, no scan kernel and no cache of Hugging Face is used: layers are walked by hand.

@@ -178,7 +178,7 @@ LOOK: dict[str, Function] = {
     "in place": lambda h: h.clone().mul_(h.mean(1, keepdim=True) + 1),
     "first zeroed": lambda h: h.index_fill(1, torch.tensor([0]), 0.0),
 }
-ATTENDS = {"sdpa"}  # runs on the tokens that are left, as DESIGN 2.1 has it
+ATTENDS = {"sdpa"}  # runs on the tokens that are left, as docs/method.md has it
 # Written as ``h + ...``: adds onto the stream, in which those who left may keep what they had.
 ONTO = {"positions", "positions of length", "shift", "mean", "last", "last, squeezed", "first", "first, squeezed", "middle"}
 ONTO |= {"batch roll", "across batch", "rank", "masked sum"}

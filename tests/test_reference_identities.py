@@ -1,4 +1,4 @@
-"""The yardstick itself, held to autograd and to the contract's words (DESIGN 1.1 to 1.3)."""
+"""The yardstick itself, held to autograd and to the words of docs/method.md."""
 
 from __future__ import annotations
 

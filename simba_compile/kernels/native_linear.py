@@ -46,8 +46,8 @@ def has_instructions(dtype: torch.dtype) -> bool:
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel beats torch's product on these: where MKL is not at home or weak, or torch is, with halves.
 
-    docs/decisions.md has the measurements. Torch's products of halves use instructions that this kernel does not use, where
-    the CPU has them.
+    docs/kernels-cpu.md has the measurements. Torch's products of halves use instructions that this kernel does not use,
+    where the CPU has them.
     """
     lib = library()
     if lib is None or not x.numel() or weight.stride(-1) != 1:

@@ -1,4 +1,4 @@
-"""How many tokens stay at each mixer (DESIGN 1.2)."""
+"""How many tokens stay at each mixer (docs/method.md)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Full-length values out of pruned ones (DESIGN 1.4).
+"""Full-length values out of pruned ones (docs/method.md).
 
 A token that leaves keeps its residual stream as it was on leaving. The stream is the chain of residual adds: each node
 of it has one operand that is the stream before. Restoring a node of the stream lays the chain's values over each other,

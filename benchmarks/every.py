@@ -20,12 +20,13 @@ from simba_compile.cli import machine, models
 from simba_compile.cli.show import clock, markdown_table, spread
 from simba_compile.cli.timing import side_by_side
 
+OUT = Path(__file__).parent / "results" / "every.json"
 LAYERS, TOKENS, REPEATS = 24, 2048, 7
 KEEP, STEPS = 0.1, (1, 2, 4)
 
 
 @torch.no_grad()
-def main(out: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("benchmarks/results/every.json")) -> None:
+def main(out: Annotated[Path, typer.Option(help="The figures, as JSON.")] = OUT) -> None:
     """Time a prompt with pruning at every mixer, every second and every fourth one, and dense; print a table."""
     models.quiet()
     model = models.random_mamba(LAYERS, models.MAMBA_130M)

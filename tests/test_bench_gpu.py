@@ -132,7 +132,8 @@ def test_what_failed_is_not_tried_where_it_is_harder() -> None:
         some | {"contender": DENSE},
         {"kind": "decode", "contender": HF, "model": model},
     ]
-    skipped = [bench_gpu._too_long(job, [failed, *others], 100.0, 50.0) for job in others]
+    kernels = [{"kind": kind, "operator": "select", "failed": "no"} for kind in ("copy", "correct", "far", "kernel")]
+    skipped = [bench_gpu._too_long(job, [*kernels, failed, *others], 100.0, 50.0) for job in others]
     assert skipped == ["it failed already: prefill HF hidden 8, 2 layers, 200 tokens"] * 2 + [None] * 4
     graph = {"kind": "agree", "contender": GRAPH, "failed": "no"}
     jobs = [some | {"contender": f"{PRUNED}, {GRAPH}"}, some | {"contender": PRUNED}]

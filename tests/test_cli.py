@@ -249,7 +249,7 @@ def test_explain(model: Path) -> None:
         assert result.exit_code == 0, result.output
         assert "layers.1.mixer" in result.output
         assert "50" in result.output  # a quarter of 200 tokens
-    result = simba("explain", model, "--tokens", 200, "--schedule", "0.5, 0.4", "--protect-last", 90)
+    result = simba("explain", model, "--tokens", 200, "--schedule", " .5, 0.4", "--protect-last", 90)
     assert "100" in result.output and "90" in result.output and "80" not in result.output
     assert "as above" in simba("explain", model, "--tokens", 200, "--min-tokens", 200).output
 
@@ -261,4 +261,5 @@ def test_explain_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused("explain", tmp_path)
     assert "above 0 and at most 1" in refused("explain", model, "--keep", 2)
     assert "'0.5,x' is no list of numbers" in refused("explain", model, "--schedule", "0.5,x")
+    assert "lists 3 shares and the model has 2 mixers" in refused("explain", model, "--schedule", "0.5,0.4,0.3")
     assert "did you mean 'linear'" in refused("explain", model, "--schedule", "linaer")

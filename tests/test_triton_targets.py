@@ -115,7 +115,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "ssd-step-128": ("ssd_state_update", lambda: ssd_step(BF16, 128)),
     "ssd-step-16": ("ssd_state_update", lambda: ssd_step(F32, 16)),
     "select": ("select", lambda: (empty(BATCH, TOKENS, dtype=F64), 1024, 0, 1)),
-    "select-short": ("select", lambda: (empty(BATCH, 1000, dtype=F64), 100, 0, 1)),
+    "select-short": ("select", lambda: (empty(BATCH, TOKENS // 5, dtype=F64), 100, 0, 1)),
     "gather-rows": ("gather", lambda: (empty(BATCH, TOKENS, CHANNELS), empty(BATCH, 512, dtype=torch.int64), 1)),
     "gather-numbers": ("gather", lambda: (empty(BATCH, TOKENS), empty(BATCH, 512, dtype=torch.int64), 1)),
     "conv": ("causal_conv1d", lambda: conv(BF16)),
@@ -261,7 +261,7 @@ def test_sizes_of_one_compile(name: str) -> None:
 def test_one_compilation_serves_all_lengths(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for masks, whose rows are as far apart as they are long: that loads wide numbers is worth a second one.
 
-    So is a small block to select among few: all lengths here are of the large one.
+    So is a small block to select among few: all lengths of a case here are of one block.
     """
     name, arguments = CASES[case]
     compiled = []

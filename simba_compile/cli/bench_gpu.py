@@ -273,7 +273,7 @@ def _no_easier(job: Job, other: Job) -> bool:
     """Whether a job is the other one on a longer prompt or on more layers, or runs in a way that failed on a small model."""
     if other["kind"] == "agree" and job.get("contender", "").endswith(f", {other['contender']}"):
         return True
-    if "model" not in job or (job["kind"], job["contender"]) != (other["kind"], other["contender"]):
+    if "model" not in job or job["kind"] != other["kind"] or job["contender"] != other["contender"]:
         return False
     layers = [one["model"]["num_hidden_layers"] for one in (job, other)]
     alike = job["model"] | {"num_hidden_layers": layers[1]} == other["model"]

@@ -94,16 +94,15 @@ class Worker:
         """A prompt, up to the next token's logits: a first call that compiles, runs, and growth of the memory."""
         before = self.compiled
         forward = self._forward(contender, model)
+        compiles = contender != HF and self.compiled is not before  # else it was compiled for another length
         call = functools.partial(forward, self._ids(model, tokens), use_cache=False, logits_to_keep=1)
-        first: float | None = self.device.seconds(call)
-        if self.compiled is not None and self.compiled is before:
-            first = None  # it was compiled for another length
+        first = self.device.seconds(call)
         memory = self.device.peak_mib(call)
         if GRAPH in contender:
             call = self.device.captured(call)  # type: ignore[assignment]
             call()
         timing = self.device.time(call, self.runs, 5.0)
-        return {"timing": timing.to_dict(), "first": first, "memory_mib": memory}
+        return {"timing": timing.to_dict(), "first": first if compiles else None, "memory_mib": memory}
 
     def decode(self, contender: str, model: dict[str, Any]) -> dict[str, Any]:
         """One decoding step as a CUDA graph; mamba-ssm's by its own loop, which captures one, too."""
@@ -194,6 +193,7 @@ def main(device: str, runs: int) -> None:
         if "over" in answer:
             return
         if "failed" in answer:
+            worker.compiled = None  # it may not have been compiled to its end
             worker.device.free()
 
 

@@ -96,6 +96,19 @@ def test_influence_of_many_states(monkeypatch: pytest.MonkeyPatch, states: int) 
     assert_influence_near(influence.influence(*args, "max", True), args, "max", True)
 
 
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_influence_in_long_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """As where warps are many: near to the definition, and a bad number shows wherever in a chunk it stands."""
+    monkeypatch.setattr(influence, "chunk_of", lambda *sizes: chunk)
+    args = scored(Source(7, torch.float32, "plain"), 70, 5, 3, True, True)
+    assert_influence_near(influence.influence(*args, "max", True), args, "max", True)
+    args[1] += 30.0
+    args[2] -= torch.arange(3)
+    args[3][0, 20, 2] = NAN  # of a state that has faded
+    score, exact = influence.influence(*args, "max", True), reference.influence(*wide(args), "max", True)
+    assert exact[0, 20].isnan() and torch.equal(score.isnan(), exact.isnan())
+
+
 def test_influence_far_from_the_end() -> None:
     """Behind a million tokens' steps each score is the definition's to 1e-6 of a step, where float32 would tie them all."""
     x, dt, A = torch.ones(2, 40, 1), torch.full((2, 40, 1), 1e-3), torch.tensor([[-1.0]])

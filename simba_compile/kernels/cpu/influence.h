@@ -1,4 +1,4 @@
-/* The influence of every token on the last output (DESIGN 1.1; the paper's equation 4), pooled over channels, as a
+/* The influence of every token on the last output (docs/method.md; the paper's equation 4), pooled over channels, as a
  * logarithm:
  *
  *     log|Δy_T(t)| = m + log|x_t Δ_t Σ_n C_T B_t exp(A S_t - m)|,   m = max_n A S_t,   S_t = Σ_{k>t} Δ_k

@@ -1,4 +1,4 @@
-/* The influence of every token on the last output of an SSD scan (DESIGN 1.1), pooled over heads and their channels, as a
+/* The influence of every token on the last output of an SSD scan (docs/method.md), pooled over heads and their channels, as a
  * logarithm:
  *
  *     log|Δy_T(t)[h, p]| = A_h S_t[h] + log|x_t[h, p] Δ_t[h] (C_T·B_t)|,   S_t = Σ_{k>t} Δ_k

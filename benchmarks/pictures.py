@@ -111,7 +111,7 @@ def growth(path: Path, results: dict[str, Any]) -> None:
 def limits(path: Path, results: dict[str, Any]) -> None:
     """Draw what `limits.measure` returns: every stage's time as a bar, its two limits as marks."""
     figure = Figure(figsize=(11.5, 4.2), layout="constrained", dpi=150)
-    panels = figure.subplots(1, len(results["stages"]), sharey=True, sharex=True)
+    panels = figure.subplots(1, len(results["stages"]), sharey=True)
     for axes, (dtype, found) in zip(panels, results["stages"].items(), strict=True):
         names = [name for name in found if name != "other"][::-1]
         _plain(axes, f"{dtype}, keep 0.1", "ms, all layers")

@@ -170,6 +170,20 @@ def test_a_hook_that_changes_a_mixers_output(selected: list[Tensor]) -> None:
     close(found, expected, 1e-6)
 
 
+def test_a_hook_that_keeps_a_mixers_output(graphs: list[Transformed]) -> None:
+    """It is asked for at every position, and defined for kept tokens alone: nothing is pruned, with the reason."""
+    model, ids, kept = tiny_model(dtype=torch.float64), random_ids(2, 50), []
+    mixer = model.backbone.layers[1].mixer
+    mixer.register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        logits = simba(model, **KEEP_FEW)(ids).logits
+        close(logits, model(ids).logits, 1e-6)
+    compiled, eager = kept
+    close(compiled, eager, 1e-6)
+    assert graphs[0].plan is None or not graphs[0].plan.pruning
+    assert any("is not defined for pruned ones" in str(reason) for reason in reasons(graphs))
+
+
 def test_names_of_modules_in_wrappers() -> None:
     """As `explain` shows them: without what Dynamo needs to find them."""
 

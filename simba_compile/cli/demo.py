@@ -233,7 +233,7 @@ def _layer_table(layers: dict[float, list[int]]) -> Table:
 def _time_table(timings: dict[str, Timing], bits: dict[str, float] | None = None, heading: str = "") -> Table:
     table = Table(title=f"Medians of {REPEATS} runs in turns; {HF} ran once", title_justify="left")
     table.add_column("")
-    for column in ("time", "fastest to slowest", "over dense", f"over {HF}", *([heading] if bits else [])):
+    for column in ("time", "spread", "over dense", f"over {HF}", *([heading] if bits else [])):
         table.add_column(column, justify="right")
     dense, eager = timings[_name(1.0)].median, timings[HF].median
     for name, timing in timings.items():

@@ -143,8 +143,8 @@ def _chunk_scores(
         live = tl.max(lives, 0)
         # A bad number shows, whatever its state: a chunk with one goes through all of them.
         lost = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for ahead in range(0, chunk, BLOCK_T):
-            t = (place * chunk + ahead + tl.arange(0, BLOCK_T)).to(tl.int64)
+        for part in range(0, chunk, BLOCK_T):
+            t = (place * chunk + part + tl.arange(0, BLOCK_T)).to(tl.int64)
             for start in range(0, states, BLOCK_N):
                 m = start + tl.arange(0, BLOCK_N)
                 known = (t < tokens)[:, None] & (m < states)[None, :]

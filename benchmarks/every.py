@@ -6,7 +6,6 @@ A model of mamba-130m's size with random weights, 2048 tokens, batch 1, float32,
 What `every` does to quality is in docs/results.md.
 """
 
-import datetime
 import functools
 import json
 from pathlib import Path
@@ -50,8 +49,8 @@ def main(out: Annotated[Path, typer.Option(help="The figures, as JSON.")] = OUT)
         "layers": LAYERS,
         "tokens": TOKENS,
         "keep": KEEP,
-        "command": "python benchmarks/every.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": machine.command("python", "benchmarks/every.py"),
+        "date": machine.now(),
     }
     out.write_text(json.dumps(about | {"settings": figures}, indent=1) + "\n")
     dense = timings["dense"].median

@@ -10,7 +10,6 @@ the page is made of all that are there. It is no command of `simba`'s: the packa
 """
 
 import dataclasses
-import datetime
 import json
 import logging
 import os
@@ -76,7 +75,7 @@ def main(
         results: dict[str, Any] = {
             "machine": machine.describe(),
             "command": machine.command("python", "benchmarks/measure.py"),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": machine.now(),
         }
         begin = others()
         results |= part.measure(settings, lambda what: console.print(what, markup=False, highlight=False))

@@ -109,7 +109,7 @@ def growth(path: Path, results: dict[str, Any]) -> None:
 
 
 def limits(path: Path, results: dict[str, Any]) -> None:
-    """Draw what `limits.measure` returns: every stage's time as a bar, its two limits as marks."""
+    """Draw what `limits.measure` returns: every stage's time as a bar, its products and its bytes as marks."""
     figure = Figure(figsize=(11.5, 4.2), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(results["stages"]), sharey=True)
     for axes, (dtype, found) in zip(panels, results["stages"].items(), strict=True):

@@ -4,7 +4,6 @@
 `Options` (what the backend takes) and `explain` (what it does to a model).
 """
 
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from simba_compile.options import Options
@@ -22,6 +21,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(report, name)
     if name == "__version__":
+        import importlib.metadata
+
         return importlib.metadata.version("simba_compile")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

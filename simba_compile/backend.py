@@ -114,12 +114,21 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
         return graph(*args)
 
     compiled = torch.compile(capture.with_own_code(whole), backend=inner, dynamic=True, mode=mode)
+    if inner == "aot_eager":
+        return on_gpu_of_inputs(compiled)
+    return lambda *args: compiled(*args)  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
 
-    def run(*args: Any) -> Any:  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
-        # What AOTAutograd traced starts Triton's kernels on the current GPU, whichever their tensors are on.
+
+def on_gpu_of_inputs(function: Callable) -> Callable:
+    """The function, called with the GPU of its inputs as the current one.
+
+    There a graph of AOTAutograd's starts Triton's kernels, whichever GPU their tensors are on. Inductor's code sees to it.
+    """
+
+    def run(*args: Any) -> Any:
         on_gpu = next((value for value in args if isinstance(value, Tensor) and value.is_cuda), None)
         with contextlib.nullcontext() if on_gpu is None else torch.cuda.device_of(on_gpu):
-            return compiled(*args)
+            return function(*args)
 
     return run
 

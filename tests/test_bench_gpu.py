@@ -105,7 +105,7 @@ def test_a_longer_prompt_that_cannot_end_in_time_is_skipped() -> None:
     some = {"kind": "prefill", "contender": HF, "model": {"hidden_size": 8, "num_hidden_layers": 1}}
     done = some | {"tokens": 100, "result": {"timing": {"median": 2.0}}}
     jobs = [done, some | {"tokens": 200}, some | {"tokens": 1000}, some | {"contender": DENSE, "tokens": 1000}]
-    reasons = [bench_gpu._too_long(job, jobs, 100.0, 20.0) for job in jobs[1:]]
+    reasons = [bench_gpu._why_skipped(job, jobs, 100.0, 20.0) for job in jobs[1:]]
     assert reasons == [None, "expected to take 60 s, after 2.0 s a call at 100 tokens", None]
 
 
@@ -115,7 +115,7 @@ def test_a_deeper_model_that_cannot_be_compiled_in_time_is_skipped() -> None:
     done = some | {"model": shallow, "result": {"first": 5.0, "timing": {"median": 1.0}}}
     wider, of_others = some | {"model": deep | {"hidden_size": 9}}, some | {"model": deep, "contender": HF}
     jobs = [done, some | {"model": deep}, wider, of_others]
-    reasons = [bench_gpu._too_long(job, jobs, 100.0, 50.0) for job in jobs[1:]]
+    reasons = [bench_gpu._why_skipped(job, jobs, 100.0, 50.0) for job in jobs[1:]]
     assert reasons == ["expected to take 60 s, after 5 s to compile 2 layers", None, None]
 
 
@@ -133,11 +133,11 @@ def test_what_failed_is_not_tried_where_it_is_harder() -> None:
         {"kind": "decode", "contender": HF, "model": model},
     ]
     kernels = [{"kind": kind, "operator": "select", "failed": "no"} for kind in ("copy", "correct", "far", "kernel")]
-    skipped = [bench_gpu._too_long(job, [*kernels, failed, *others], 100.0, 50.0) for job in others]
+    skipped = [bench_gpu._why_skipped(job, [*kernels, failed, *others], 100.0, 50.0) for job in others]
     assert skipped == ["it failed already: prefill HF hidden 8, 2 layers, 200 tokens"] * 2 + [None] * 4
     graph = {"kind": "agree", "contender": GRAPH, "failed": "no"}
     jobs = [some | {"contender": f"{PRUNED}, {GRAPH}"}, some | {"contender": PRUNED}]
-    skipped = [bench_gpu._too_long(job, [graph, *jobs], 100.0, 50.0) for job in jobs]
+    skipped = [bench_gpu._why_skipped(job, [graph, *jobs], 100.0, 50.0) for job in jobs]
     assert skipped == ["it failed already: agree CUDA graph", None]
 
 

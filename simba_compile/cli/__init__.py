@@ -170,7 +170,7 @@ def explain(
 
     options: dict[str, Any] = {"keep": keep, "schedule": schedule, "every": every, "placement": placement}
     options |= {"protect_first": protect_first, "protect_last": protect_last, "min_tokens": min_tokens}
-    if "," in schedule or schedule.strip()[:1] in tuple("0123456789."):
+    if any(map(str.isdigit, schedule)):  # no name
         options["schedule"] = _listed(float, schedule, "--schedule")
     run(model, tokens, config_only, options)
 

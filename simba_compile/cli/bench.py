@@ -1,7 +1,6 @@
 """``simba bench``: ours and Hugging Face's, eager and with Inductor, in turns, in one run."""
 
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -114,7 +113,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         results: dict[str, Any] = {
             "machine": machine.describe(),
             "settings": dataclasses.asdict(settings) | settings.sizes,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": machine.now(),
         }
         results["prefill"], results["scoring"] = _prefill(steps, model, ids, settings, failed)
         results["decode"] = _decode(steps, model, ids, settings, failed)

@@ -1,6 +1,5 @@
 """``simba families``: one model of each Mamba-based family, side by side with Hugging Face, in one run."""
 
-import datetime
 import functools
 import json
 import os
@@ -99,7 +98,7 @@ def run(names: list[str], tokens: int, repeats: int, inductor: bool, out: Path, 
             model = random_model(name)
             ids = models.random_ids(model.config.vocab_size, tokens)
             measured = measure(model, ids, repeats, inductor, lambda what: steps.next(what))
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            now = machine.now()
             results["models"][name] = measured | {"command": command, "date": now}
             results["models"] = {known: results["models"][known] for known in MODELS if known in results["models"]}
             file.write_text(json.dumps(results, indent=1) + "\n")

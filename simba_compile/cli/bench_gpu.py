@@ -8,7 +8,6 @@ results are written after each job: what was measured is there, whatever ends th
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import queue
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from simba_compile.cli import bench_gpu_report
+from simba_compile.cli import bench_gpu_report, machine
 from simba_compile.cli.show import Steps
 
 HF, INDUCTOR, MAMBA_SSM, GRAPH, REDUCED = "HF", "HF Inductor", "mamba-ssm", "CUDA graph", "reduce-overhead"
@@ -185,7 +184,7 @@ def measure(settings: Settings, save: Callable[[dict[str, Any]], object]) -> dic
     results: dict[str, Any] = {
         "machine": {},
         "settings": dataclasses.asdict(settings),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": machine.now(),
         "jobs": jobs,
     }
     with Steps(len(jobs)) as steps:
@@ -217,7 +216,7 @@ def supervise(
     try:
         for job in jobs:
             left = end - time.monotonic()
-            reason = _too_long(job, jobs, left, SHARE * budget)
+            reason = _why_skipped(job, jobs, left, SHARE * budget)
             say(title(job) if reason is None else f"skipped: {title(job)}")
             if reason is not None:
                 job["skipped"] = reason
@@ -240,8 +239,8 @@ def supervise(
             worker.end()
 
 
-def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None:
-    """Why a job is not begun: no time, or the same at a shorter length says that it would not end in time."""
+def _why_skipped(job: Job, jobs: list[Job], left: float, most: float) -> str | None:
+    """Why a job is not begun: no time, or the same where it is easier failed, or says that this would not end in time."""
     if left <= 0:
         return "no time was left"
     failed = next((other for other in jobs if "failed" in other and _no_easier(job, other)), None)
@@ -260,10 +259,9 @@ def _too_long(job: Job, jobs: list[Job], left: float, most: float) -> str | None
     depth = job["model"]["num_hidden_layers"]
     for other in same:
         layers = other["model"]["num_hidden_layers"]
-        alike = other["model"] == job["model"] | {"num_hidden_layers": layers} and other["tokens"] == job["tokens"]
-        if alike and layers < depth:
-            first = other["result"]["first"] or 0.0
-            expected = first * depth / layers
+        if layers < depth and _as_wide(job, other) and other["tokens"] == job["tokens"]:
+            first = other["result"]["first"]
+            expected = (first or 0.0) * depth / layers  # Hugging Face's own compiles nothing
             if expected > min(left, most):
                 return f"expected to take {expected:.0f} s, after {first:.0f} s to compile {layers} layers"
     return None
@@ -276,8 +274,12 @@ def _no_easier(job: Job, other: Job) -> bool:
     if "model" not in job or job["kind"] != other["kind"] or job["contender"] != other["contender"]:
         return False
     layers = [one["model"]["num_hidden_layers"] for one in (job, other)]
-    alike = job["model"] | {"num_hidden_layers": layers[1]} == other["model"]
-    return alike and layers[0] >= layers[1] and job.get("tokens", 0) >= other.get("tokens", 0)
+    return _as_wide(job, other) and layers[0] >= layers[1] and job.get("tokens", 0) >= other.get("tokens", 0)
+
+
+def _as_wide(job: Job, other: Job) -> bool:
+    """Whether the models of two jobs differ in their depth alone."""
+    return bool(job["model"] | {"num_hidden_layers": other["model"]["num_hidden_layers"]} == other["model"])
 
 
 def title(job: Job) -> str:

@@ -1,5 +1,6 @@
 """Name the machine that measured something, and how it was asked to."""
 
+import datetime
 import os
 import platform
 import shlex
@@ -14,6 +15,11 @@ def command(*program: str) -> str:
     """How this process, a run of the program, was called, variables that measurements depend on included."""
     given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
     return shlex.join([*given, *program, *sys.argv[1:]])
+
+
+def now() -> str:
+    """The time of a measurement."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def cpu_name() -> str:

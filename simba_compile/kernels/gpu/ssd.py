@@ -26,7 +26,7 @@ from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, s
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
 BLOCK = 64  # of a head's channels, and of its states, at a time
 FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
-FLOAT_STATES = 16  # of the states, where outputs of float32 are made: 32 leave ptxas a stack of 8 bytes
+FLOAT_STATES, FLOAT_WARPS = 16, 4  # where outputs of float32 are made: 32 states, or 8 warps, leave ptxas a stack of 8 bytes
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def ssd_scan(
         _outputs, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
         x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias, index, *strides(index, 2), held,
         y, tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max, SOFTPLUS=softplus, **tile,
-        num_warps=4 if x.dtype == torch.float32 else 8,
+        num_warps=FLOAT_WARPS if x.dtype == torch.float32 else 8,
     )  # fmt: skip
     return y, held[:, -1].clone()
 

@@ -56,12 +56,17 @@ static int best_level(void) {
 }
 
 float simba_power[TABLE], simba_inverse[TABLE], simba_log[TABLE];
+int32_t simba_eighths[EIGHT];
 
 static void fill_tables(void) {
   for (int i = 0; i < TABLE; i++) {
     simba_power[i] = (float)exp2(i / 32.0);
     simba_inverse[i] = (float)(1 / (1 + i / 31.0));
     simba_log[i] = (float)-log((double)simba_inverse[i]);
+  }
+  for (int i = 0; i < EIGHT; i++) {
+    memcpy(&simba_eighths[i], &simba_power[i * TABLE / EIGHT], sizeof(float));
+    simba_eighths[i] -= i << 20;
   }
 }
 

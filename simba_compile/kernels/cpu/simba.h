@@ -153,9 +153,10 @@ enum { OUT_OF_MEMORY = 1, OUT_OF_RANGE = 2 }; /* what kernels return instead of 
 int simba_in_range(const int64_t *index, int64_t count, int64_t tokens);
 
 enum { POOL_MAX, POOL_ABSMAX, POOL_L2 };
-enum { TABLE = 32 }; /* floats in two AVX-512 registers */
+enum { TABLE = 32, EIGHT = 8 }; /* floats in two AVX-512 registers, in one of AVX2 */
 /* For i of 0..31: 2^(i/32); 1/(1 + i/31), and minus its logarithm. */
 extern float simba_power[TABLE], simba_inverse[TABLE], simba_log[TABLE];
+extern int32_t simba_eighths[EIGHT]; /* the bits of 2^(i/8), less i << 20 */
 enum { CHUNK = 16 }; /* tokens between two state checkpoints: a chunk's rows stay in cache while channels are walked */
 
 #endif

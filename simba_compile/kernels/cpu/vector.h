@@ -131,6 +131,8 @@ INLINE vec NAME(sum_each)(vec *rows) {
 INLINE int NAME(any)(ivec mask) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__) && VECTOR_BYTES == 32
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
   INTEGER set = 0;
   for (int i = 0; i < LANES; i++) set |= mask[i];
@@ -186,6 +188,33 @@ INLINE vec NAME(inverse)(vec a) {
 
 #else
 
+#if defined(__AVX2__) && VECTOR_BYTES == 32
+#define EIGHTHS 0x1.8p20f /* added to t, it rounds it to 1/8: the low bits are the place in a table of 2^(i/8) */
+
+/* 2^t for t = shifted - EIGHTHS + r, and 0 where that is -127: a table in one register and a cubic, 1.5 ulp. */
+INLINE vec NAME(exp2_parts)(vec shifted, vec r) {
+  ivec place = (ivec)shifted;
+  ivec entry = (ivec)_mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)simba_eighths), (__m256i)place);
+  vec power = (vec)(entry + (place << 20)); /* by 2^floor(t): the place has been taken off the entry */
+  return power * r * ((r * 5.5504109e-2f + 0.24025762f) * r + 0.69314718f) + power;
+}
+
+/* 2^(ab) for |ab| < 10^5, as above. A large ab leaves r large and overflows. In this order NaN comes through min and max. */
+INLINE vec NAME(exp2_tame)(vec a, vec b) {
+  __m256 low = _mm256_set1_ps(EIGHTHS - 127), high = _mm256_set1_ps(EIGHTHS + 127.875f);
+  vec shifted = (vec)_mm256_min_ps(high, _mm256_max_ps(low, (__m256)(a * b + EIGHTHS)));
+  return NAME(exp2_parts)(shifted, a * b - (shifted - EIGHTHS));
+}
+
+/* 2^t for any t. */
+INLINE vec NAME(exp2)(vec t) {
+  t = (vec)_mm256_max_ps(_mm256_set1_ps(-127), (__m256)t);
+  vec shifted = (vec)_mm256_min_ps(_mm256_set1_ps(EIGHTHS + 127.875f), (__m256)(t + EIGHTHS));
+  return NAME(exp2_parts)(shifted, t - (shifted - EIGHTHS));
+}
+
+#else
+
 /* 2^t, and 0 below 2^-126, to 1.5 ulp; NaN stays. A polynomial for [-1/2, 1/2] (Cephes' exp2f). */
 INLINE vec NAME(exp2)(vec t) {
   ivec gone = t < -126.0f;
@@ -203,30 +232,9 @@ INLINE vec NAME(exp2)(vec t) {
   return (vec)(~gone & (ivec)(p * scale));
 }
 
-/* ln a for a >= 0 (0 gives -inf, NaN and inf stay). Cephes' logf. */
-INLINE vec NAME(log)(vec a) {
-  ivec tiny = a < 1.17549435e-38f;
-  vec scaled = select(tiny, a * 0x1p24f, a);
-  ivec bits = (ivec)scaled;
-  ivec exponent = ((bits >> 23) & 0xff) - 126;
-  vec m = (vec)((bits & 0x007fffff) | 0x3f000000); /* [1/2, 1) */
-  ivec low = m < 0.70710678f;
-  m = select(low, m + m, m) - 1.0f;
-  exponent = exponent + low; /* true is -1 */
-  vec e = __builtin_convertvector(exponent, vec) - select(tiny, splat(24.0f), splat(0));
-  vec m2 = m * m;
-  vec p = m * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  vec result = m * m2 * p + e * -2.12194440e-4f - 0.5f * m2 + m + e * 0.693359375f;
-  result = select(a == 0.0f, splat(-__builtin_inff()), result);
-  return select((a == splat(__builtin_inff())) | (a != a), a, result);
-}
+INLINE vec NAME(exp2_tame)(vec a, vec b) { return NAME(exp2)(a * b); }
+
+#endif
 
 /* ln(1 + u) for u in [0, 1], to the last bits also where u is tiny: 2 artanh(u / (2 + u)) as its series. */
 INLINE vec NAME(log1p_unit)(vec u) {
@@ -239,7 +247,15 @@ INLINE vec NAME(log1p_unit)(vec u) {
   return s * (p * s2 + 2.0f);
 }
 
-INLINE vec NAME(exp2_tame)(vec a, vec b) { return NAME(exp2)(a * b); }
+/* ln a for a >= 0 (0 gives -inf, NaN and inf stay). Subnormals count as zero. */
+INLINE vec NAME(log)(vec a) {
+  ivec bits = (ivec)a;
+  vec mantissa = (vec)((bits & 0x007fffff) | 0x3f800000);
+  vec result = __builtin_convertvector((bits >> 23) - 127, vec) * 0.69314718f + NAME(log1p_unit)(mantissa - 1.0f);
+  result = select(a < 1.17549435e-38f, splat(-__builtin_inff()), result);
+  return select(a < splat(__builtin_inff()), result, a); /* inf and NaN */
+}
+
 INLINE vec NAME(inverse)(vec a) { return 1.0f / a; }
 #endif
 

@@ -80,10 +80,11 @@ def causal_conv1d() -> dict[str, Call]:
     return {"simba": lambda: OPS.causal_conv1d(x, weight, bias, True), "torch": plain}
 
 
-def linears(tokens: int) -> dict[str, Call]:
+def linears(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """in_proj and out_proj of eight layers, so that no weight is still in a cache when it is read."""
-    inner, outer = rows(tokens, HIDDEN), rows(tokens, CHANNELS)
-    weights = [(torch.randn(2 * CHANNELS, HIDDEN), torch.randn(HIDDEN, CHANNELS)) for _ in range(8)]
+    inner, outer = rows(tokens, HIDDEN).to(dtype), rows(tokens, CHANNELS).to(dtype)
+    shapes = (2 * CHANNELS, HIDDEN), (HIDDEN, CHANNELS)
+    weights = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(8)]
 
     def products(linear: Callable[[Tensor, Tensor], Tensor]) -> None:
         for in_proj, out_proj in weights:
@@ -98,6 +99,10 @@ def linears(tokens: int) -> dict[str, Call]:
 
 def linear_of_a_prompt() -> dict[str, Call]:
     return linears(TOKENS)
+
+
+def linear_of_a_prompt_in_bfloat16() -> dict[str, Call]:
+    return linears(TOKENS, torch.bfloat16)
 
 
 def linear_of_kept_tokens() -> dict[str, Call]:
@@ -251,6 +256,7 @@ OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     selective_scan_of_kept_tokens: ("simba", "simba, gathers first"),
     causal_conv1d: ("simba", "torch"),
     linear_of_a_prompt: ("simba", "torch"),
+    linear_of_a_prompt_in_bfloat16: ("simba", "torch"),
     linear_of_kept_tokens: ("simba", "torch"),
     linear_of_a_step: ("simba", "torch"),
     linear_of_eight_steps: ("simba", "torch"),

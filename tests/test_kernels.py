@@ -49,6 +49,28 @@ def test_selective_scan(level: int, dtype: torch.dtype, data: st.DataObject) -> 
 
 @needs_native
 @each_level
+@pytest.mark.parametrize("states", [1, 4])  # a state by itself, and a group whose exponents are multiplied on the way
+def test_exponentials_over_their_whole_range(level: int, states: int) -> None:
+    """Of two tokens the second has no input, so y_2 = exp(Δ_2 A)."""
+    exponent = torch.cat([torch.linspace(-110, 100, 4200), torch.tensor([-6e4, -1e4, -0.0, 1e4, 6e4, torch.nan])])
+    for more in (torch.empty(0), torch.tensor([-1e30, 1e30])):  # with these, its lanes go another way
+        exponents = torch.cat([exponent, more])
+        ones = torch.ones_like(exponents)
+        x, dt = torch.stack([ones, 0 * ones])[None], torch.stack([ones, -exponents])[None]
+        A, B, C = -torch.ones(len(exponents), states), torch.ones(1, 2, states), torch.ones(1, 2, states)
+        with at_level(level):
+            y = OPS.selective_scan(x, dt, A, B, C, None, None, None, False, None)[0][0, 1].double() / states
+        exact = exponents.double().exp()
+        normal = (exact > 2.0**-126) & (exact < 2.0**127 / states)
+        rounded = 4e-7 + 1.3e-7 * exponents.double().abs()  # 1.5 ulp and the sum's; two roundings of the exponent
+        assert ((y / exact - 1).abs() <= rounded)[normal].all()
+        assert (y[exact < 2.0**-126] <= 2.0**-126).all()
+        assert (y[exact > 2.0**128] == torch.inf).all()
+        assert y[exact.isnan()].isnan().all()
+
+
+@needs_native
+@each_level
 @each_dtype
 @settings(max_examples=5)
 @given(data=st.data())

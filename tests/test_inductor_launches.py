@@ -156,6 +156,14 @@ def test_a_mixer_and_a_step_of_mamba(started: list[str], monkeypatch: pytest.Mon
     assert kernels <= {*started}
 
 
+def test_a_step_of_a_whole_mixer(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products between two kernels, since the number of sequences is not known."""
+    weights = (normal(8, 4), None, normal(11, 8), normal(8, 3), normal(8), normal(8, 4), normal(8))
+    calls = [(normal(n, 8, 4), normal(n, 8, 4), normal(n, 1, 16), *weights) for n in (3, 5)]
+    assert_compiled_alike(lambda *args: (OPS.mixer_update(*args),), monkeypatch, calls)
+    assert {*started} == {"_conv_step", "_state_step"}
+
+
 def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits of the steps, among them infinity, which Inductor passes as double."""
 

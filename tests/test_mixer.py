@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from simba_compile.kernels import native, native_linear, native_mixer, reference
 from simba_compile.passes import lower
 
 OPS = torch.ops.simba
+lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
 
 
 @st.composite
@@ -271,10 +273,14 @@ def lowered(module: nn.Module, batch: int, symbolic: bool) -> tuple[list[Any], l
 
 @needs_native
 @pytest.mark.parametrize(("batch", "symbolic"), [(1, False), (3, False), (3, True)])
-def test_a_step_is_one_operator(batch: int, symbolic: bool) -> None:
+@pytest.mark.parametrize("linear", [OPS.linear, F.linear], ids=["our-products", "torchs-products"])
+def test_a_step_is_one_operator(linear: Any, batch: int, symbolic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products of torch, as on a GPU, too."""
+    if linear is F.linear:
+        monkeypatch.setattr(lowering, "_is_ours", lambda product: False)
     targets, ours, theirs = lowered(Step(), batch, symbolic)
-    assert [target for target in targets if target is not OPS.linear] == ["squeeze", OPS.mixer_update]
-    assert targets.count(OPS.linear) == 2
+    assert [target for target in targets if target is not linear] == ["squeeze", OPS.mixer_update]
+    assert targets.count(linear) == 2
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

@@ -46,6 +46,15 @@ def step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
     return state, x, x, A, B, B, D, x, D, True
 
 
+def mixer_step(dtype: torch.dtype, states: int, rank: int, batch: int = 1) -> tuple[Any, ...]:
+    """The arguments of `mixer_update`, whose kernel makes the steps, too, where the batch is small."""
+    state, window = empty(batch, CHANNELS, states, dtype=F32), empty(batch, CHANNELS, 4, dtype=dtype)
+    projected, filters = empty(batch, 1, 2 * CHANNELS, dtype=dtype), empty(CHANNELS, 4, dtype=dtype)
+    x_proj, dt_proj = empty(rank + 2 * states, CHANNELS, dtype=dtype), empty(CHANNELS, rank, dtype=dtype)
+    D, A_log = empty(CHANNELS, dtype=dtype), empty(CHANNELS, states, dtype=dtype)
+    return state, window, projected, filters, D, x_proj, dt_proj, D, A_log, D
+
+
 def mamba2(dtype: torch.dtype, pool: str) -> tuple[Any, ...]:
     """The arguments of `ssd_influence`: 80 heads of 64 channels, 128 states."""
     x, dt, B = (empty(BATCH, TOKENS, *shape, dtype=dtype) for shape in ((80, 64), (80,), (1, 128)))
@@ -124,6 +133,10 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "state-4": ("state_update", lambda: step(BF16, 4)),
     "state-16": ("state_update", lambda: step(BF16, 16)),
     "state-256": ("state_update", lambda: step(F32, 256)),
+    "mixer-2.8b": ("mixer_update", lambda: mixer_step(BF16, 16, 160)),
+    "mixer-largest": ("mixer_update", lambda: mixer_step(F32, 16, 256)),
+    "mixer-64": ("mixer_update", lambda: mixer_step(F32, 64, 64)),
+    "mixer-many": ("mixer_update", lambda: mixer_step(BF16, 16, 160, batch=64)),
     "norm-2560": ("rms_norm", lambda: (empty(BATCH, TOKENS, 2560), empty(2560), 1e-5)),
     "norm-16": ("rms_norm", lambda: (empty(BATCH, TOKENS, 16), None, 1e-5)),
     "gated-norm": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1)),
@@ -203,6 +216,15 @@ def test_loop_of_causal_conv1d() -> None:
     assert loop["STG.E.128"] == count(loop, "ST") == vectors
 
 
+def test_rows_of_dt_proj_in_a_step() -> None:
+    """Each is one load, and a sum over the lanes of a warp, which waits for no other and needs no shared memory."""
+    built = check("sm_90", record(gpu.KERNELS["mixer_update"], *mixer_step(BF16, 16, 160)))[-1]
+    rows = 8
+    assert len(re.findall(r"LDG\.E\.128", built.sass)) == rows + 2  # the state and the rank's numbers
+    assert len(re.findall("SHFL", built.sass)) <= 5 * rows + 4
+    assert built.shared == 0 and "BAR.SYNC" not in built.sass
+
+
 def test_spills_are_seen() -> None:
     """Held to 32 registers the kernel spills, and the harness says so."""
     launch = record(gpu.KERNELS["influence"], *scored(BF16, "max"))[-1]
@@ -237,6 +259,10 @@ ONES: dict[str, tuple[Any, ...]] = {
     ),
     "state_update": (
         empty(1, 1, 1), *(empty(1, 1),) * 2, empty(1, 1), *(empty(1, 1),) * 2, empty(1), empty(1, 1), empty(1), True,
+    ),
+    "mixer_update": (
+        empty(1, 1, 1), empty(1, 1, 1), empty(1, 1, 2), empty(1, 1), empty(1), empty(3, 1), empty(1, 1), empty(1),
+        empty(1, 1), empty(1),
     ),
     "select": (empty(1, 1, dtype=F64), 1, 0, 1),
     "gather": (empty(1, 1, 1), empty(1, 1, dtype=torch.int64), 1),
@@ -295,6 +321,7 @@ def test_steps_in_place_have_no_spare_threads(size: int, states: int) -> None:
     for launches, held in (
         (record(gpu.KERNELS["ssd_state_update"], state, x, x[..., 0], heads, B, B, heads, heads, True), "BLOCK_P"),
         (record(gpu.KERNELS["state_update"], *step(F32, states)), "BLOCK_C"),
+        (record(gpu.KERNELS["mixer_update"], *mixer_step(F32, states, size))[1:], "BLOCK_C"),
     ):
         constants = launches[0].constants
         numbers = constants[held] * constants["BLOCK_N"]

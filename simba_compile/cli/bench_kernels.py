@@ -173,6 +173,20 @@ def state_update(batch: int, tokens: int, channels: int, states: int) -> Case:
     return Case("state_update", (state, x, dt, A, B, C, D, z, bias, True), moved, peer, "mamba-ssm selective_state_update")
 
 
+def mixer_update(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """One decoding step from in_proj to out_proj, with the two projections between."""
+    rank = channels // 32  # as in Mamba, whose channels are twice as many as the residual stream's
+    state, window = torch.randn(batch, channels, states), torch.randn(batch, channels, 4, dtype=torch.bfloat16)
+    projected = torch.randn(batch, 1, 2 * channels, dtype=torch.bfloat16)
+    weight, bias = _filter(channels)
+    x_proj = torch.randn(rank + 2 * states, channels, dtype=torch.bfloat16) * channels**-0.5
+    dt_proj = torch.randn(channels, rank, dtype=torch.bfloat16) * rank**-0.5
+    A_log = torch.arange(1, states + 1).log().repeat(channels, 1)
+    weights = (weight, bias, x_proj, dt_proj, torch.full((channels,), -4.0), A_log, torch.ones(channels))
+    moved = 2 * size_of(state, window) + size_of(projected, *weights) + size_of(projected) // 2
+    return Case("mixer_update", (state, window, projected, *weights), moved)
+
+
 def _ssd(batch: int, tokens: int, channels: int) -> tuple[Any, ...]:
     """x, dt, A, B, C, D, dt_bias of Mamba-2: heads of 32 or 64 channels, one group of 128 states."""
     size = 64 if channels % 64 == 0 else 32
@@ -230,7 +244,8 @@ def gated_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
 CASES: dict[str, Callable[..., Case]] = {
     maker.__name__: maker
     for maker in (
-        selective_scan, kept_scan, influence, select, gather, causal_conv1d, rms_norm, state_update, conv_update,
+        selective_scan, kept_scan, influence, select, gather, causal_conv1d, rms_norm,
+        state_update, conv_update, mixer_update,
         ssd_scan, ssd_influence, ssd_state_update, gated_norm,
         selective_scan_backward, causal_conv1d_backward, ssd_scan_backward,
     )

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.pieces import pieces_of
+from simba_compile.passes.pieces import is_of_one_type, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fuse_step
 from simba_compile.passes.tokens import (
@@ -25,7 +25,7 @@ from simba_compile.passes.tokens import (
 )
 
 OPS = torch.ops.simba
-WIDENED = ("D", "dt_bias")  # what operators take in any type
+WIDENED = ("A_log", "D", "dt_bias")  # what operators take in any type
 POW, RSQRT, MEAN = (
     {"pow", torch.pow, operator.pow},
     {torch.rsqrt, "rsqrt"},
@@ -35,9 +35,9 @@ POW, RSQRT, MEAN = (
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
+    plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
     fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear, fuse_step)
-    plainer = (drop_marks, drop_casts, drop_widening, untranspose_product, cancel_transposes, gather_first, project_kept)
-    for rewrite in (*plainer, *fusions, read_cache):
+    for rewrite in (*plainer, *fusions, drop_widening, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -197,7 +197,7 @@ def project_kept(node: Node) -> None:
 def _project(projection: Node, x: Node, first: int, last: int, before: Node) -> Node:
     """Channels ``first`` to ``last`` of a projection, of x, by the rows of the weight that make them."""
     rows: list[Node | None] = []
-    for value in _linear_arguments(projection)[1:]:
+    for value in linear_arguments(projection)[1:]:
         part = None if value is None else insert(before, operator.getitem, value, slice(first, last))
         if part is not None:
             part.meta = {"example_value": value_of(value)[first:last]}
@@ -338,7 +338,7 @@ def fuse_residual(node: Node) -> None:
     for residual, product in (node.args, reversed(node.args)):
         if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
             continue
-        x, weight, bias = _linear_arguments(product)
+        x, weight, bias = linear_arguments(product)
         if sizes(residual) != sizes(product):  # one of them is broadcast
             continue
         kinds = {_dtype(value) for value in (residual, product, x)}
@@ -359,18 +359,10 @@ def fuse_residual(node: Node) -> None:
 def fuse_linear(node: Node) -> None:
     """``linear(x, weight, bias)`` on the CPU: `simba::linear`."""
     if node.target in LINEAR and _is_ours(node):
-        replace(node, insert(node, OPS.linear, *_linear_arguments(node), None, None))
-
-
-def _linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:
-    """x, weight and bias of a linear layer's call."""
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return node.args[0], node.args[1], bias  # type: ignore[return-value]
+        replace(node, insert(node, OPS.linear, *linear_arguments(node), None, None))
 
 
 def _is_ours(product: Node) -> bool:
-    """Whether our own product may run a linear layer: on the CPU, all in one dtype (autocast changes it)."""
-    values = [value_of(value) for value in (*_linear_arguments(product), product) if value is not None]
-    return all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values) and (
-        len({value.dtype for value in values}) == 1 and values[0].is_floating_point()
-    )
+    """Whether our own product may run a linear layer: on the CPU, all in one type."""
+    values = [value_of(node) for node in (*linear_arguments(product), product) if node is not None]
+    return is_of_one_type(product) and all(value.device.type == "cpu" for value in values)

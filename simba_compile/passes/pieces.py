@@ -1,7 +1,8 @@
-"""What a projection's output is split into along its channels: the convolution's input, the gate, the steps."""
+"""A projection's arguments, and what its output is split into: the convolution's input, the gate, the steps."""
 
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from simba_compile.passes.tokens import SPLITS, value_of
@@ -13,6 +14,19 @@ class Piece(NamedTuple):
     node: Node
     first: int
     last: int
+
+
+def linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:
+    """x, weight and bias of a linear layer's call."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return node.args[0], node.args[1], bias  # type: ignore[return-value]
+
+
+def is_of_one_type(projection: Node) -> bool:
+    """Whether a linear layer takes and gives one floating-point type, as it does not under autocast."""
+    values = [value_of(node) for node in (*linear_arguments(projection), projection) if node is not None]
+    types = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
+    return len(types) == 1 and all(kind is not None and kind.is_floating_point for kind in types)
 
 
 def split_axis(node: Node) -> int | None:

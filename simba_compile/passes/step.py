@@ -1,4 +1,4 @@
-"""A decoding step of a Mamba-1 mixer on the CPU: one operator in place of its parts."""
+"""A decoding step of a Mamba-1 mixer: one operator in place of its parts."""
 
 import operator
 from collections.abc import Iterator
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.passes.edit import erase, insert, replace, sizes
+from simba_compile.passes.pieces import is_of_one_type, linear_arguments
 from simba_compile.passes.tokens import (
+    LINEAR,
     SAME_MEMORY,
     expression,
     is_inplace,
@@ -28,8 +30,7 @@ NEG: set[Any] = {operator.neg, torch.neg, "neg"}
 def fuse_step(node: Node) -> None:
     """``conv_update``, x_proj, dt_proj and ``state_update``, where nothing else reads what is between: ``mixer_update``.
 
-    A step computes little, and each call costs it: there are some thirty in a mixer without this. That the projections are
-    `simba::linear` by now is so on the CPU alone.
+    A step computes little, and each call costs it: there are some thirty in a mixer without this.
     """
     if node.target is not OPS.state_update:
         return
@@ -87,8 +88,12 @@ def _readers(node: Node) -> Iterator[Node]:
 
 
 def _is_product(node: Node | None) -> bool:
-    """Whether it is a linear layer that adds nothing."""
-    return node is not None and node.target is OPS.linear and not any(node.args[2:])
+    """Whether it is a linear layer that adds nothing: `simba::linear` on the CPU, torch's elsewhere."""
+    if node is None:
+        return False
+    if node.target is OPS.linear:
+        return not any(node.args[2:])
+    return node.target in LINEAR and linear_arguments(node)[2] is None and is_of_one_type(node)
 
 
 def _log_of_minus(A: Any) -> Node | None:

@@ -18,6 +18,7 @@ from simba_compile.kernels.gpu import (
     elementary,
     gather,
     influence,
+    mixer,
     norm,
     runtime,
     select,
@@ -320,6 +321,41 @@ def test_state_update(
     y = state.state_update(held, *args)
     assert_near(y, reference.state_update(exact, *wide(args)))
     assert_near(held, exact)
+
+
+@few
+@given(
+    seeds, dtypes, layouts, st.sampled_from([1, 3, 9]), st.sampled_from([1, 5, 70]), st.sampled_from([1, 5, 16]),
+    st.sampled_from([1, 3, 16, 300]), flags, flags, flags,
+)  # fmt: skip
+def test_mixer_update(
+    seed: int, dtype: torch.dtype, layout: str, batch: int, channels: int, states: int, rank: int,
+    skip: bool, bias: bool, widened: bool,
+) -> None:  # fmt: skip
+    """What its parts make, whose steps are rounded only where a product of their own makes them, for many sequences."""
+    source, kind = Source(seed, dtype, layout), torch.float32 if widened else dtype
+    D, dt_bias, conv_bias = (source.normal(channels, dtype=kind) if have else None for have in (skip, bias, bias))
+    window, held = source.laid_out(batch, channels, 4), source.laid_out(batch, channels, states).float()
+    projected, conv_weight = source.laid_out(batch, 1, 2 * channels), source.normal(channels, 4, dtype=kind)
+    x_proj = source.laid_out(rank + 2 * states, channels) * channels**-0.5
+    dt_proj, A_log = source.laid_out(channels, rank) * rank**-0.5, source.normal(channels, states, dtype=kind)
+    args = [held, window, projected, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D]
+    exact, moved, shifted = wide(args), held.clone(), window.clone()
+
+    x, z = projected[:, 0].chunk(2, -1)
+    u = conv.conv_update(shifted, x, conv_weight, conv_bias, True)
+    low, B, C = torch.nn.functional.linear(u, x_proj).split([rank, states, states], -1)
+    dt = low.double() @ dt_proj.double().T
+    if batch > mixer.FEW or not state.can_project(states, rank):
+        dt = dt.to(dtype)
+    expected = state.state_update(moved, u, dt.float(), -A_log.float().exp(), B, C, D, z, dt_bias, True)
+
+    y = mixer.mixer_update(*args)
+    assert y.dtype == dtype and torch.equal(window, shifted)
+    assert_near(y[:, 0], expected.double())
+    assert_near(held, moved.double())
+    if dtype == torch.float32:
+        assert_near(y, reference.mixer_update(*exact))
 
 
 @few

@@ -2,7 +2,9 @@
 
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -19,6 +21,18 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """There is no ``PyInit`` function to export."""
         return []
+
+    def build_extensions(self) -> None:
+        """All sources at once: each level of instructions is half a minute of the compiler's."""
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **given: Any) -> list[str]:
+            with ThreadPoolExecutor() as pool:
+                made = pool.map(lambda source: compile_in_turn([source], **given), sources)
+                return [path for paths in made for path in paths]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         """With OpenMP where the compiler has it; one thread is still many times faster than plain torch."""

@@ -70,8 +70,8 @@ class Settings:
         """Sizes at which everything runs within seconds; the numbers mean nothing."""
         return cls(
             sizes={"tiny": models.TINY, "tiny, wider": models.TINY | {"hidden_size": 96}},
-            few=2,
-            many=3,
+            few=1,
+            many=2,
             tokens=96,
             batch_tokens=64,
             lengths=(64, 128),

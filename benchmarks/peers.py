@@ -47,7 +47,7 @@ class Settings:
     @classmethod
     def quick(cls) -> "Settings":
         """Sizes at which everything runs within seconds; the numbers mean nothing."""
-        return cls(models.TINY, layers=4, tokens=128, repeats=2, slow_repeats=1, inductor=False)
+        return cls(models.TINY, layers=2, tokens=128, repeats=2, slow_repeats=1, inductor=False)
 
 
 def ours(keep: float) -> str:

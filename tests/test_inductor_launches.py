@@ -12,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 
 from simba_compile.cli.models import going_on
+from simba_compile.kernels import gpu
 from simba_compile.kernels.ops import dispatch
 
 lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
@@ -113,13 +115,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     triton.runtime.driver._active = before
 
 
-def assert_compiled_alike(function: Callable, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[Any, ...]]) -> None:
-    """Compiled once for all lengths, on our kernels, it gives what it gives eagerly on the definitions; also in place."""
+def assert_compiled_alike(
+    function: Callable, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[Any, ...]], dynamic: bool = True
+) -> None:
+    """Compiled once for all calls, on our kernels, it gives what it gives eagerly on the definitions; also in place."""
     given = [tuple(value.clone() if isinstance(value, Tensor) else value for value in call) for call in calls]
     expected = [function(*call) for call in given]
     counters.clear()
     monkeypatch.setattr(dispatch, "GPU", "cpu")
-    compiled = torch.compile(function, backend="inductor", dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, backend="inductor", dynamic=dynamic, fullgraph=True)
     for call, results, changed in zip(calls, expected, given, strict=True):
         for ours, theirs in zip([*compiled(*call), *call], [*results, *changed], strict=True):
             if isinstance(theirs, Tensor):
@@ -156,12 +160,21 @@ def test_a_mixer_and_a_step_of_mamba(started: list[str], monkeypatch: pytest.Mon
     assert kernels <= {*started}
 
 
-def test_a_step_of_a_whole_mixer(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two products between two kernels, since the number of sequences is not known."""
-    weights = (normal(8, 4), None, normal(11, 8), normal(8, 3), normal(8), normal(8, 4), normal(8))
-    calls = [(normal(n, 8, 4), normal(n, 8, 4), normal(n, 1, 16), *weights) for n in (3, 5)]
-    assert_compiled_alike(lambda *args: (OPS.mixer_update(*args),), monkeypatch, calls)
+@pytest.mark.parametrize("batches", [(3, 5), (3,)], ids=["any-batch", "known-batch"])
+def test_a_step_of_a_whole_mixer(batches: tuple[int, ...], started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two products between two kernels where the number of sequences is not known, and with one where it is."""
+    products: set[int] = set()  # by the rows of their weights
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        products.add(int(weight.shape[0]))
+        return torch.nn.functional.linear(x, weight)
+
+    monkeypatch.setattr(gpu.mixer, "F", types.SimpleNamespace(linear=linear))
+    weights = (normal(8, 4), None, normal(38, 8), normal(8, 6), normal(8), normal(8, 16), normal(8))
+    calls = [(normal(n, 8, 16), normal(n, 8, 4), normal(n, 1, 16), *weights) for n in batches]
+    assert_compiled_alike(lambda *args: (OPS.mixer_update(*args),), monkeypatch, calls, dynamic=len(batches) > 1)
     assert {*started} == {"_conv_step", "_state_step"}
+    assert products == ({38, 8} if len(batches) > 1 else {38})
 
 
 def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from kernel_inputs import (
 )
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
 
 from simba_compile.cli.models import going_on
@@ -285,7 +286,16 @@ def test_a_step_is_one_operator(linear: Any, batch: int, symbolic: bool, monkeyp
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-KEPT = [ReadsWhatIsBetween, ReadsTheWindow, Writes, AnotherRate, RateBeforeAWrite, GateOfTheInput, SwappedPieces, ReadTwice]
+class ChangesAutocast(Step):
+    def between(self, u: Tensor, window: Tensor, z: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return None
+
+
+KEPT = [
+    ReadsWhatIsBetween, ReadsTheWindow, Writes, AnotherRate, RateBeforeAWrite, GateOfTheInput, SwappedPieces, ReadTwice,
+    ChangesAutocast,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", KEPT)
@@ -295,6 +305,17 @@ def test_other_steps_stay_in_parts(module: type[Step], batch: int) -> None:
     assert OPS.mixer_update not in targets and targets.count(OPS.state_update) == targets.count(OPS.conv_update) == 1
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_another_kind_meet_torchs_products() -> None:
+    """Quantised ones show a type like others, and need not know our operators."""
+    module = Step()
+    weight = module.x_proj.detach()
+    module.x_proj = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    targets, ours, theirs = lowered(module, 3, False)
+    assert F.linear in targets and OPS.mixer_update not in targets
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(*(value.a if isinstance(value, TwoTensor) else value for value in (a, b)))
 
 
 @needs_native

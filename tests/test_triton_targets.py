@@ -261,8 +261,8 @@ ONES: dict[str, tuple[Any, ...]] = {
         empty(1, 1, 1), *(empty(1, 1),) * 2, empty(1, 1), *(empty(1, 1),) * 2, empty(1), empty(1, 1), empty(1), True,
     ),
     "mixer_update": (
-        empty(1, 1, 1), empty(1, 1, 1), empty(1, 1, 2), empty(1, 1), empty(1), empty(3, 1), empty(1, 1), empty(1),
-        empty(1, 1), empty(1),
+        empty(1, 1, 16), empty(1, 1, 1), empty(1, 1, 2), empty(1, 1), empty(1), empty(33, 1), empty(1, 1), empty(1),
+        empty(1, 16), empty(1),
     ),
     "select": (empty(1, 1, dtype=F64), 1, 0, 1),
     "gather": (empty(1, 1, 1), empty(1, 1, dtype=torch.int64), 1),

@@ -38,3 +38,12 @@ def erase(node: Node) -> None:
         node.graph.erase_node(node)
         for source in sources:
             erase(source)
+
+
+def mode_changes(first: Node, last: Node) -> bool:
+    """Whether autocast, or whether gradients are recorded, changes between two nodes."""
+    while first is not last:
+        first = first.next
+        if getattr(first.target, "__name__", "").startswith(("_enter_", "_exit_", "_set_grad_enabled")):
+            return True
+    return False

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
-from simba_compile.passes.edit import erase, insert, replace, sizes
+from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
@@ -171,7 +171,7 @@ def project_kept(node: Node) -> None:
         return
     pieces = pieces_of(projection)
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
-    if gate is None or len(gate.node.users) != 1 or _mode_changes(projection, node):
+    if gate is None or len(gate.node.users) != 1 or mode_changes(projection, node):
         return
     if written_between(projection, node, *projection.all_input_nodes):
         return
@@ -205,15 +205,6 @@ def _project(projection: Node, x: Node, first: int, last: int, before: Node) -> 
     new = insert(before, projection.target, x, *rows)
     new.meta = {**projection.meta, "example_value": value_of(projection)[..., first:last]}
     return new
-
-
-def _mode_changes(first: Node, last: Node) -> bool:
-    """Whether autocast, or whether gradients are recorded, changes between two nodes."""
-    while first is not last:
-        first = first.next
-        if getattr(first.target, "__name__", "").startswith(("_enter_", "_exit_", "_set_grad_enabled")):
-            return True
-    return False
 
 
 def fuse_norm(node: Node) -> None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simba_compile.passes.tokens import SPLITS, value_of
 
@@ -23,10 +24,15 @@ def linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:
 
 
 def is_of_one_type(projection: Node) -> bool:
-    """Whether a linear layer takes and gives one floating-point type, as it does not under autocast."""
+    """Whether a linear layer takes and gives one floating-point type, as it does not under autocast.
+
+    A weight that is quantised, say, shows another type than it is of, and knows torch's operators alone.
+    """
     values = [value_of(node) for node in (*linear_arguments(projection), projection) if node is not None]
-    types = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
-    return len(types) == 1 and all(kind is not None and kind.is_floating_point for kind in types)
+    if not all(isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value) for value in values):
+        return False
+    types = {value.dtype for value in values}
+    return len(types) == 1 and values[0].is_floating_point()
 
 
 def split_axis(node: Node) -> int | None:

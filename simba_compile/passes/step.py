@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from simba_compile.passes.edit import erase, insert, replace, sizes
+from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments
 from simba_compile.passes.tokens import (
     LINEAR,
@@ -136,7 +136,9 @@ def _end(node: Node, shape: list[sympy.Expr]) -> Node | None:
 
 
 def _is_disturbed(first: Node, last: Node, window: Node) -> bool:
-    """Whether anything between two nodes writes, or reads the window, which the first one writes."""
+    """Whether anything between two nodes writes, changes autocast, or reads the window, which the first one writes."""
+    if mode_changes(first, last):
+        return True
     while first.next is not last:
         first = first.next
         if is_inplace(first) or any(shares_memory(source, window) for source in first.all_input_nodes):

@@ -26,7 +26,8 @@ def mixer_update(
     rows = projected.reshape(-1, projected.shape[-1])
     runtime.expect(
         projected=(rows, (batch, 2 * channels)), x_proj=(x_proj, (rank + 2 * states, channels)),
-        dt_proj=(dt_proj, (channels, rank)),
+        dt_proj=(dt_proj, (channels, rank)), dt_bias=(dt_bias, (channels,)), A_log=(A_log, (channels, states)),
+        D=(D, (channels,)),
     )  # fmt: skip
     x, z = rows.chunk(2, -1)
     u = conv.conv_update(window, x, conv_weight, conv_bias, True)

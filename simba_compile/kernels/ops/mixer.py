@@ -1,4 +1,4 @@
-"""One token through a whole Mamba-1 mixer: what a decoding step on the CPU calls once a layer."""
+"""One token through a whole Mamba-1 mixer: what a decoding step calls once a layer."""
 
 from typing import Any
 

@@ -22,13 +22,13 @@ bench: .venv/installed
 
 # Editable, so that the native kernels stand beside the source; constraints.txt pins what was tested. Two come into folders that
 # only their own tests see: mamba-ssm, without its CUDA extension (tests/test_mamba_ssm.py), and the oldest Triton that is
-# supported (tests/test_triton.py). pip compiles nothing to bytecode, which takes it a minute: Python does, what it imports.
+# supported (tests/test_triton.py).
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard simba_compile/kernels/cpu/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check \
-		-c constraints.txt --no-compile --no-build-isolation --no-deps --upgrade --target .venv/mamba_ssm mamba-ssm
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target .venv/triton_oldest triton==3.6.0
+		-c constraints.txt --no-build-isolation --no-deps --upgrade --target .venv/mamba_ssm mamba-ssm
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/triton_oldest triton==3.6.0
 	touch $@
 
 coverage: .venv/installed

@@ -1,5 +1,6 @@
 """Builds the native CPU kernels; everything else stands in pyproject.toml."""
 
+import os
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +28,12 @@ class BuildKernels(build_ext):
         compile_in_turn = self.compiler.compile
 
         def compile_at_once(sources: list[str], **given: Any) -> list[str]:
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 made = pool.map(lambda source: compile_in_turn([source], **given), sources)
                 return [path for paths in made for path in paths]
 
-        self.compiler.compile = compile_at_once
+        if self.compiler.compiler_type == "unix":
+            self.compiler.compile = compile_at_once
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+from torch.testing._internal.two_tensor import TwoTensor
 from toys import HIDDEN, OPS, Captured, matrix, tokens, toys
 
 from simba_compile import Options
@@ -279,6 +280,19 @@ def test_lower_leaves_linear_layers_under_autocast_alone() -> None:
             return F.linear(h, matrix)
 
     assert F.linear in Captured(function, tokens()).lowered()
+
+
+def test_lower_leaves_quantised_weights_to_torch(device: str) -> None:
+    """They need know nothing but linear layers: no slices, no transposes, no operators of ours."""
+    square, broad = (TwoTensor(value, value.clone()) for value in (matrix, wide))
+
+    def function(h: Tensor, kept: Tensor) -> Tensor:
+        x, z, y = F.linear(h + F.linear(h, square), broad).split([HIDDEN, HIDDEN, HIDDEN], -1)
+        return OPS.gather(z, kept, 1) + x.mean() + y.mean()
+
+    targets = Captured(function, tokens(), torch.tensor([[0, 3, 4, 19], [1, 2, 7, 8]])).lowered()
+    assert targets.count(F.linear) == 2
+    assert OPS.linear not in targets and linear_onto not in targets
 
 
 def test_lower_drops_casts_that_do_nothing() -> None:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.pieces import is_of_one_type, linear_arguments, pieces_of
+from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fuse_step
 from simba_compile.passes.tokens import (
@@ -168,6 +168,8 @@ def project_kept(node: Node) -> None:
     split: Node = node.args[0].args[0]  # type: ignore[assignment, union-attr]
     projection = split.args[0] if split.target in SPLITS else None
     if not isinstance(projection, Node) or projection.target not in LINEAR or _rank(projection) != 3:
+        return
+    if not is_plain(projection):
         return
     pieces = pieces_of(projection)
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
@@ -330,7 +332,7 @@ def fuse_residual(node: Node) -> None:
         if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
             continue
         x, weight, bias = linear_arguments(product)
-        if sizes(residual) != sizes(product):  # one of them is broadcast
+        if sizes(residual) != sizes(product) or not is_plain(product):  # one of them is broadcast, or quantised
             continue
         kinds = {_dtype(value) for value in (residual, product, x)}
         if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
@@ -356,4 +358,4 @@ def fuse_linear(node: Node) -> None:
 def _is_ours(product: Node) -> bool:
     """Whether our own product may run a linear layer: on the CPU, all in one type."""
     values = [value_of(node) for node in (*linear_arguments(product), product) if node is not None]
-    return is_of_one_type(product) and all(value.device.type == "cpu" for value in values)
+    return is_of_one_type(product) and is_plain(product) and all(value.device.type == "cpu" for value in values)

@@ -23,16 +23,17 @@ def linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:
     return node.args[0], node.args[1], bias  # type: ignore[return-value]
 
 
-def is_of_one_type(projection: Node) -> bool:
-    """Whether a linear layer takes and gives one floating-point type, as it does not under autocast.
+def is_plain(projection: Node) -> bool:
+    """Whether a linear layer's weights are plain tensors: quantised ones, say, need know nothing but linear layers."""
+    values = [value_of(node) for node in linear_arguments(projection) if node is not None]
+    return not any(is_traceable_wrapper_subclass(value) for value in values)
 
-    A weight that is quantised, say, shows another type than it is of, and knows torch's operators alone.
-    """
+
+def is_of_one_type(projection: Node) -> bool:
+    """Whether a linear layer takes and gives one floating-point type, as it does not under autocast."""
     values = [value_of(node) for node in (*linear_arguments(projection), projection) if node is not None]
-    if not all(isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value) for value in values):
-        return False
-    types = {value.dtype for value in values}
-    return len(types) == 1 and values[0].is_floating_point()
+    types = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
+    return len(types) == 1 and all(kind is not None and kind.is_floating_point for kind in types)
 
 
 def split_axis(node: Node) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -174,6 +175,12 @@ def tiny_model(
                 if "norm" in name:
                     setattr(module, name, ExactNorm(child))
     return model.to(dtype)
+
+
+def have_products_of_torch(patch: pytest.MonkeyPatch) -> None:
+    """Lower as for a GPU, where linear layers are torch's."""
+    lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
+    patch.setattr(lowering, "_is_ours", lambda product: False)
 
 
 def simba(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Callable:

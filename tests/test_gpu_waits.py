@@ -7,13 +7,12 @@ the GPU: torch built for the CPU can index no CUDA tensor, not even a fake one.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import OPERATORS, left_padding, random_ids, simba
+from conftest import OPERATORS, have_products_of_torch, left_padding, random_ids, simba
 from families import FAMILIES, tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -28,7 +27,6 @@ from simba_compile.kernels.ops import dispatch
 pytest.importorskip("triton")
 from simba_compile.kernels.gpu import runtime
 
-lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
 GPU = "meta"
 OPTIONS: dict[str, Any] = {"keep": 0.3, "min_tokens": 4}
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
@@ -79,7 +77,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[GraphModule, tuple]]:
         return run
 
     monkeypatch.setattr(simba_compile.backend, "compile_inner", spy)
-    monkeypatch.setattr(lowering, "_is_ours", lambda product: False)  # products are torch's, as on a GPU
+    have_products_of_torch(monkeypatch)
     return calls
 
 

@@ -6,7 +6,6 @@ process, with the arguments that Inductor gives them: views, strides, lengths, w
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import re
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from conftest import close, random_ids, simba, tiny_model
+from conftest import close, have_products_of_torch, random_ids, simba, tiny_model
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -35,7 +34,6 @@ from simba_compile.cli.models import going_on
 from simba_compile.kernels import gpu
 from simba_compile.kernels.ops import dispatch
 
-lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
 OPS = torch.ops.simba
 SERVER = Path(__file__).parent / "interpreter_server.py"
 
@@ -206,7 +204,7 @@ def test_a_whole_model(started: list[str], monkeypatch: pytest.MonkeyPatch) -> N
         torch._dynamo.reset()
         if inner == "inductor":
             monkeypatch.setattr(dispatch, "GPU", "cpu")
-            monkeypatch.setattr(lowering, "_is_ours", lambda product: False)  # products are torch's, as on a GPU
+            have_products_of_torch(monkeypatch)
         compiled = simba(model, keep=0.3, min_tokens=4, inner=inner)
         with torch.no_grad():
             for length in (21, 30):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import have_products_of_torch
 from torch import Tensor
 from torch.fx import Node
 from torch.testing._internal.two_tensor import TwoTensor
@@ -208,7 +208,7 @@ def sums(nodes: Iterable[Node]) -> int:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Lower as for the CPU, where linear layers are ours, and as for other devices, where they are torch's."""
     if request.param == "elsewhere":
-        monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
+        have_products_of_torch(monkeypatch)
     return request.param
 
 

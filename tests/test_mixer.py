@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cache_of
+from conftest import cache_of, have_products_of_torch
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +36,6 @@ from simba_compile.kernels import native, native_linear, native_mixer, reference
 from simba_compile.passes import lower
 
 OPS = torch.ops.simba
-lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
 
 
 @st.composite
@@ -278,7 +276,7 @@ def lowered(module: nn.Module, batch: int, symbolic: bool) -> tuple[list[Any], l
 def test_a_step_is_one_operator(linear: Any, batch: int, symbolic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With products of torch, as on a GPU, too."""
     if linear is F.linear:
-        monkeypatch.setattr(lowering, "_is_ours", lambda product: False)
+        have_products_of_torch(monkeypatch)
     targets, ours, theirs = lowered(Step(), batch, symbolic)
     assert [target for target in targets if target is not linear] == ["squeeze", OPS.mixer_update]
     assert targets.count(linear) == 2

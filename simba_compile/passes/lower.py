@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
+from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fuse_step
 from simba_compile.passes.tokens import (
@@ -357,5 +357,4 @@ def fuse_linear(node: Node) -> None:
 
 def _is_ours(product: Node) -> bool:
     """Whether our own product may run a linear layer: on the CPU, all in one type."""
-    values = [value_of(node) for node in (*linear_arguments(product), product) if node is not None]
-    return is_of_one_type(product) and is_plain(product) and all(value.device.type == "cpu" for value in values)
+    return is_of_one_type(product) and all(value.device.type == "cpu" for value in linear_values(product))

@@ -1,6 +1,6 @@
 """A projection's arguments, and what its output is split into: the convolution's input, the gate, the steps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -23,17 +23,20 @@ def linear_arguments(node: Node) -> tuple[Node, Node, Node | None]:
     return node.args[0], node.args[1], bias  # type: ignore[return-value]
 
 
+def linear_values(projection: Node) -> list[Any]:
+    """What a linear layer takes and gives."""
+    return [value_of(node) for node in (*linear_arguments(projection), projection) if node is not None]
+
+
 def is_plain(projection: Node) -> bool:
-    """Whether a linear layer's weights are plain tensors: quantised ones, say, need know nothing but linear layers."""
-    values = [value_of(node) for node in linear_arguments(projection) if node is not None]
-    return not any(is_traceable_wrapper_subclass(value) for value in values)
+    """Whether a linear layer's tensors are plain ones: quantised weights, say, need know nothing but linear layers."""
+    return not any(is_traceable_wrapper_subclass(value) for value in linear_values(projection))
 
 
 def is_of_one_type(projection: Node) -> bool:
-    """Whether a linear layer takes and gives one floating-point type, as it does not under autocast."""
-    values = [value_of(node) for node in (*linear_arguments(projection), projection) if node is not None]
-    types = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
-    return len(types) == 1 and all(kind is not None and kind.is_floating_point for kind in types)
+    """Whether a linear layer's tensors are plain and of one floating-point type, as they are not under autocast."""
+    types = {value.dtype if isinstance(value, torch.Tensor) else None for value in linear_values(projection)}
+    return is_plain(projection) and len(types) == 1 and all(kind is not None and kind.is_floating_point for kind in types)
 
 
 def split_axis(node: Node) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
-from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments
+from simba_compile.passes.pieces import is_of_one_type, linear_arguments
 from simba_compile.passes.tokens import (
     LINEAR,
     SAME_MEMORY,
@@ -93,7 +93,7 @@ def _is_product(node: Node | None) -> bool:
         return False
     if node.target is OPS.linear:
         return not any(node.args[2:])
-    return node.target in LINEAR and linear_arguments(node)[2] is None and is_of_one_type(node) and is_plain(node)
+    return node.target in LINEAR and linear_arguments(node)[2] is None and is_of_one_type(node)
 
 
 def _log_of_minus(A: Any) -> Node | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import left_padding, random_ids, simba, tiny_model
+from conftest import have_products_of_torch, left_padding, random_ids, simba, tiny_model
 from eager_reference import pruned_forward
 from kernel_inputs import DEVICE
 
@@ -31,7 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         launch(kernel, *args, **constants)
 
     monkeypatch.setattr(dispatch, "GPU", DEVICE)
-    monkeypatch.setattr(importlib.import_module("simba_compile.passes.lower"), "_is_ours", lambda product: False)
+    have_products_of_torch(monkeypatch)
     monkeypatch.setattr(runtime, "launch", count)
     monkeypatch.setattr(influence, "CHUNK", 8)
     return counts

@@ -24,6 +24,7 @@ def mixer_update(
     """See `simba_compile.kernels.ops.mixer.mixer_update`."""
     (batch, channels, states), rank = state.shape, dt_proj.shape[1]
     rows = projected.reshape(-1, projected.shape[-1])
+    # The window is written before `update` looks at its own: what is wrong there is refused here.
     runtime.expect(
         projected=(rows, (batch, 2 * channels)), x_proj=(x_proj, (rank + 2 * states, channels)),
         dt_proj=(dt_proj, (channels, rank)), dt_bias=(dt_bias, (channels,)), A_log=(A_log, (channels, states)),

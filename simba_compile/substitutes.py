@@ -4,6 +4,7 @@ Each takes the arguments of the function of its name, computes what that compute
 it does not know; `capture` then leaves that call as it is. Nothing of transformers or mamba_ssm is imported here.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -49,10 +50,11 @@ def mamba_selective_scan(  # type: ignore[no-untyped-def]
     **kwargs,
 ):
     """The scan of Mamba-1."""
-    x, step, b, c = hidden_states.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-    gate = None if z is None else z.transpose(1, 2)
+    x, step, b, c, gate = in_one_type(hidden_states, dt, B, C, z)
+    x, step, b, c = x.transpose(1, 2), step.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)
+    gate = None if gate is None else gate.transpose(1, 2)
     y, state = torch.ops.simba.selective_scan(x, step, A, b, c, D, gate, delta_bias, delta_softplus, None)
-    y = y.transpose(1, 2)
+    y = in_type(y.transpose(1, 2), hidden_states.dtype)
     return (y, state) if return_last_state else y
 
 
@@ -60,7 +62,20 @@ def mamba_selective_state_update(  # type: ignore[no-untyped-def]
     state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
 ):
     """One step of the scan of Mamba-1."""
-    return torch.ops.simba.state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    x, step, b, c, gate = in_one_type(hidden_states, dt, B, C, z)
+    y = torch.ops.simba.state_update(state, x, step, A, b, c, D, gate, dt_bias, dt_softplus)
+    return in_type(y, hidden_states.dtype)
+
+
+def in_one_type(*values):  # type: ignore[no-untyped-def]
+    """What a scan takes for each token, in the widest of their types: under autocast the outputs of norms are wider."""
+    kind = functools.reduce(torch.promote_types, [value.dtype for value in values if value is not None])
+    return [in_type(value, kind) for value in values]
+
+
+def in_type(value, kind):  # type: ignore[no-untyped-def]
+    """A tensor, or none, in a type; without a node where it has that type."""
+    return value if value is None or value.dtype == kind else value.to(kind)
 
 
 def mamba2_chunk_scan(  # type: ignore[no-untyped-def]

@@ -274,12 +274,27 @@ def test_lower_gathers_in_the_scan_only_what_stays_as_it_is(write: bool) -> None
     assert (OPS.gather in Captured(function, tokens(), index).lowered()) == write
 
 
-def test_lower_leaves_linear_layers_under_autocast_alone() -> None:
-    def function(h: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_lower_leaves_linear_layers_under_autocast_alone(device: str) -> None:
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def product_within(h: Tensor, index: Tensor) -> Tensor:
+        with autocast:
             return F.linear(h, matrix)
 
-    assert F.linear in Captured(function, tokens()).lowered()
+    def sum_within(h: Tensor, index: Tensor) -> Tensor:
+        product = F.linear(h, matrix)
+        with autocast:
+            return h + product
+
+    def both_within(h: Tensor, index: Tensor) -> Tensor:
+        kept = OPS.gather(h.bfloat16(), index, 1)
+        with autocast:
+            return kept + F.linear(kept.sin(), matrix)
+
+    for function in (product_within, sum_within, both_within):
+        targets = Captured(function, tokens(), torch.arange(3, 8).expand(2, 5)).lowered()
+        assert linear_onto not in targets
+        assert F.linear in targets or function is sum_within  # whose product is alone outside
 
 
 def test_lower_leaves_quantised_weights_to_torch(device: str) -> None:

@@ -332,12 +332,11 @@ def fuse_residual(node: Node) -> None:
         if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
             continue
         x, weight, bias = linear_arguments(product)
-        if sizes(residual) != sizes(product) or not is_plain(product):  # one of them is broadcast, or quantised
+        if sizes(residual) != sizes(product) or _dtype(residual) != _dtype(product):  # one of them is broadcast or widened
             continue
-        kinds = {_dtype(value) for value in (residual, product, x)}
-        if bias is not None or len(product.users) != 1 or len(kinds) != 1 or _rank(residual) != 3 or _rank(product) != 3:
+        if bias is not None or len(product.users) != 1 or _rank(product) != 3 or not is_of_one_type(product):
             continue
-        if written_between(product, node, *product.all_input_nodes):
+        if mode_changes(product, node) or written_between(product, node, *product.all_input_nodes):
             continue
         gathered = residual.target is OPS.gather and len(residual.users) == 1
         if not _is_ours(product):

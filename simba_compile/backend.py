@@ -1,6 +1,6 @@
 """The entry point: ``torch.compile(model, backend="simba", options={...})`` calls `simba` with each graph.
 
-Dynamo ─▶ capture (while it traces) ─▶ passes: match → plan → prune → restore → lower ─▶ inner compiler ─▶ callable
+Dynamo ─▶ capture (while it traces) ─▶ passes (in `passes/__init__.py`, in order) ─▶ inner compiler ─▶ callable
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -22,6 +23,7 @@ from simba_compile.passes import Transformed, transform
 log = logging.getLogger("simba_compile")
 
 ROOM = 3200  # words of a frame that fits no chunk of CPython's, and gets one of 64 KiB with 38 KiB left
+TANGENTS = "simba's operators have no forward-mode derivatives: call the uncompiled model under torch.autograd.forward_ad."
 PADDED = "a sequence ends in padding, and the score asks what matters to the last position; pad on the left"
 
 
@@ -144,18 +146,23 @@ def records_nothing(gm: GraphModule) -> bool:
     return True
 
 
-def past_autograd(function: Callable) -> Callable:
-    """The function; where no gradients are recorded, its operators are called without autograd's detour.
+def past_autograd(gm: GraphModule) -> Callable:
+    """The graph; where no gradients are recorded, its operators are called without autograd's detour.
 
     An operator that is written in Python goes through two functions of autograd's before its own, to find that there is
-    nothing to record: for the hundred that a decoding step calls, 2 of 28 ms (docs/decisions.md).
+    nothing to record: for the hundred that a decoding step calls, 2 of 28 ms (docs/decisions.md). Neither way knows the
+    tangents of forward-mode differentiation.
     """
+    ours = any(getattr(node.target, "_qualified_op_name", "").startswith("simba::") for node in gm.graph.nodes)
 
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            return function(*args)
+        forward_mode = forward_ad._current_level >= 0
+        if forward_mode and ours:
+            raise NotImplementedError(TANGENTS)
+        if forward_mode or torch.is_grad_enabled():
+            return gm(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return function(*args)
+            return gm(*args)
 
     return run
 

@@ -50,20 +50,22 @@ def test_attention_over_a_cache_is_attention_to_what_is_left(data: st.DataObject
     query = torch.randn(batch, 4, queries, channels, dtype=torch.float64)
     key, value = torch.randn(2, batch, 2, kept, channels, dtype=torch.float64)
     cached = [OPS.cache_entries(x, positions, tokens, 2) for x in (key, value)]
-    kind = data.draw(st.sampled_from(["none", "bool", "float"]))
-    mask = None
+    kind = data.draw(st.sampled_from(["none", "bool", "float", "two axes"]))
+    mask = given = None
     if kind != "none":
         seen = torch.rand(batch, 1, queries, tokens) < 0.7
         seen[..., positions[:, -1].max()] = True
-        mask = seen if kind == "bool" else torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+        seen = seen[:1].expand_as(seen) if kind == "two axes" else seen
+        mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf) if kind == "float" else seen
+        given = mask[0, 0] if kind == "two axes" else mask
     columns = positions[:, None, None].expand(-1, 1, queries, -1)
     expected = F.scaled_dot_product_attention(
         query, key, value, None if mask is None else mask.gather(3, columns), scale=0.3, enable_gqa=True
     )
-    got = attention_over_cache(query, *cached, mask, scale=0.3, enable_gqa=True)
+    got = attention_over_cache(query, *cached, given, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, expected, equal_nan=True)
     marked = reference.is_marked(cached[0][:, 0, :, 0])
-    on_a_gpu = _attention_past(marked, query, *cached, mask, 0.0, False, scale=0.3, enable_gqa=True)
+    on_a_gpu = _attention_past(marked, query, *cached, given, 0.0, False, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(on_a_gpu, expected, equal_nan=True)
     if kept < tokens and mask is None:  # what does not know the marks shows it
         assert F.scaled_dot_product_attention(query, *cached, enable_gqa=True).isnan().all()
@@ -88,6 +90,11 @@ def test_keys_that_come_from_an_input_may_be_a_cache(name: str) -> None:
     lowered = Captured(lambda h: F.scaled_dot_product_attention(heads(h), keys(h), keys(h)), tokens()).lowered()
     assert (attention_over_cache in lowered) is may
     assert (F.scaled_dot_product_attention in lowered) is not may
+
+
+def test_attention_without_an_axis_for_heads_reads_no_cache() -> None:
+    lowered = Captured(lambda h: F.scaled_dot_product_attention(h, h, h), tokens()).lowered()
+    assert attention_over_cache not in lowered
 
 
 def test_sequences_with_different_numbers_of_entries() -> None:

@@ -43,6 +43,15 @@ def test_gradients_are_the_references(family: str, options: dict[str, Any], sele
         close(ours.grad, theirs.grad, 1e-5)
 
 
+def test_second_derivatives_are_refused() -> None:
+    """Those of the kernels would be missing from the sum."""
+    embeddings = torch.randn(2, 20, 32, requires_grad=True)
+    loss = simba(tiny_model(layers=1), keep=1.0)(inputs_embeds=embeddings).logits.square().sum()
+    (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
 def test_a_training_step_in_place() -> None:
     """The compiled model sees what the optimiser wrote, and its loss falls."""
     model = tiny_model(layers=2).train()

@@ -297,6 +297,14 @@ def test_lower_leaves_linear_layers_under_autocast_alone(device: str) -> None:
         assert F.linear in targets or function is sum_within  # whose product is alone outside
 
 
+@pytest.mark.parametrize("case", ["vector", "one bias for all", "no axis"])
+def test_lower_leaves_linear_layers_of_other_shapes_to_torch(case: str) -> None:
+    """A vector for a matrix, a bias that is no vector with a number for each row."""
+    weight, bias = matrix[0] if case == "vector" else matrix, torch.ones(1 if case == "one bias for all" else ())
+    targets = Captured(lambda h: F.linear(h, weight, bias), tokens(100)).lowered()
+    assert OPS.linear not in targets
+
+
 def test_lower_leaves_quantised_weights_to_torch(device: str) -> None:
     """They need know nothing but linear layers: no slices, no transposes, no operators of ours."""
     square, broad = (TwoTensor(value, value.clone()) for value in (matrix, wide))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import KEEP_FEW, close, pruned_exactly, random_ids, simba, tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -49,6 +50,17 @@ def test_a_graph_that_records_nothing(outer: Callable[[], Any], selected: list[T
     with torch.no_grad():
         close(logits, pruned_exactly(model, ids, None, **KEEP_FEW).logits, 1e-6)
     assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_tangents_are_refused_where_they_would_be_lost(mode: Callable[[], Any]) -> None:
+    linear, h = nn.Linear(8, 8), torch.randn(2, 5, 8)
+    with mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(h, torch.ones_like(h))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.compile(lambda x: linear(x) * 2, backend="simba")(dual)
+        tangent = forward_ad.unpack_dual(torch.compile(lambda x: x.sin() * 2, backend="simba")(dual)).tangent
+    torch.testing.assert_close(tangent, h.cos() * 2)
 
 
 def test_the_same_model_with_gradients() -> None:

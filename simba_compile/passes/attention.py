@@ -69,7 +69,7 @@ def _parts(node: Node, length: Length) -> set[Node]:
 
 def read_cache(node: Node) -> None:
     """Attention whose keys come from an input of the graph: `attention_over_cache`."""
-    if not is_attention(node):
+    if not is_attention(node) or value_of(_arguments(node)["key"]).dim() != 4:
         return
     queue: list[Node] = [_arguments(node)["key"]]
     seen = set(queue)
@@ -110,6 +110,7 @@ def attention_over_cache(
             rows = left[:, None, :, None]
             key, value = (x.gather(2, rows.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
             if attn_mask is not None:
+                attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
                 mask = attn_mask.expand(len(left), *attn_mask.shape[1:])
                 columns = left[:, None, None, :].expand(-1, *mask.shape[1:3], -1)
                 attn_mask = mask.gather(3, columns)

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from simba_compile.passes.tokens import expression, is_inplace, value_of
+from simba_compile.passes.tokens import expression, is_inplace, value_of, written_between
 
 
 def sizes(node: Any) -> list[sympy.Expr]:
@@ -47,3 +47,8 @@ def mode_changes(first: Node, last: Node) -> bool:
         if getattr(first.target, "__name__", "").startswith(("_enter_", "_exit_", "_set_grad_enabled")):
             return True
     return False
+
+
+def may_move(first: Node, last: Node, *sources: Node) -> bool:
+    """Whether the last of two nodes may compute from these sources what the first one computes from them."""
+    return not mode_changes(first, last) and not written_between(first, last, *sources)

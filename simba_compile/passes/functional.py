@@ -2,7 +2,9 @@
 
 ``m = zeros_like(x); m.scatter_(1, i, 1); y = ~m`` becomes ``m = zeros_like(x); n = m.scatter(1, i, 1); y = ~n``. Only where
 nobody can see the difference: the value that is written to was made by an operation (it is not a view of another value, and
-no input), and nothing made before the write is a view of it.
+no input), and nothing made before the write is a view of it. The modes of autograd and autocast have to be those that the
+value was made in: without gradients a write leaves the value its history, and an ordinary operation would have none. And
+products stay, for autocast changes the type of an ordinary one.
 
 Then what depends on where numbers lie in memory is made to do the same wherever they lie, for other passes move them:
 ``contiguous`` and ``reshape`` copy only what is not in order, and ``view`` fails on it.
@@ -15,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from simba_compile.passes.edit import mode_changes
 from simba_compile.passes.tokens import IN_PLACE, RESHAPES, is_inplace, shares_memory, storage_of, value_of, written
 
 _BY_LAYOUT: set[Any] = RESHAPES | {"contiguous", "ravel", torch.ravel}
+_PRODUCTS = {"addmm_", "addmv_", "addr_", "addbmm_", "baddbmm_"}
 _GIVE_THEIR_INPUT: set[Any] = {F.dropout, torch.dropout}  # in evaluation, where Dynamo shows a copy
 
 
@@ -29,15 +33,18 @@ def make_functional(graph: Graph) -> None:
         plain = _plain(node)
         if plain is None or not node.args or not isinstance(node.args[0], Node) or not _keeps_dtype(node):
             continue
-        written = node.args[0]
-        before = [user for user in written.users if place[user] < place[node]]
-        own = written.op in ("call_function", "call_method") and written.target not in _GIVE_THEIR_INPUT
-        near = before if written in made else [*written.all_input_nodes, *before]
-        if own and not any(shares_memory(written, other) or other.target in _GIVE_THEIR_INPUT for other in near):
-            node.target = plain
-            made.add(node)
-            for user in [user for user in written.users if place[user] > place[node]]:
-                user.replace_input_with(written, node)
+        value = node.args[0]
+        before = [user for user in value.users if place[user] < place[node]]
+        own = value.op in ("call_function", "call_method") and value.target not in _GIVE_THEIR_INPUT
+        near = before if value in made else [*value.all_input_nodes, *before]
+        if not own or any(shares_memory(value, other) or other.target in _GIVE_THEIR_INPUT for other in near):
+            continue
+        if mode_changes(value, node):
+            continue
+        node.target = plain
+        made.add(node)
+        for user in [user for user in value.users if place[user] > place[node]]:
+            user.replace_input_with(value, node)
 
 
 def allow_any_layout(graph: Graph) -> None:
@@ -70,6 +77,6 @@ def _plain(node: Node) -> Any:
     if node.op == "call_function":
         return IN_PLACE.get(node.target)
     name = node.target if node.op == "call_method" else None
-    if isinstance(name, str) and name.endswith("_") and not name.endswith("__") and name != "copy_":
+    if isinstance(name, str) and name.endswith("_") and not name.endswith("__") and name not in {"copy_", *_PRODUCTS}:
         return name[:-1] if callable(getattr(torch.Tensor, name[:-1], None)) else None  # requires_grad is no method
     return None

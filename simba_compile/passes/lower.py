@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
-from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
+from simba_compile.passes.edit import erase, insert, may_move, mode_changes, replace, sizes
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
@@ -65,7 +65,7 @@ def drop_marks(node: Node) -> None:
 
 
 def _stale(value: Node, node: Node, *sources: Node) -> bool:
-    """Whether sources of a value, the value or one on the way to it is written in place before a node.
+    """Whether sources of a value, the value or one on the way to it is written in place before a node, or modes change.
 
     The node then cannot compute from the sources what it computes from the value.
     """
@@ -73,7 +73,7 @@ def _stale(value: Node, node: Node, *sources: Node) -> bool:
     for step in way:  # grows while it is walked
         if step not in sources:
             way += [source for source in step.all_input_nodes if source not in way and _rank(source) >= 0]
-    return any(written_between(step, node, step) for step in way)
+    return any(written_between(step, node, step) or (step not in sources and mode_changes(step, node)) for step in way)
 
 
 def drop_casts(node: Node) -> None:
@@ -102,7 +102,7 @@ def drop_widening(node: Node) -> None:
             continue
         bias: Node = cast.args[0]  # type: ignore[assignment]
         widens = _dtype(cast) == torch.float32 and _dtype(bias) in (torch.bfloat16, torch.float16)
-        if widens and value_of(bias).device == value_of(cast).device and not written_between(cast, node, bias):
+        if widens and value_of(bias).device == value_of(cast).device and may_move(cast, node, bias):
             node.update_arg(i, bias)
             erase(cast)
 
@@ -114,7 +114,7 @@ def untranspose_product(node: Node) -> None:
     weight, across = node.args
     if not isinstance(weight, Node) or not isinstance(across, Node) or not _is_transpose(across):
         return
-    if _rank(weight) != 2 or _rank(across) != 3:
+    if _rank(weight) != 2 or _rank(across) != 3 or mode_changes(across, node):
         return
     rows = insert(node, torch.nn.functional.linear, across.args[0], weight)
     rows.meta["example_value"] = value_of(node).transpose(1, 2)
@@ -132,7 +132,7 @@ def cancel_transposes(node: Node) -> None:
     inner: Node = node.args[0]  # type: ignore[assignment]
     while inner.target == "contiguous":
         inner = inner.args[0]  # type: ignore[assignment]
-    if not _is_transpose(inner):
+    if not _is_transpose(inner) or mode_changes(inner, node):
         return
     x: Node = inner.args[0]  # type: ignore[assignment]
     if inner is not node.args[0] and written_between(inner, node.graph.output_node(), x, node):
@@ -148,7 +148,7 @@ def gather_first(node: Node) -> None:
         (read, *others) = applied.all_input_nodes
         if others or len(applied.users) != 1 or sizes(read) != sizes(applied):
             return
-        if written_between(applied, node, read, node.args[1]):  # type: ignore[arg-type]
+        if not may_move(applied, node, read, node.args[1]):  # type: ignore[arg-type]
             return
         gathered = insert(node, OPS.gather, read, *node.args[1:])
         gathered.meta = dict(read.meta)
@@ -173,9 +173,7 @@ def project_kept(node: Node) -> None:
         return
     pieces = pieces_of(projection)
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
-    if gate is None or len(gate.node.users) != 1 or mode_changes(projection, node):
-        return
-    if written_between(projection, node, *projection.all_input_nodes):
+    if gate is None or len(gate.node.users) != 1 or not may_move(projection, node, *projection.all_input_nodes):
         return
     x: Node = projection.args[0]  # type: ignore[assignment]
 
@@ -336,12 +334,12 @@ def fuse_residual(node: Node) -> None:
             continue
         if bias is not None or len(product.users) != 1 or _rank(product) != 3 or not is_of_one_type(product):
             continue
-        if mode_changes(product, node) or written_between(product, node, *product.all_input_nodes):
+        if not may_move(product, node, *product.all_input_nodes):
             continue
         gathered = residual.target is OPS.gather and len(residual.users) == 1
         if not _is_ours(product):
             replace(node, insert(node, linear_onto, residual, x, weight, gathered))
-        elif gathered and residual.args[2] == 1 and not written_between(residual, node, *residual.args[:2]):  # type: ignore[arg-type]
+        elif gathered and residual.args[2] == 1 and may_move(residual, node, *residual.args[:2]):  # type: ignore[arg-type]
             replace(node, insert(node, OPS.linear, x, weight, None, *residual.args[:2]))
         else:
             replace(node, insert(node, OPS.linear, x, weight, None, residual, None))
@@ -355,5 +353,7 @@ def fuse_linear(node: Node) -> None:
 
 
 def _is_ours(product: Node) -> bool:
-    """Whether our own product may run a linear layer: on the CPU, all in one type."""
-    return is_of_one_type(product) and all(value.device.type == "cpu" for value in linear_values(product))
+    """Whether our own product may run a linear layer: on the CPU, all in one type, with a matrix and a bias for each row."""
+    _, weight, bias = linear_arguments(product)
+    whole = _rank(weight) == 2 and (bias is None or sizes(bias) == sizes(weight)[:1])
+    return whole and is_of_one_type(product) and all(value.device.type == "cpu" for value in linear_values(product))

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from simba_compile.passes.edit import insert, replace, sizes
+from simba_compile.passes.edit import insert, may_move, mode_changes, replace, sizes
 from simba_compile.passes.pieces import split_axis
-from simba_compile.passes.tokens import PRODUCTS, value_of, written_between
+from simba_compile.passes.tokens import PRODUCTS, value_of
 
 OPS = torch.ops.simba
 RESHAPE = {"reshape", "view"}
@@ -56,7 +56,7 @@ def project_rows(node: Node) -> None:
     if len(given) != 3:  # the shape of another value
         return
     channels, batch, tokens = given  # type: ignore[misc]
-    if written_between(node, swapped, rows, weight):  # type: ignore[arg-type]
+    if not may_move(node.args[1], swapped, rows, weight):  # type: ignore[arg-type]
         return
     flat = len(sizes(rows)) == 2
     if sizes(rows)[: 1 if flat else 2] != ([sizes(apart)[1] * sizes(apart)[2]] if flat else sizes(apart)[1:]):
@@ -102,7 +102,7 @@ def convolve_rows(node: Node) -> None:
     activated = after is not None and after.target is F.silu
     last = after if activated else cut
     assert last is not None
-    if written_between(node, last, *node.all_input_nodes):
+    if not may_move(node, last, *node.all_input_nodes):
         return
     rows = _insert(last, "transpose", x, 1, 2)
     new = _insert(last, OPS.causal_conv1d, rows, _insert(last, "squeeze", weight, 1), given["bias"], activated)
@@ -119,7 +119,7 @@ def keep_window(node: Node) -> None:
     width = sizes(node)[2]  # the tokens and what is added
     if not width.is_Integer:
         return
-    if _is_swap(x):  # type: ignore[arg-type]
+    if _is_swap(x) and not mode_changes(x, node):  # type: ignore[arg-type]
         window = _insert(node, OPS.last_tokens, x.args[0], int(width), 1)  # type: ignore[union-attr]
         replace(node, _insert(node, "transpose", window, 1, 2))
     else:
@@ -131,6 +131,8 @@ def split_rows(node: Node) -> None:
     if split_axis(node) != 1 or len(node.args) < 2 or not _is_swap(node.args[0]):  # type: ignore[arg-type]
         return
     across, sizes_or_count = node.args[:2]
+    if any(mode_changes(across, piece) for piece in node.users):  # type: ignore[arg-type]
+        return
     rows = _insert(node, node.target, across.args[0], sizes_or_count, -1)  # type: ignore[arg-type, union-attr]
     for piece in list(node.users):
         replace(piece, _insert(piece, "transpose", _insert(piece, operator.getitem, rows, piece.args[1]), 1, 2))

@@ -40,8 +40,12 @@ def fake(name: str) -> Callable[[Callable], Callable]:
 
 
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
-    """Give the operator a gradient: `setup(ctx, inputs, output)` saves what `backward(ctx, *grads)` reads."""
-    torch.library.register_autograd(f"simba::{name}", backward, setup_context=setup, lib=LIBRARY)
+    """Give the operator a gradient: `setup(ctx, inputs, output)` saves what `backward(ctx, *grads)` reads.
+
+    The gradient has none itself: to ask for second derivatives raises, where they would be left out in silence.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+    torch.library.register_autograd(f"simba::{name}", once, setup_context=setup, lib=LIBRARY)
 
 
 @cache

@@ -1,0 +1,127 @@
+"""What a model computes without gradients, or under autocast, in a region of its own: no pass moves it into another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import have_products_of_torch
+from test_lower import normed
+from torch import Tensor
+
+OPS = torch.ops.simba
+SIZE = 6
+
+
+def residual(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.linear(x, w)
+    return x + y
+
+
+def residual_within(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    with torch.no_grad():
+        z = x + y
+    return y * z
+
+
+def norm(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = normed(x)
+    return v * y
+
+
+def gated_norm(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = normed((x * F.silu(x + 1)).view(*x.shape[:2], 2, -1)).view(x.shape)
+    return v * y
+
+
+def transposes(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x.transpose(1, 2)
+    return y.transpose(1, 2) * v
+
+
+def product_of_columns(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x.transpose(1, 2)
+    return (w @ y).transpose(1, 2)
+
+
+def gathered_gate(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.silu(x)
+    return OPS.gather(y, torch.tensor([[0, 2], [1, 4]]), 1) * v
+
+
+def scan(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """Of gathered tokens, with a bias that is widened."""
+    with torch.no_grad():
+        y = OPS.gather(x, torch.tensor([[0, 2], [1, 4]]), 1)
+        bias = v.bfloat16().float()
+    return OPS.selective_scan(y, y, -w.exp(), y, y, v, None, bias, True, None)[0]
+
+
+def convolution(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.conv1d(x.transpose(1, 2), w[:, None, :4], v, padding=3, groups=SIZE)
+    return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
+
+
+def write(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    y = F.silu(x)
+    with torch.no_grad():
+        y.clamp_(-0.1, 0.1)
+    return y * v
+
+
+def autocast_off(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = F.linear(x, w)
+        return x + y
+
+
+def autocast_on(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    half = x.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = F.linear(half, w)
+    return half + y
+
+
+def written_product(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = x.flatten(0, 1) * 2
+        y.addmm_(x.flatten(0, 1), w)
+        return y * 3
+
+
+REGIONS = [
+    *(residual, residual_within, norm, gated_norm, transposes, product_of_columns, gathered_gate, scan, convolution, write),
+    *(autocast_off, autocast_on, written_product),
+]
+
+
+@pytest.mark.parametrize("products", ["ours", "of torch"])
+@pytest.mark.parametrize("function", REGIONS, ids=lambda function: function.__name__)
+def test_regions(function: Callable, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if products == "of torch":
+        have_products_of_torch(monkeypatch)
+    results = []
+    for run in (function, torch.compile(function, backend="simba", fullgraph=True)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((2, 5, SIZE), (SIZE, SIZE), (SIZE,))
+        given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        result = run(*given)
+        if result.requires_grad:
+            result.float().square().sum().backward()
+        results.append([result, *(value.grad for value in given)])
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            assert found.requires_grad == expected.requires_grad
+            torch.testing.assert_close(found, expected)

@@ -1,4 +1,5 @@
-# `make demo` and `make test` set up all they need in .venv: Python 3.10 or newer and pip are enough.
+# `make demo` and `make test` set up all they need in .venv: Python 3.10 or newer with pip and venv, and a
+# C compiler, are enough.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -18,7 +19,7 @@ suite: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: .venv/installed
-	$(BIN)/simba bench
+	$(BIN)/simba bench --device cpu
 
 # Editable, so that the native kernels stand beside the source; constraints.txt pins what was tested. Two come into folders that
 # only their own tests see: mamba-ssm, without its CUDA extension (tests/test_mamba_ssm.py), and the oldest Triton that is

@@ -1,6 +1,6 @@
 """What happens while Dynamo traces: scans become single nodes, and the length becomes symbolic.
 
-This is the only file that touches Dynamo's internals.
+This is the only file that reaches into Dynamo while it traces.
 
 *Lift.* Hugging Face and mamba_ssm keep the convolution and the scan of every Mamba-based model in module-level functions.
 `torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The `substitutes` act
@@ -58,6 +58,11 @@ class InvalidOptions(exc.ShortenTraceback, ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
+        self.message = message
+
+    def __str__(self) -> str:
+        """The message alone: Dynamo adds how to report a bug in PyTorch to its exceptions."""
+        return self.message
 
 
 # --- asked while tracing ---------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class ExactNorm(nn.Module):
 
 
 def tiny_model(
-    family: str = "mamba", dtype: torch.dtype = torch.float32, *, layers: int = 4, seed: int = 0, **config: Any
+    family: str = "mamba", dtype: torch.dtype = torch.float32, *, layers: int = 3, seed: int = 0, **config: Any
 ) -> nn.Module:
     """A tiny model of this family in eval mode, with weights so spread that tokens differ in their influence.
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from simba_compile.analysis import budget, recall
@@ -203,6 +203,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         config = MambaConfig(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=3, state_size=4)
         MambaForCausalLM(config).save_pretrained(folder / name)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(folder / "no-mixer")
     (folder / "text").write_bytes(bytes(range(1, 201)) * 6)
     return folder
 
@@ -294,6 +296,9 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     assert "No such file" in told("--model", folder / "bytes", "--text", folder / "none")
     assert "too few" in told("--model", folder / "bytes", "--text", folder / "text", "--length", 5000)
     assert "vocabulary of 256" in told("--model", folder / "bytes", "--task", "recall")
+    assert "0 is not at least 2" in told("--model", folder / "bytes", "--length", 0)
+    assert "only names are compared" in told("--model", folder / "bytes", "--schedule", "0.5,0.3")
+    assert "there is no such folder" in told("--model", "/nowhere")
     assert "9 pairs" in told("--model", folder / "recall", "--task", "recall", "--pairs", 9, "--length", 12)
     assert "no list of whole numbers" in told("--model", folder / "recall", "--length", "1,x")
     assert "no list of numbers" in told("--model", folder / "recall", "--keep", "0.5,")
@@ -306,6 +311,11 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     on_text = ("--model", folder / "bytes", "--text", folder / "text", "--length", 50)
     assert "they read different tokens" in told(*on_text, "--smaller", folder / "small")
     assert "cannot be loaded" in told(*on_text, "--smaller", folder / "nothing")
+    assert "nothing is pruned at 20 tokens" in told(
+        *("--model", folder / "bytes", "--text", folder / "text", "--length", 20, "--last", 4, "--budget", 0.8)
+    )
+    assert "has no mixer" in told("--model", folder / "no-mixer", "--text", folder / "text", "--length", 20, "--last", 4)
+    assert "--every has several" in told(*on_text, "--smaller", folder / "bytes", "--every", "1,2")
     assert "--min-tokens has several" in told(*on_text, "--budget", 0.8, "--min-tokens", "4,8")
     assert "--length has several" in told("--model", folder / "bytes", "--budget", 0.8, "--length", "50,60")
     assert "without --task recall, --smaller" in told(

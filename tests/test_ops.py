@@ -280,6 +280,11 @@ BAD = {
     "ends negative": ("select", (torch.zeros(2, 5), 3, -1, 1), ValueError, r"-1"),
     "flat scores": ("select", (torch.zeros(5), 3, 0, 1), ValueError, r"scores"),
     "criterion": ("token_scores", (X, 2, "newest", 0), ValueError, r"newest.*recent"),
+    "uniform too many": ("token_scores", (X, 6, "uniform", 0), ValueError, r"k is 6; expected 0 to 5"),
+    "pool of heads": ("pool_heads", (X[..., 0], X[..., 0], "mean"), ValueError, r"mean.*absmax"),
+    "gather along the batch": ("gather", (X, I3, 0), ValueError, r"dim is 0.*3 axes"),
+    "entries of integers": ("cache_entries", (X.long(), I3, 5, 1), ValueError, r"int64.*floating-point"),
+    "last of no axis": ("last_tokens", (X, 3, -2), ValueError, r"dim -2"),
     "gather too far": ("gather", (X, I3 + 5, 1), IndexError, r"outside 0\.\.4"),
     "gather negative": ("gather", (X, I3 - 1, 1), IndexError, r"outside 0\.\.4"),
     "gather of integers": ("gather", (X, I3.int(), 1), ValueError, r"index is .*int32"),
@@ -325,7 +330,8 @@ BAD = {
         r"grad_state is \(2, 7, 2\).*\(2, 7, 3\)",
     ),
     "conv grad shape": ("causal_conv1d_backward", (X[:, :4], X, torch.ones(7, 4), None, True), ValueError, r"grad is"),
-    "restore too few": ("restore", (X, [X[:, :3]], []), ValueError, r"."),
+    "restore too few": ("restore", (X, [X[:, :3]], []), ValueError, r"1 values and 0 positions"),
+    "restore nothing": ("restore", (X, [], []), ValueError, r"0 values and 0 positions"),
 }
 
 

@@ -1,11 +1,10 @@
-"""The pictures of ``simba analyze``; matplotlib is loaded only here."""
+"""The pictures of ``simba analyze`` and ``simba eval``; matplotlib is loaded only when one is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simba_compile.cli.plot import GRID, INK, MUTED
-
+INK, MUTED, GRID = "#222222", "#666666", "#e4e4e4"
 DENSE, PRUNED = "#86aed4", "#12406f"
 SECOND = "#c2662d"
 COLOURS = (PRUNED, SECOND, "#4f8f5b", "#8a5aa8", "#b0a03a", "#86aed4")

@@ -21,13 +21,11 @@ class Task(Protocol):
     ----------
     unit : str
         What a value is.
-    higher_is_better : bool
     last : int
         Predictions at this many last positions are scored.
     """
 
     unit: str
-    higher_is_better: bool
     last: int
 
     def describe(self) -> dict[str, Any]:
@@ -57,7 +55,6 @@ class RecallTask:
     seed: int = 0
     window: int | None = None
     unit = "accuracy"
-    higher_is_better = True
     last = 1
 
     def describe(self) -> dict[str, Any]:
@@ -156,7 +153,6 @@ class TextTask:
     last: int
     longest: int
     unit = "bits per byte"
-    higher_is_better = False
 
     def __post_init__(self) -> None:
         room = len(self.text.ids) - self.longest - 1

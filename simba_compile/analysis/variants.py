@@ -97,10 +97,14 @@ class Variants:
         ------
         RuntimeError
             Where nothing has run yet.
+        ValueError
+            For a model without mixers.
         """
         if self.transformed is None:
             raise RuntimeError("nothing has run yet: the mixers are known once the model was traced.")
         rows = mixer_rows(self.transformed, tokens)
+        if not rows:
+            raise ValueError(f"{type(self.model).__name__} has no mixer that the backend finds: there is nothing to prune.")
         return sum(row.flops_dense for row in rows), sum(row.flops_pruned for row in rows)
 
     def share(self, options: Options, tokens: int) -> float:

@@ -73,6 +73,7 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
+            file_okay=False,
             help="Folder for the figures, as JSON and Markdown.",
             show_default="benchmarks/results; with --quick, build/benchmarks",
         ),
@@ -83,7 +84,9 @@ def bench(
     tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt, on the CPU.")] = 2048,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model, on the CPU.")] = 24,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each contender; the slow ones get at most 3.")] = 7,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and prompt: does everything run?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model and prompt, whatever the sizes given: does everything run?")
+    ] = False,
     skip_inductor: Annotated[
         bool, typer.Option("--skip-inductor", help="Leave Inductor out: compiling its scan takes minutes.")
     ] = False,
@@ -120,7 +123,8 @@ def bench(
 @app.command()
 def families(
     out: Annotated[
-        Path, typer.Option(help="Folder for families.json and families.md; what other models have there stays.")
+        Path,
+        typer.Option(file_okay=False, help="Folder for families.json and families.md; what other models have there stays."),
     ] = Path("benchmarks/results"),
     only: Annotated[str, typer.Option(help="Names of models, with commas.", show_default="all")] = "",
     tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt.")] = 2048,
@@ -129,14 +133,14 @@ def families(
         bool, typer.Option("--skip-inductor", help="Leave Inductor out: compiling its scans takes minutes.")
     ] = False,
 ) -> None:
-    """Time one model of each Mamba-based family, dense and pruned, beside Hugging Face's own code.
+    """Time a model of each Mamba-based family but `mamba` (see bench), dense and pruned, beside Hugging Face's own code.
 
     Random weights, batch 1, float32. The first two models have about 130 and 150 million parameters, the others are small.
     """
     from simba_compile.cli.bench_families import MODELS, run
 
-    names = [name.strip() for name in only.split(",") if name.strip()] or list(MODELS)
-    unknown = sorted({*names} - {*MODELS})
+    names = [name.strip() for name in only.split(",")] if only else list(MODELS)
+    unknown = [name or "model without a name" for name in sorted({*names} - {*MODELS})]
     if unknown:
         known = ", ".join(MODELS)
         raise typer.BadParameter(f"there is no {', '.join(unknown)}; the models are {known}.", param_hint="--only")
@@ -175,43 +179,54 @@ def explain(
     run(model, tokens, config_only, options)
 
 
-def _listed(convert: Callable[[str], Any], text: str, option: str) -> list[Any]:
-    """The values of an option that takes several, separated by commas."""
+def _listed(convert: Callable[[str], Any], text: str, option: str, least: int | None = None) -> list[Any]:
+    """The values of an option that takes several, separated by commas; each at least so much."""
     try:
-        return [convert(part.strip()) for part in text.split(",")]
+        values = [convert(part.strip()) for part in text.split(",")]
     except ValueError:
         kind = "whole numbers" if convert is int else "numbers"
         told = f"{text!r} is no list of {kind} separated by commas."
         raise typer.BadParameter(told, param_hint=option) from None
+    if least is not None and min(values) < least:
+        raise typer.BadParameter(f"{min(values)} is not at least {least}.", param_hint=option)
+    return values
 
 
 BACKEND = "Options of the backend: values separated by commas"
-Choices = Annotated[str, typer.Option(rich_help_panel=BACKEND)]
+
+
+def _several(told: str) -> Any:
+    """An option of the backend that takes several values."""
+    return typer.Option(help=told, rich_help_panel=BACKEND)
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="A folder, or a name on the Hugging Face Hub.")],
     task: Annotated[Task, typer.Option(help="Bits per byte of a text, or recall of planted pairs.")] = Task.text,
-    text: Annotated[list[Path] | None, typer.Option(help="A file to read; several are joined.")] = None,
-    length: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "512",
-    keep: Choices = "0.5,0.3,0.1",
-    criterion: Choices = "influence",
-    pool: Choices = "max",
-    dt_bias: Choices = "include",
-    placement: Choices = "scan",
-    schedule: Annotated[str, typer.Option(help="Names; no lists of shares.", rich_help_panel=BACKEND)] = "linear",
-    every: Choices = "1",
-    protect_first: Choices = "0",
-    protect_last: Choices = "1",
-    min_tokens: Choices = "32",
-    seed: Choices = "0",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of the text.")] = 48,
-    last: Annotated[int, typer.Option(min=1, help="Tokens scored, and protected, at the end of each window.")] = 32,
-    sequences: Annotated[int, typer.Option(min=2, help="Sequences of recall.")] = 256,
-    pairs: Annotated[str, typer.Option(help="Pairs in a sequence of recall.")] = "2",
-    within: Annotated[int | None, typer.Option(help="Plant pairs only among this many last tokens.")] = None,
-    smaller: Annotated[str | None, typer.Option(help="A smaller model: dense, against MODEL at as many FLOPs.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Task text: a file to read; several are joined.")] = None,
+    length: Annotated[str, typer.Option(help="Tokens of a sequence; several with commas.")] = "512",
+    keep: Annotated[str, _several("Share of the tokens left at the last mixer.")] = "0.5,0.3,0.1",
+    criterion: Annotated[str, _several("What ranks tokens: influence, recent, uniform or random.")] = "influence",
+    pool: Annotated[str, _several("A token's score over channels: max, absmax or l2.")] = "max",
+    dt_bias: Annotated[str, _several("Of Δ, in the score's decay: include or exclude.")] = "include",
+    placement: Annotated[str, _several("Drop tokens before a layer's scan (scan), or from its output (layer).")] = "scan",
+    schedule: Annotated[str, _several("linear or uniform; no lists of shares.")] = "linear",
+    every: Annotated[str, _several("Prune at every k-th mixer only.")] = "1",
+    protect_first: Annotated[str, _several("First tokens that always stay.")] = "0",
+    protect_last: Annotated[str, _several("Last tokens that always stay; those that are scored do in any case.")] = "1",
+    min_tokens: Annotated[str, _several("No layer has fewer tokens left.")] = "32",
+    seed: Annotated[str, _several("For the criterion random.")] = "0",
+    windows: Annotated[int, typer.Option(min=2, help="Task text: windows of the text.")] = 48,
+    last: Annotated[int, typer.Option(min=1, help="Task text: tokens scored, and protected, at each window's end.")] = 32,
+    sequences: Annotated[int, typer.Option(min=2, help="Task recall: how many sequences.")] = 256,
+    pairs: Annotated[str, typer.Option(help="Task recall: pairs in a sequence; several with commas.")] = "2",
+    within: Annotated[
+        int | None, typer.Option(min=1, help="Task recall: plant pairs only among this many last tokens.")
+    ] = None,
+    smaller: Annotated[
+        str | None, typer.Option(help="A smaller model: dense, against MODEL at as many FLOPs and one value of each option.")
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Choose shares at this share of the FLOPs on half of the text, and score them on the rest."),
@@ -227,11 +242,13 @@ def evaluate(
 ) -> None:
     """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
 
-    Options of the backend and --length take several values, separated by commas: every combination runs, and the dense
-    model.
+    Options of the backend, --length and --pairs take several values, separated by commas: every combination runs, and the
+    dense model.
     """
     from simba_compile.cli.eval import Request, run
 
+    if any(map(str.isdigit, schedule)):
+        raise typer.BadParameter("only names are compared; simba explain takes a list of shares.", param_hint="--schedule")
     numbers = {"keep": keep}
     whole = {"every": every, "protect_first": protect_first, "protect_last": protect_last}
     whole |= {"min_tokens": min_tokens, "seed": seed}
@@ -245,12 +262,12 @@ def evaluate(
         model=model,
         task=task.value,
         text=tuple(text or ()),
-        lengths=tuple(_listed(int, length, "--length")),
+        lengths=tuple(_listed(int, length, "--length", least=2)),
         choices=choices,
         windows=windows,
         last=last,
         sequences=sequences,
-        pairs=tuple(_listed(int, pairs, "--pairs")),
+        pairs=tuple(_listed(int, pairs, "--pairs", least=1)),
         within=within,
         smaller=smaller,
         budget=budget,
@@ -268,7 +285,8 @@ ModelName = Annotated[str, typer.Option(help="A folder, or a name on the Hugging
 Texts = Annotated[list[Path], typer.Option("--text", help="A file to read; several are joined.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 Windows = Annotated[int, typer.Option(min=2, help="Windows of the text.")]
-Picture = Annotated[Path | None, typer.Option(help="Draw it here; needs matplotlib.")]
+Figures = Annotated[Path, typer.Option(dir_okay=False, help="The figures, as JSON.")]
+Picture = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw it here; needs matplotlib.")]
 
 
 @analyze.command()
@@ -277,7 +295,7 @@ def redundancy(
     text: Texts,
     length: Length = 512,
     windows: Windows = 8,
-    data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("redundancy.json"),
+    data: Figures = Path("redundancy.json"),
     plot: Picture = None,
 ) -> None:
     """Cosine similarity of adjacent tokens' states, layer by layer (the paper's Figure 2)."""
@@ -297,7 +315,7 @@ def flow(
     dt_bias: Annotated[str, typer.Option(help="Of Δ, in the score's decay: include or exclude.")] = "include",
     layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas.", show_default="all")] = None,
     bins: Annotated[int, typer.Option(min=2, help="Points of a curve.")] = 32,
-    data: Annotated[Path, typer.Option(help="The figures, as JSON.")] = Path("flow.json"),
+    data: Figures = Path("flow.json"),
     plot: Picture = None,
 ) -> None:
     """Each token's influence on a layer's last output, by position, dense and pruned (the paper's Figure 5)."""

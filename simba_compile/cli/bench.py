@@ -74,6 +74,7 @@ class Settings:
 
 def run(settings: Settings, out: Path, command: str) -> None:
     """See `simba_compile.cli.bench`."""
+    out.mkdir(parents=True, exist_ok=True)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     models.quiet()
@@ -83,7 +84,6 @@ def run(settings: Settings, out: Path, command: str) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
         results = measure(settings)
     results["command"] = command
-    out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "bench.md").write_text(bench_report.markdown(results))
     console = Console()

@@ -28,7 +28,7 @@ _SSD = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_s
 _LAYERS = ["mamba", "attention", "mamba", "mamba"] * 2
 _SMALL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 8192}
 
-# Name → class of transformers and the fields of its configuration. The first two have the sizes that targets are set for.
+# Name → class of transformers and the fields of its configuration. The first two have about 130 and 150 million parameters.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2-130m": (
         "Mamba2",

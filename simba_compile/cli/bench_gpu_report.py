@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from simba_compile.cli.bench import SCORING
 from simba_compile.cli.show import clock, markdown_table, spread
 
 FASTER = "simba keep 0.1"  # whose speedups over the others are shown, started kernel by kernel and as a graph
@@ -69,7 +70,7 @@ HEADINGS = {
     "decode": ("One decoding step as a CUDA graph", ["", "", "median", "spread"]),
     "profile": (
         "Within one pruned prompt",
-        ["", "tokens", "influence", "select", "gather", "together", "waits of the host for the device"],
+        ["", "tokens", *SCORING, "together", "waits of the host for the device"],
     ),
 }
 
@@ -128,6 +129,6 @@ def _profile(done: list[dict[str, Any]]) -> list[list[str]]:
     for job in done:
         result = job["result"]
         waits = ", ".join(f"{name} {count}" for name, count in result["waits"].items()) or "none"
-        shares = [f"{result['shares'][name]:.1%}" for name in ("influence", "select", "gather")]
+        shares = [f"{result['shares'][name]:.1%}" for name in SCORING]
         rows.append([_model(job), str(job["tokens"]), *shares, f"{result['share']:.1%}", waits])
     return rows

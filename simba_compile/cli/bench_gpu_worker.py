@@ -20,13 +20,12 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from simba_compile.cli import bench_kernels, models
+from simba_compile.cli.bench import PROMPT_BEFORE_DECODING, SCORING
 from simba_compile.cli.bench_gpu import GRAPH, HF, INDUCTOR, INNER, MAMBA_SSM, REDUCED, keep_of
 from simba_compile.cli.device import RANGE, Device
 
-SCORING = ("influence", "select", "gather")
 AGREE_TOKENS, AGREE = 300, 1e-3  # how far float32 may be off, as a share of the largest logit
 TRACE = 4000  # characters of a failure's trace that are kept: its end says where it was
-PROMPT_BEFORE_DECODING = 16  # a step's cost does not depend on it: the state has one size
 
 
 class Worker:

@@ -1,6 +1,7 @@
 """What a benchmark asks of a device: run on it, wait for it, time it, and say what it is.
 
-The CPU answers too, so that all of the GPU benchmark but the calls in this file runs where there is no GPU.
+The CPU answers too, so that all of the GPU benchmark but the calls in this file, and those of mamba-ssm, runs where there is
+no GPU.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ def run(request: Request) -> None:
         settings = grid(request.choices)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    _refuse_beside_budget(request)
+    _refuse_several(request)
     if request.plot is not None:
         plot.require(request.plot)
     try:
@@ -71,7 +71,10 @@ def run(request: Request) -> None:
         drawn = []
         for task in _tasks(request, vocabulary):
             with Steps(len(settings) * len(request.lengths)) as steps:
-                results = evaluate(variants, request.model, task, request.lengths, settings, records, steps.next)
+                try:
+                    results = evaluate(variants, request.model, task, request.lengths, settings, records, steps.next)
+                except ValueError as error:
+                    raise typer.BadParameter(str(error), param_hint="--model") from None
             drawn += results
             _show(console, f"{request.model}, {_title(task)}", results)
             if smaller is not None:
@@ -81,15 +84,18 @@ def run(request: Request) -> None:
     console.print(f"Written: {request.out}", markup=False, highlight=False)
 
 
-def _refuse_beside_budget(request: Request) -> None:
-    """The search is for one setting on one text: what it would leave out is told."""
+def _refuse_several(request: Request) -> None:
+    """Where shares are searched for, all else is one setting, and a budget's search is on one text: the rest is refused."""
+    searching = {"--budget": request.budget is not None, "--smaller": request.smaller is not None}
+    for option in (option for option, given in searching.items() if given):
+        free = ("keep", "schedule") if option == "--budget" else ("keep",)
+        several = [name for name, values in request.choices.items() if len(values) > 1 and name not in free]
+        several += ["length"] if len(request.lengths) > 1 and option == "--budget" else []
+        if several:
+            named = ", ".join("--" + name.replace("_", "-") for name in several)
+            raise typer.BadParameter(f"with it, an option takes one value; {named} has several.", param_hint=option)
     if request.budget is None:
         return
-    several = [name for name, values in request.choices.items() if len(values) > 1 and name not in ("keep", "schedule")]
-    several += ["length"] if len(request.lengths) > 1 else []
-    if several:
-        named = ", ".join("--" + name.replace("_", "-") for name in several)
-        raise typer.BadParameter(f"with it, an option takes one value; {named} has several.", param_hint="--budget")
     beside = {"--task recall": request.task != "text", "--smaller": request.smaller, "--plot": request.plot}
     if any(beside.values()):
         named = ", ".join(option for option, given in beside.items() if given)
@@ -98,7 +104,7 @@ def _refuse_beside_budget(request: Request) -> None:
 
 def _smaller(name: str, vocabulary: int) -> Variants:
     """The smaller model, which has to read the same tokens."""
-    model = models.load(name, config_only=False, dtype=torch.float32)
+    model = models.load(name, config_only=False, dtype=torch.float32, option="--smaller")
     own: int = model.config.get_text_config().vocab_size
     if own != vocabulary:
         told = f"{name} has a vocabulary of {own}, and the model one of {vocabulary}: they read different tokens."
@@ -159,7 +165,8 @@ def _compare(
     assert request.smaller is not None
     others = evaluate(smaller, request.smaller, task, request.lengths, [DENSE], records)
     probe, _ = task.inputs(request.lengths[0])
-    for _ in variants.logits(Options(keep=0.5, min_tokens=_least(request)), probe[:2], task.last):
+    base = _setting(request)
+    for _ in variants.logits(base, probe[:2], task.last):
         pass
     table = Table(title=f"At the FLOPs of {request.smaller}, dense", title_justify="left", box=SIMPLE_HEAD)
     columns = ("tokens", "MFLOP", f"smaller: {task.unit}", "pruned: setting", f"pruned: {task.unit}", "pruned minus smaller")
@@ -167,7 +174,7 @@ def _compare(
         table.add_column(name, justify="right")
     for other in others:
         tokens = other["of"]["tokens"]
-        options = equal_flops(variants, Options(min_tokens=_least(request)), tokens, other["flops"])
+        options = equal_flops(variants, base, tokens, other["flops"])
         if options is None:
             table.add_row(str(tokens), f"{other['flops'] / 1e6:.0f}", f"{other['mean']:.3f}", "none has so few", "", "")
             continue
@@ -184,8 +191,10 @@ def _compare(
     console.print(table)
 
 
-def _least(request: Request) -> int:
-    return int(request.choices["min_tokens"][0])
+def _setting(request: Request, *free: str) -> Options:
+    """The one setting whose shares are searched for: something that prunes, and the first value of each option but some."""
+    first = {name: values[0] for name, values in request.choices.items() if name not in ("keep", *free)}
+    return Options(keep=0.5, **first)
 
 
 # --- the best list of shares for a budget ----------------------------------------------------------------------------
@@ -195,8 +204,7 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
     """Choose shares on the first half of the text, and compare them with the named schedules on the second."""
     assert request.budget is not None
     tokens, share = request.lengths[0], request.budget
-    others = {name: values[0] for name, values in request.choices.items() if name not in ("keep", "schedule")}
-    base = Options(keep=0.5, **others)
+    base = _setting(request, "schedule")
     try:
         calibration, held_out = (TextTask(half, request.windows, request.last, tokens) for half in text.halves())
     except ValueError as error:
@@ -204,7 +212,10 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
     probe, _ = calibration.inputs(tokens)
     for _ in variants.logits(base, probe[:2], request.last):
         pass
-    dense, _ = variants.flops(tokens)
+    try:
+        dense, _ = variants.flops(tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
     at_budget = [
         equal_flops(variants, dataclasses.replace(base, schedule=name), tokens, int(share * dense))
         for name in ("linear", "uniform")
@@ -212,10 +223,10 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
     named = [options for options in at_budget if options is not None]
     if not named:
         least = variants.share(dataclasses.replace(base, schedule="uniform", keep=0.001), tokens)
-        raise typer.BadParameter(
-            f"schedules take between {least:.2f} and 1 of the FLOPs at {tokens} tokens; {share} is not among them.",
-            param_hint="--budget",
-        )
+        told = f"schedules take between {least:.2f} and 1 of the FLOPs at {tokens} tokens; {share} is not among them."
+        if least >= 1:
+            told = f"nothing is pruned at {tokens} tokens: {variants.transformed.plan.why_all_stay(tokens)}."  # type: ignore
+        raise typer.BadParameter(told, param_hint="--budget")
     mixers = len(variants.transformed.plan.ratios)  # type: ignore[union-attr]
 
     def with_shares(shares: budget.Shares) -> Options:

@@ -60,18 +60,20 @@ def load_bytes(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load(name: str, config_only: bool, dtype: Any = "auto") -> PreTrainedModel:
+def load(name: str, config_only: bool, dtype: Any = "auto", option: str = "model") -> PreTrainedModel:
     """A model from a folder or the Hub; with random weights, in its own type, if only its configuration is to be read.
 
     Raises
     ------
     typer.BadParameter
-        Where it cannot be loaded, with the reason that transformers gives.
+        Where it cannot be loaded, with the reason that transformers gives; for the command's `option`.
     """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # transformers would take it for a name on the Hub
+        raise typer.BadParameter(f"{name} cannot be loaded: there is no such folder.", param_hint=option)
     try:
         if config_only:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).eval()
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
     except (OSError, ValueError, SafetensorError) as error:  # the last: a pointer of Git LFS, or half of a file
         reason = str(error).strip().splitlines()[0]
-        raise typer.BadParameter(f"{name} cannot be loaded: {reason}", param_hint="model") from None
+        raise typer.BadParameter(f"{name} cannot be loaded: {reason}", param_hint=option) from None

@@ -1,13 +1,14 @@
-"""The demo's picture; matplotlib is loaded only here, and only when asked for."""
+"""The demo's picture, and whether a picture can be drawn at all; matplotlib is loaded only when one is asked for."""
 
 import importlib.util
 from pathlib import Path
 
 import typer
 
+from simba_compile.analysis.plots import GRID, INK, MUTED
+
 SHADES = ("#c6d8ea", "#86aed4", "#4480b8", "#12406f")  # light to dark: the fewer tokens, the darker
 LEAST_BITS, LEAST_SPEED = 0.1, 0.5  # the least that an axis spans: noise should not look like a difference
-INK, MUTED, GRID = "#222222", "#666666", "#e4e4e4"
 
 
 def require(picture: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every operator in plain torch: the definition that the kernels are tested against.
+"""Every operator that computes something, in plain torch: the definition that the kernels are tested against.
 
 Written to be read. Correct for any floating dtype and any strides, and differentiable. Half types are widened to float32
 inside, as the kernels do. Channels are last throughout: ``x`` is (batch, token, channel).
@@ -236,6 +236,19 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int = 1) -> Tensor:
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
     return full.scatter(dim, index.view(shape).expand(x.shape), x)
+
+
+def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
+    """See `simba_compile.kernels.ops.tokens.pool_heads`."""
+    return torch.logaddexp(2 * a, 2 * b) / 2 if pool == "l2" else torch.maximum(a, b)
+
+
+def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tensor:
+    """See `simba_compile.kernels.ops.tokens.restore`."""
+    full = base.to(values[-1].dtype, copy=True)
+    for value, index in zip(values, positions, strict=True):
+        full.scatter_(1, index[:, :, None].expand(value.shape), value.to(full.dtype))
+    return full
 
 
 _MARKS = {  # a NaN that no arithmetic makes, as the integer of its bits

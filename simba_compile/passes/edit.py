@@ -16,6 +16,13 @@ def sizes(node: Any) -> list[sympy.Expr]:
     return [expression(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
 
 
+def is_swap(node: Node) -> bool:
+    """Whether it is ``x.transpose(1, 2)``."""
+    rank = len(sizes(node))
+    axes = {axis % rank for axis in node.args[1:]} if node.target in ("transpose", torch.transpose) else set()  # type: ignore
+    return axes == {1, 2} and not node.kwargs
+
+
 def insert(before: Node, target: Callable | str, *args: Any) -> Node:
     """A call in front of a node: of a function, or of the method of that name."""
     with before.graph.inserting_before(before):

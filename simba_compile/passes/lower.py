@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
-from simba_compile.passes.edit import erase, insert, may_move, mode_changes, replace, sizes
+from simba_compile.passes.edit import erase, insert, is_swap, may_move, mode_changes, replace, sizes
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
@@ -112,7 +112,7 @@ def untranspose_product(node: Node) -> None:
     if node.target not in PRODUCTS or len(node.args) != 2:
         return
     weight, across = node.args
-    if not isinstance(weight, Node) or not isinstance(across, Node) or not _is_transpose(across):
+    if not isinstance(weight, Node) or not isinstance(across, Node) or not is_swap(across):
         return
     if _rank(weight) != 2 or _rank(across) != 3 or mode_changes(across, node):
         return
@@ -121,18 +121,14 @@ def untranspose_product(node: Node) -> None:
     replace(node, insert(node, "transpose", rows, 1, 2))
 
 
-def _is_transpose(node: Node) -> bool:
-    return node.target in ("transpose", torch.transpose) and set(node.args[1:]) == {1, 2} and not node.kwargs
-
-
 def cancel_transposes(node: Node) -> None:
     """``x.transpose(1, 2).transpose(1, 2)``, made contiguous in between or not: x."""
-    if not _is_transpose(node):
+    if not is_swap(node):
         return
     inner: Node = node.args[0]  # type: ignore[assignment]
     while inner.target == "contiguous":
         inner = inner.args[0]  # type: ignore[assignment]
-    if not _is_transpose(inner) or mode_changes(inner, node):
+    if not is_swap(inner) or mode_changes(inner, node):
         return
     x: Node = inner.args[0]  # type: ignore[assignment]
     if inner is not node.args[0] and written_between(inner, node.graph.output_node(), x, node):

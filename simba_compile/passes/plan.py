@@ -67,7 +67,7 @@ class Plan:
         return f"the shares leave all {tokens} tokens"
 
     def without(self, first: int, reason: str) -> "Plan":
-        """The plan in which mixer `first` and all after it stay dense, for this reason."""
+        """The plan in which mixer `first` and all after it stay dense; each of them, shared with this plan, notes why."""
         for mixer in self.mixers[first:]:
             mixer.reason = reason
         return dataclasses.replace(self, pruning=tuple(i for i in self.pruning if i < first))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from simba_compile.passes.edit import insert, may_move, mode_changes, replace, sizes
+from simba_compile.passes.edit import insert, is_swap, may_move, mode_changes, replace, sizes
 from simba_compile.passes.pieces import split_axis
 from simba_compile.passes.tokens import PRODUCTS, value_of
 
@@ -93,7 +93,7 @@ def convolve_rows(node: Node) -> None:
     if steps != [1, width - 1, 1] or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
         return
     cut = _only_user(node)
-    swapped = cut is not None and _is_swap(cut)
+    swapped = cut is not None and is_swap(cut)
     cut = _only_user(cut) if swapped else cut
     axis = 1 if swapped else 2
     if cut is None or not _keeps_front(cut, axis) or sizes(cut)[axis] != sizes(x)[2]:
@@ -119,7 +119,7 @@ def keep_window(node: Node) -> None:
     width = sizes(node)[2]  # the tokens and what is added
     if not width.is_Integer:
         return
-    if _is_swap(x) and not mode_changes(x, node):  # type: ignore[arg-type]
+    if is_swap(x) and not mode_changes(x, node):  # type: ignore[arg-type]
         window = _insert(node, OPS.last_tokens, x.args[0], int(width), 1)  # type: ignore[union-attr]
         replace(node, _insert(node, "transpose", window, 1, 2))
     else:
@@ -128,9 +128,11 @@ def keep_window(node: Node) -> None:
 
 def split_rows(node: Node) -> None:
     """A split of the channels of ``x.transpose(1, 2)``: the pieces of x, each transposed."""
-    if split_axis(node) != 1 or len(node.args) < 2 or not _is_swap(node.args[0]):  # type: ignore[arg-type]
+    if split_axis(node) != 1 or len(node.args) < 2:
         return
     across, sizes_or_count = node.args[:2]
+    if not is_swap(across) or len(sizes(across)) != 3:  # type: ignore[arg-type]
+        return
     if any(mode_changes(across, piece) for piece in node.users):  # type: ignore[arg-type]
         return
     rows = _insert(node, node.target, across.args[0], sizes_or_count, -1)  # type: ignore[arg-type, union-attr]
@@ -146,12 +148,6 @@ def _permutes(node: Node, order: tuple[int, ...]) -> bool:
         return False
     given = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
     return tuple(given) == order  # type: ignore[arg-type]
-
-
-def _is_swap(node: Node) -> bool:
-    """Whether it is ``x.transpose(1, 2)`` of three axes."""
-    axes = {axis % 3 for axis in node.args[1:]} if node.target in ("transpose", torch.transpose) else set()  # type: ignore
-    return axes == {1, 2} and len(sizes(node)) == 3
 
 
 def _keeps_front(node: Node, axis: int) -> bool:

@@ -41,7 +41,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
 def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `causal_conv1d` for x, weight and bias (the last one empty where there is no bias)."""
+    """The gradients of `causal_conv1d` for x, weight and bias.
+
+    Parameters
+    ----------
+    grad : Tensor
+        (batch, token, channel): that of the output, in x's dtype.
+    x, weight, bias, silu
+        See `causal_conv1d`.
+
+    Returns
+    -------
+    Tensor
+        As `x`.
+    Tensor, Tensor
+        As `weight` and `bias`, in float32 (float64 for float64); the latter empty where there is no bias.
+    """
     return implementation("causal_conv1d_backward", grad, x, weight, bias)(grad, x, weight, bias, silu)
 
 

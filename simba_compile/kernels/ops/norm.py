@@ -11,7 +11,22 @@ from simba_compile.kernels.reference import compute_dtype
 
 @operator("(Tensor x, Tensor? weight, float eps) -> Tensor")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """``weight · x / sqrt(mean(x²) + eps)`` over the last axis, in x's dtype, computed in float32 or wider."""
+    """``weight · x / sqrt(mean(x²) + eps)`` over the last axis, computed in float32 or wider.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., channel).
+    weight : Tensor, optional
+        (channel).
+    eps : float
+        Is added to the mean of the squares.
+
+    Returns
+    -------
+    Tensor
+        As `x`.
+    """
     return implementation("rms_norm", x, weight)(x, weight, eps)
 
 

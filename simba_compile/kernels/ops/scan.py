@@ -132,9 +132,22 @@ def selective_scan_backward(
     dt_bias: Tensor | None,
     softplus: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `selective_scan` over all its tokens for x, dt, A, B, C, D, z and dt_bias, in this order.
+    """The gradients of `selective_scan` over all its tokens.
 
-    That of a missing input is empty; those of A, D and dt_bias come in the compute type.
+    Parameters
+    ----------
+    grad : Tensor
+        (batch, token, channel): that of the output, in x's dtype.
+    grad_state : Tensor, optional
+        (batch, channel, state): that of the last state.
+    x, dt, A, B, C, D, z, dt_bias, softplus
+        See `selective_scan`.
+
+    Returns
+    -------
+    tuple of Tensor
+        Those of x, dt, A, B, C, D, z and dt_bias, in this order, shaped like them; that of a missing input is empty. Those
+        of A, D and dt_bias come in float32 (float64 for float64), the others in x's dtype.
     """
     inputs = (x, dt, A, B, C, D, z, dt_bias)
     return implementation("selective_scan_backward", grad, grad_state, *inputs)(grad, grad_state, *inputs, softplus)

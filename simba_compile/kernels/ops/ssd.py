@@ -138,9 +138,22 @@ def ssd_scan_backward(
     dt_max: float,
     initial: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `ssd_scan` over all its tokens for x, dt, A, B, C, D, dt_bias and initial, in this order.
+    """The gradients of `ssd_scan` over all its tokens.
 
-    That of a missing input is empty; those of A, D, dt_bias and initial come in the compute type.
+    Parameters
+    ----------
+    grad : Tensor
+        (batch, token, head, p): that of the output.
+    grad_state : Tensor, optional
+        (batch, head, p, n): that of the last state.
+    x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial
+        See `ssd_scan`.
+
+    Returns
+    -------
+    tuple of Tensor
+        Those of x, dt, A, B, C, D, dt_bias and initial, in this order, shaped like them; that of a missing input is empty.
+        Those of A, D, dt_bias and initial come in float32 (float64 for float64), the others in their input's dtype.
     """
     run = implementation("ssd_scan_backward", grad, grad_state, x, dt, A, B, C, D, dt_bias, initial)
     return run(grad, grad_state, x, dt, A, B, C, D, dt_bias, softplus, dt_min, dt_max, initial)

@@ -52,8 +52,8 @@ def token_scores(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
     k : int
         How many tokens will be selected.
     criterion : {"recent", "uniform", "random"}
-        "recent": the later the better; "uniform": k evenly spaced tokens, the last among them; "random": a permutation
-        for each sequence drawn from `seed`.
+        "recent": the later the better; "uniform": k evenly spaced tokens, the last among them; "random": independent
+        random numbers, drawn from `seed`.
 
     Returns
     -------
@@ -62,6 +62,8 @@ def token_scores(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
     """
     if criterion not in reference.CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(reference.CRITERIA)}.")
+    if not 0 <= k <= x.shape[1]:
+        raise ValueError(f"k is {k}; expected 0 to {x.shape[1]} (the tokens).")
     return reference.token_scores(x, k, criterion, seed)
 
 
@@ -72,8 +74,23 @@ def _(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
 
 @operator("(Tensor a, Tensor b, str pool) -> Tensor")
 def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
-    """The scores of tokens over the channels of two Mamba heads, from those over each head's: see `influence`."""
-    return torch.logaddexp(2 * a, 2 * b) / 2 if pool == "l2" else torch.maximum(a, b)
+    """The scores of tokens over the channels of two Mamba heads, from those over each head's.
+
+    Parameters
+    ----------
+    a, b : Tensor
+        (batch, token): logarithms, as `influence` returns them.
+    pool : {"max", "absmax", "l2"}
+        What they were pooled by: see `influence`.
+
+    Returns
+    -------
+    Tensor
+        (batch, token).
+    """
+    if pool not in reference.POOLS:
+        raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
+    return reference.pool_heads(a, b, pool)
 
 
 @fake("pool_heads")
@@ -94,6 +111,8 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
         Axis 0 is the batch (or 1: the same for each sequence) and axis `dim` ≥ 1 the tokens.
     index : Tensor
         (batch, k) int64.
+    dim : int
+        The axis of the tokens.
 
     Returns
     -------
@@ -102,6 +121,8 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """
     if index.dim() != 2:
         raise ValueError(f"index is {tuple(index.shape)}; expected (batch, k).")
+    if not 1 <= dim < x.dim():
+        raise ValueError(f"dim is {dim}, and x has {x.dim()} axes; expected an axis from 1 on.")
     run = implementation("gather", x, index)
     if run is not native.gather:
         return run(x, index, dim)
@@ -144,6 +165,13 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
         (batch, k) int64, no position twice.
     x : Tensor
         As `full`, with k tokens.
+    dim : int
+        The axis of the tokens.
+
+    Returns
+    -------
+    Tensor
+        As `full`.
     """
     return reference.scatter(full, index, x.to(full.dtype), dim)
 
@@ -186,10 +214,9 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     Tensor
         (batch, token, channel) in the dtype of the last values: at each position, the latest value that has it.
     """
-    full = base.to(values[-1].dtype, copy=True)
-    for value, index in zip(values, positions, strict=True):
-        full.scatter_(1, index[:, :, None].expand(value.shape), value.to(full.dtype))
-    return full
+    if not values or len(values) != len(positions):
+        raise ValueError(f"there are {len(values)} values and {len(positions)} positions; expected one or more of each.")
+    return reference.restore(base, values, positions)
 
 
 @fake("restore")
@@ -231,12 +258,16 @@ def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor
         (batch, k) int64: where in the sequence they stand.
     tokens : int
         How long the sequence is.
+    dim : int
+        The axis of the tokens.
 
     Returns
     -------
     Tensor
         As `x`, with `tokens` entries in axis `dim`. No gradient.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}, which has no NaN to mark pruned tokens with; expected a floating-point type.")
     return reference.cache_entries(x.contiguous(), positions, tokens, dim)
 
 
@@ -247,7 +278,24 @@ def _(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
 
 @operator("(Tensor x, SymInt k, int dim) -> Tensor")
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
-    """The last k entries along axis `dim`, zeros in front where there are fewer: a convolution's window for decoding."""
+    """The last k entries along an axis, zeros in front where there are fewer: a convolution's window for decoding.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any shape.
+    k : int
+        How many.
+    dim : int
+        The axis, counted from the left.
+
+    Returns
+    -------
+    Tensor
+        As `x`, with k entries in axis `dim`, contiguous.
+    """
+    if not 0 <= dim < x.dim() or k < 0:
+        raise ValueError(f"k is {k} and dim {dim}, of {x.dim()} axes; expected neither below 0, and one of the axes.")
     return reference.last_tokens(x, k, dim).clone(memory_format=torch.contiguous_format)
 
 
@@ -276,7 +324,7 @@ differentiable("last_tokens", _last_backward, _last_setup)
 
 @operator("(Tensor[] values) -> Tensor[]")
 def enter_experts(values: list[Tensor]) -> list[Tensor]:
-    """What a mixture of experts reads: rows of tokens, (batch · token, ...), which it treats each by itself."""
+    """What a mixture of experts reads: rows of tokens, (batch · token, ...), which it treats each by itself; a copy."""
     return [value.clone() for value in values]
 
 
@@ -287,7 +335,7 @@ def _(values: list[Tensor]) -> list[Tensor]:
 
 @operator("(Tensor x) -> Tensor")
 def leave_experts(x: Tensor) -> Tensor:
-    """What a mixture of experts gives, row for row."""
+    """What a mixture of experts gives, (batch · token, channel), row for row; a copy."""
     return x.clone()
 
 

@@ -3,9 +3,9 @@
 A program is a list of statements over a growing list of values, each (batch, token, channel). `Program` runs it with
 Hugging Face's blocks and mixers, as a model would be written. `interpretations` runs the same program token set by token
 set, in eager float64: every value is held at full length together with its *version* (how many prunings it has gone
-through); what a pruned token is not defined for is NaN, so that a result which rests on it cannot pass for right. Which tokens
-stayed, and how many entered each convolution, is what spies saw while the compiled model ran; that those tokens are the
-right ones is checked against the eager reference's scores.
+through); what a pruned token is not defined for is NaN, so that a result which rests on it cannot pass for right. Which
+tokens stayed, and how many entered each convolution, is what spies saw while the compiled model ran; that those tokens are
+the right ones is checked against the eager reference's scores.
 
 Where the contract leaves a choice, the interpreter branches (`Choices`), and a result is right if it is that of one branch:
 an operation that treats tokens apart may also run on restored ones, and in an add onto the stream outside of a mixer's own

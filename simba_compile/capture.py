@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import config, exc, pgo
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Graph
 from torch.fx.experimental import _config as shapes
@@ -87,10 +88,7 @@ def _lifting() -> bool:
     splitter = getattr(compiler, "__self__", None)  # DistributedDataParallel's: it cuts the graph before we would see it
     if _unwrap(getattr(splitter, "backend_compile_fn", None)) is _backend:
         _warn_of_splitting()
-    ours = _unwrap(compiler) is _backend
-    if not ours:
-        forget()  # a trace of ours that failed may have left something
-    return ours
+    return _unwrap(compiler) is _backend
 
 
 @functools.cache
@@ -131,6 +129,8 @@ def _make_length_dynamic() -> bool:
         _undo.append(functools.partial(setattr, shapes, "use_duck_shape", True))
         changed = True
     if changed:
+        if forget not in callback_handler.end_callbacks:  # `torch._dynamo.reset` takes it away
+            callback_handler.register_end_callback(forget)  # where the trace fails, our backend is not called
         tx.speculation_log.clear()  # sizes that are symbols now are operations of the graph: breaks are judged anew
         raise exc.RestartAnalysis(restart_reason="simba: the length is made symbolic")
     return True
@@ -176,8 +176,8 @@ def with_own_code(function: Any) -> Callable:
     return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
-def forget() -> None:
-    """Put back what `_make_length_dynamic` changed in Dynamo's records."""
+def forget(*_: Any) -> None:
+    """Put back what `_make_length_dynamic` changed in Dynamo's records: before our backend, and when Dynamo is done."""
     while _undo:
         _undo.pop()()
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import KEEP_FEW, random_ids, simba, tiny_model
+from torch._dynamo.exc import Unsupported
+from torch.fx.experimental import _config as shapes
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
@@ -127,6 +129,21 @@ def test_one_graph_serves_every_batch_of_lengths_and_labels(graphs: list[Transfo
         for batch, length in ((2, 50), (3, 60), (5, 41)):
             run(random_ids(batch, length), torch.arange(batch) + 30, torch.arange(batch))
     assert len(graphs) == 1 and len(selected) == 3
+
+
+def test_a_trace_that_fails_leaves_nothing_behind() -> None:
+    """Batch and length are equal, for which the trace has Dynamo tell them apart."""
+    model = tiny_model(layers=1).backbone
+
+    def breaks(ids: torch.Tensor) -> torch.Tensor:
+        hidden = model(ids).last_hidden_state
+        torch._dynamo.graph_break()
+        return hidden
+
+    with pytest.raises(Unsupported):
+        simba(breaks, **KEEP_FEW)(random_ids(40, 40))
+    assert shapes.use_duck_shape
+    assert not capture._undo
 
 
 def _as_the_hub_does(function: Callable) -> torch.nn.Module:

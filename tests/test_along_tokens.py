@@ -30,6 +30,8 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax of scores": lambda h: h + torch.softmax(h @ h.transpose(1, 2), -1) @ h,
     "doubled": lambda h: torch.cat([h, h], 1)[:, : h.shape[1]],
     "sorted": lambda h: h.sort(1).values,
+    "permuted": lambda h: h.gather(1, h.argsort(1)),
+    "permuted by an index": lambda h: h[torch.arange(2)[:, None], h[..., 0].argsort(1)],
     "first": lambda h: h + h[:, :1],
     "last": lambda h: h + h[:, -1:],
     "last three": lambda h: h + h[:, -3:].mean(1, keepdim=True),
@@ -123,6 +125,8 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
             allowed = acceptable(model, h, sizes)
             dense = model(h)
     reasons = [mixer.reason for graph in found for mixer in graph.mixers]
+    if name in ("flip", "roll", "sorted", "permuted", "permuted by an index"):
+        assert "another order" in str(reasons)
     is_dense = torch.allclose(out, dense, rtol=1e-7, atol=1e-7)
     if not prunings:
         assert is_dense and all(reasons) and reasons

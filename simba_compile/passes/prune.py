@@ -34,6 +34,7 @@ from simba_compile.passes.tokens import (
     is_inplace,
     is_random,
     is_tokenwise,
+    reorders,
     storage_of,
     suffix,
     takes_sizes,
@@ -145,6 +146,8 @@ class _Pruning:
             self._emit(node, newest)
         elif node.target in CONTRACT:
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be told from its other axes")
+        elif reorders(node, self.length) and self.version[node.args[0]] > 0:  # type: ignore[index]
+            raise Unprunable(self.mixer, f"{node.name} may put tokens in another order")
         else:
             self._emit(node, 0)
         self.stream.note(node)

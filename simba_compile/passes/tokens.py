@@ -148,6 +148,10 @@ ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must 
     **dict.fromkeys(("topk", "sort"), -1),
 }
 DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
+REORDERS: set[Any] = {  # may put what stands along an axis in another order
+    *("flip", "fliplr", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
+    *(torch.flip, torch.fliplr, torch.roll, torch.sort, torch.msort, torch.gather, torch.index_select, torch.take_along_dim),
+}
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has the third for the second
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
@@ -222,6 +226,14 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target is _F.embedding:
         return sources == [node.args[0]]  # a table with tokens is looked up in among them
     return node.target in CONTRACT
+
+
+def reorders(node: Node, length: Length) -> bool:
+    """Whether the node, which is not tokenwise, may put tokens in another order: their places would be those of others."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or NO_TOKENS in (length.of(source), length.of(node)):
+        return False
+    return node.target in REORDERS or (node.target is operator.getitem and not _is_plain_index(node))
 
 
 def _keeps_rows(source: Tensor, value: Tensor, length: Length) -> bool:

@@ -313,9 +313,16 @@ def test_offsets_along_a_normed_row_are_of_64_bits() -> None:
     assert types and set(types) == {"i64"}
 
 
-@pytest.mark.parametrize(("size", "states"), [(1, 1), (4, 8), (5, 16), (64, 128)])
-def test_steps_in_place_have_no_spare_threads(size: int, states: int) -> None:
-    """A spare thread holds a number a second time: it may read the state after the first has updated it."""
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(("size", "states"), [(1, 1), (4, 8), (4, 16), (5, 16), (64, 128)])
+def test_steps_in_place_have_no_spare_threads(
+    target: str, size: int, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spare thread holds a number a second time: it may read the state after the first has updated it.
+
+    Those of one warp run in step, and read before they write. AMD's warps are of 64.
+    """
+    monkeypatch.setattr(torch.version, "hip", "6.4" if target == "gfx942" else None)
     x, state = empty(1, 3, size), empty(1, 3, size, states, dtype=F32)
     heads, B = empty(3, dtype=F32), empty(1, 1, states)
     for launches, held in (
@@ -325,7 +332,7 @@ def test_steps_in_place_have_no_spare_threads(size: int, states: int) -> None:
     ):
         constants = launches[0].constants
         numbers = constants[held] * constants["BLOCK_N"]
-        assert constants["num_warps"] == 1 or numbers >= 32 * constants["num_warps"]
+        assert constants["num_warps"] == 1 or numbers >= TARGETS[target].warp_size * constants["num_warps"]
 
 
 @pytest.mark.parametrize("case", ["ssd-bf16", "ssd-fp32", "ssd-backward-bf16", "ssd_influence", "norm-2560", "gated-norm"])

@@ -1,5 +1,6 @@
 """One step of the scan of Mamba-2 (`simba_compile.kernels.ops.ssd.ssd_state_update`): its state is read and written once."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,7 +63,8 @@ def ssd_state_update(
         width = runtime.power_of_two(states)
         block = min(runtime.power_of_two(size), max(2, 1024 // width))
         blocks = runtime.blocks_of(size, block)
-        warps = max(1, min(4, block * width // 32))  # a spare one would read what another has updated in place
+        lanes = 64 if torch.version.hip else 32  # of a warp
+        warps = max(1, min(4, block * width // lanes))  # a spare one would read what another has updated in place
         runtime.launch(
             _ssd_step, (batch * heads * blocks,), state, *state.stride(), x, *x.stride(), dt, *dt.stride(), runtime.flat(A),
             B, *B.stride(), C, *C.stride(), runtime.flat(D), runtime.flat(dt_bias), out,

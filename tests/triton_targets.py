@@ -62,7 +62,8 @@ class Launch:
             value, free = named[name], self.kernel.params[place].do_not_specialize
             if isinstance(value, Tensor):
                 signature[name] = POINTERS[value.dtype]
-                attributes[(place,)] = [["tt.divisibility", 16]]
+                if value.data_ptr() % 16 == 0:  # of a meta tensor, its offset
+                    attributes[(place,)] = [["tt.divisibility", 16]]
             elif name in self.constants or value is None or (type(value) is int and value == 1 and not free):
                 signature[name], constants[(place,)] = "constexpr", value
             elif isinstance(value, int):
@@ -84,7 +85,9 @@ class Compiled:
     stack: int
     spilled: int
     shared: int
+    warps: int  # of a block
     ttir: str  # what Triton made of the Python source
+    ptx: str  # what came of that; empty for AMD
     cubin: bytes  # empty for AMD
 
     @functools.cached_property
@@ -151,15 +154,16 @@ _built: dict[str, Compiled] = {}
 
 def _compile(target: str, source: ASTSource, options: dict[str, Any]) -> Compiled:
     built = triton.compile(source, target=TARGETS[target], options=options)
-    name, shared, ttir = built.metadata.name, built.metadata.shared, built.asm["ttir"]
+    name, shared, warps, ttir = built.metadata.name, built.metadata.shared, built.metadata.num_warps, built.asm["ttir"]
     if TARGETS[target].backend == "hip":
         assembly = built.asm["amdgcn"]
         of = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.M)}
         spilled = of["vgpr_spill_count"] + of["sgpr_spill_count"]
-        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, ttir, b"")
+        return Compiled(name, of["vgpr_count"], of["private_segment_fixed_size"], spilled, shared, warps, ttir, "", b"")
     cubin = built.asm["cubin"]
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin)))
-    return Compiled(name, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]), shared, ttir, cubin)
+    registers, stack, spilled = (int(found[what]) for what in ("REG", "STACK", "LOCAL"))
+    return Compiled(name, registers, stack, spilled, shared, warps, ttir, built.asm["ptx"], cubin)
 
 
 def _cuobjdump(what: str, cubin: bytes) -> str:

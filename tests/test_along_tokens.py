@@ -186,3 +186,30 @@ def test_other_structures_run(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         everything = torch.compile(function, backend="simba", options={"keep": 0.3, "min_tokens": 2})(h)
     torch.testing.assert_close(everything, dense, rtol=1e-5, atol=1e-5)
+
+
+STREAMS: dict[str, Step] = {
+    "plain": lambda layer, h, _: layer(h),
+    "a skip inside the block": lambda layer, h, _: (lambda normed: h + (layer.mixer(normed) + normed))(layer.norm(h)),
+    "input added again": lambda layer, h, x: layer(h) + x,
+    "half of it": lambda layer, h, x: layer(h) + 0.5 * x,
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_dropped_token_is_what_it_was_on_leaving(name: str, selected: list[Tensor]) -> None:
+    layers, step = tiny_model(dtype=torch.float64, layers=2).backbone.layers, STREAMS[name]
+    x = torch.randn(2, 24, 32, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        h = x
+        for layer in layers:
+            h = step(layer, h, x)
+        return h
+
+    with torch.no_grad():
+        out = torch.compile(function, backend="simba", fullgraph=True, options={"keep": 0.3, "min_tokens": 2})(x)
+        before = step(layers[0], x, x)
+    dropped = torch.ones(2, 24, dtype=torch.bool).scatter(1, selected[0], False)
+    torch.testing.assert_close(out[dropped], before[dropped], rtol=0, atol=1e-5)  # Hugging Face's scan is in float32
+    assert (out - before)[~dropped].abs().amax(-1).min() > 1e-3

@@ -18,26 +18,30 @@ class Stream:
     ----------
     graph : Graph
     mixers : iterable of Mixer
-        Their residual adds are where the stream is known; other adds onto it (of an MLP, say) join by themselves.
+        Their residual adds are where the stream is known; other adds onto its latest value (of an MLP, say) join by
+        themselves. Adds onto an earlier value (the embedding once more) do not: it is not the stream before them.
     """
 
     def __init__(self, graph: Graph, mixers: tuple[Mixer, ...]) -> None:
         writes = (node for node in graph.nodes if is_inplace(node))
         self.changing = {storage_of(value) for node in writes for value in written(node)}
         self.before: dict[Node, Node] = {}
-        self.sources: set[Node] = set()
-        for mixer in mixers:
-            if mixer.add is not None and mixer.residual is not None:
-                self.before[mixer.add] = mixer.residual
-                self.sources |= {mixer.add, self.uncast(mixer.residual)}
+        self.values: list[Node] = []  # so far
+        self.residuals = {mixer.add: mixer.residual for mixer in mixers if mixer.add and mixer.residual}
 
     def note(self, node: Node) -> None:
         """Take an add onto the stream into it."""
-        if node.target in ADDS and node not in self.before:
-            onto = [source for source in node.all_input_nodes if self.uncast(source) in self.sources]
-            if len(onto) == 1:
-                self.before[node] = onto[0]
-                self.sources.add(node)
+        if node in self.residuals:
+            residual = self.residuals[node]
+            if not self.values:
+                self.values.append(self.uncast(residual))
+            onto = [residual] if self.uncast(residual) in self.values else []  # else one inside of a block
+        else:
+            latest = self.values[-1:] if node.target in ADDS else []
+            onto = [source for source in node.all_input_nodes if self.uncast(source) in latest]
+        if len(onto) == 1:
+            self.before[node] = onto[0]
+            self.values.append(node)
 
     def uncast(self, node: Node) -> Node:
         """What the node is a cast or a copy of, if it is one, and both stay as they are."""

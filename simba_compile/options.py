@@ -13,6 +13,7 @@ CHOICES = {
     "placement": ("scan", "layer"),
     "inner": ("auto", "inductor", "aot_eager", "eager"),
 }
+LIMIT = 2**62  # of whole numbers: torch's have 64 bits, and what is computed from these has to fit, too
 LEAST = {"every": 1, "protect_first": 0, "protect_last": 1, "min_tokens": 1, "seed": 0}
 
 
@@ -76,6 +77,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"option {name} is {value!r}; it must be a whole number of at least {least}.")
+            if value >= LIMIT:
+                raise ValueError(f"option {name} is {value}; it must be below 2**62.")
         if isinstance(self.schedule, str):
             if self.schedule not in ("linear", "uniform"):
                 hint = _one_of(self.schedule, ("linear", "uniform"))

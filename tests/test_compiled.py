@@ -81,13 +81,13 @@ def test_a_race_between_warps(order: Order) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_spare_warp_of_a_step_in_place(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spare_warp_of_a_step_in_place(order: Order) -> None:
     """What `ssd_state_update` takes care not to have: it loads the state that another warp has, and may have updated."""
     head, B = torch.rand(2), torch.rand(1, 1, 8)
     args = torch.rand(1, 2, 4, 8), torch.rand(1, 2, 4), head[None], -head, B, B, head, head, True
-    with simulated(order=order) as simulator:
+    with simulated(order=order) as simulator, pytest.MonkeyPatch.context() as patch:
         gpu.KERNELS["ssd_state_update"](*args)
-        monkeypatch.setattr(runtime, "launch", lambda *args, **more: simulator.launch(*args, **more | {"num_warps": 4}))
+        patch.setattr(runtime, "launch", lambda *args, **more: simulator.launch(*args, **more | {"num_warps": 4}))
         with pytest.raises(Fault, match=r"_ssd_step, block .*race in the tensors"):
             gpu.KERNELS["ssd_state_update"](*args)
 

@@ -68,7 +68,7 @@ WRONG: dict[str, list[Any]] = {
     "protect_first": [-1, 0.5, "0", True, None],
     "protect_last": [0, -1, 1.0, None],
     "min_tokens": [0, -5, 32.0, "32", None],
-    "seed": [-1, 0.0, None, "0"],
+    "seed": [-1, 0.0, None, "0", 2**62],
     "inner": ["cudagraphs", "simba", None, 1],
 }
 

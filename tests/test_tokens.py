@@ -50,6 +50,8 @@ TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last opera
     "along tokens": (lambda h: h.cumsum(1), False),
     "along channels": (lambda h: h.cumsum(-1), True),
     "largest channels": (lambda h: h.topk(2), True),
+    "into channels of each token": (lambda h: h.scatter(2, (0 * h[..., :2]).long(), 0.0), True),
+    "into channels of one token": (lambda h: h.scatter(2, (0 * h[:, :1, :2]).long(), 0.0), False),
     "tokens in order": (lambda h: h.sort(1), False),
     "one beside the other": (lambda h: torch.cat([h, 2 * h], 2), True),
     "one after the other": (lambda h: torch.cat([h, h], 1), False),

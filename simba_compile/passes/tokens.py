@@ -208,6 +208,8 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target in VIEWS:
         return len(node.args) + len(node.kwargs) > 1  # a bare squeeze() would take a token axis of one away
     if node.target in ALONG_AXES:
+        if any(isinstance(value_of(given), Tensor) and given not in sources for given in node.all_input_nodes):
+            return False  # an index without tokens, whose rows are those of the first ones
         at = DIM_AT.get(node.target, 1)
         dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
         dims = dims if isinstance(dims, list | tuple) else [dims]

@@ -26,22 +26,31 @@ class Stream:
         writes = (node for node in graph.nodes if is_inplace(node))
         self.changing = {storage_of(value) for node in writes for value in written(node)}
         self.before: dict[Node, Node] = {}
-        self.values: list[Node] = []  # so far
+        # Its values so far, and above them those of a stream within a block, if one goes on there.
+        self.chains: list[list[Node]] = []
         self.residuals = {mixer.add: mixer.residual for mixer in mixers if mixer.add and mixer.residual}
 
     def note(self, node: Node) -> None:
         """Take an add onto the stream into it."""
         if node in self.residuals:
-            residual = self.residuals[node]
-            if not self.values:
-                self.values.append(self.uncast(residual))
-            onto = [residual] if self.uncast(residual) in self.values else []  # else one inside of a block
+            before = self.residuals[node]
+            known = [i for i, chain in enumerate(self.chains) if self.uncast(before) in chain]
+            if not known:  # what something made of the stream: the stream from here on, or within a block
+                known = [len(self.chains)]
+                self.chains.append([self.uncast(before)])
+            place = known[0]
+        elif node.target in ADDS:
+            sources = {self.uncast(source): source for source in node.all_input_nodes}
+            found = [i for i, chain in enumerate(self.chains) if chain[-1] in sources]
+            if not found:
+                return
+            place = found[0]  # with two, the inner stream ends here
+            before = sources[self.chains[place][-1]]
         else:
-            latest = self.values[-1:] if node.target in ADDS else []
-            onto = [source for source in node.all_input_nodes if self.uncast(source) in latest]
-        if len(onto) == 1:
-            self.before[node] = onto[0]
-            self.values.append(node)
+            return
+        self.before[node] = before
+        del self.chains[place + 1 :]
+        self.chains[place].append(node)
 
     def uncast(self, node: Node) -> Node:
         """What the node is a cast or a copy of, if it is one, and both stay as they are."""

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from simba_compile import capture
 from simba_compile.options import Options
 from simba_compile.passes import Transformed, transform
+from simba_compile.passes.tokens import is_simba
 
 log = logging.getLogger("simba_compile")
 
@@ -153,7 +154,7 @@ def past_autograd(gm: GraphModule) -> Callable:
     nothing to record: for the hundred that a decoding step calls, 2 of 28 ms (docs/decisions.md). Neither way knows the
     tangents of forward-mode differentiation.
     """
-    ours = any(getattr(node.target, "_qualified_op_name", "").startswith("simba::") for node in gm.graph.nodes)
+    ours = any(is_simba(node) for node in gm.graph.nodes)
 
     def run(*args: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0

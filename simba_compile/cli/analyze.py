@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import typer
@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from simba_compile.analysis import flow, plots, redundancy
 from simba_compile.analysis.tasks import TextTask, read_text
 from simba_compile.cli import models, plot
+from simba_compile.cli.show import told_of
 from simba_compile.options import Options
-
-Found = TypeVar("Found")
 
 
 def run_redundancy(name: str, text: Sequence[Path], tokens: int, windows: int, data: Path, picture: Path | None) -> None:
     """See `simba_compile.cli.redundancy`."""
     model, ids, subject = _load(name, text, tokens, windows, picture)
-    found = _told(lambda: redundancy.measure(model, ids))
+    with told_of():
+        found = redundancy.measure(model, ids)
     _write(data, {"model": name, "text": [path.name for path in text], "windows": list(ids.shape), **found})
     table = Table(title=f"Cosine similarity: {subject}", title_justify="left", box=SIMPLE_HEAD)
     for column in ("layer", "SSM state, adjacent", "unrelated", "residual stream, adjacent", "unrelated"):
@@ -49,7 +49,8 @@ def run_flow(
 ) -> None:
     """See `simba_compile.cli.flow`."""
     model, ids, subject = _load(name, text, tokens, windows, picture)
-    found = _told(lambda: flow.measure(model, ids, Options(**options), layers, bins))
+    with told_of():
+        found = flow.measure(model, ids, Options(**options), layers, bins)
     about = {"model": name, "text": [path.name for path in text], "windows": list(ids.shape), "options": options}
     _write(data, about | {"layers": found})
     title = f"Influence of the first half over that of the last tenth: {subject}, {options}"
@@ -76,14 +77,6 @@ def _load(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error).strip().splitlines()[0], param_hint="--text") from None
     return model, ids, f"{Path(name).name} on {read.name}"
-
-
-def _told(measure: Callable[[], Found]) -> Found:
-    """What was measured; what a person can mend is told without a traceback."""
-    try:
-        return measure()
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

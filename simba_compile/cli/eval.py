@@ -18,7 +18,7 @@ from simba_compile.analysis.intervals import paired
 from simba_compile.analysis.tasks import RecallTask, Task, Text, TextTask, read_text
 from simba_compile.analysis.variants import Variants
 from simba_compile.cli import models, plot
-from simba_compile.cli.show import Steps
+from simba_compile.cli.show import Steps, told_of
 from simba_compile.options import Options
 from simba_compile.passes.plan import shares as shares_of
 
@@ -48,10 +48,8 @@ class Request:
 
 def run(request: Request) -> None:
     """See `simba_compile.cli.eval`."""
-    try:
+    with told_of():
         settings = grid(request.choices)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     _refuse_several(request)
     if request.plot is not None:
         plot.require(request.plot)
@@ -70,11 +68,8 @@ def run(request: Request) -> None:
     else:
         drawn = []
         for task in _tasks(request, vocabulary):
-            with Steps(len(settings) * len(request.lengths)) as steps:
-                try:
-                    results = evaluate(variants, request.model, task, request.lengths, settings, records, steps.next)
-                except ValueError as error:
-                    raise typer.BadParameter(str(error), param_hint="--model") from None
+            with told_of("--model"), Steps(len(settings) * len(request.lengths)) as steps:
+                results = evaluate(variants, request.model, task, request.lengths, settings, records, steps.next)
             drawn += results
             _show(console, f"{request.model}, {_title(task)}", results)
             if smaller is not None:
@@ -113,7 +108,7 @@ def _smaller(name: str, vocabulary: int) -> Variants:
 
 
 def _tasks(request: Request, vocabulary: int) -> list[Task]:
-    try:
+    with told_of():
         if request.task == "text":
             return [TextTask(_text(request, vocabulary), request.windows, request.last, max(request.lengths))]
         if vocabulary != recall.VOCABULARY:
@@ -123,8 +118,6 @@ def _tasks(request: Request, vocabulary: int) -> list[Task]:
         for task, tokens in itertools.product(tasks, request.lengths):
             task.inputs(tokens)  # refuses what does not fit before anything runs
         return tasks
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _text(request: Request, vocabulary: int) -> Text:
@@ -205,17 +198,13 @@ def _budget(console: Console, request: Request, variants: Variants, records: Rec
     assert request.budget is not None
     tokens, share = request.lengths[0], request.budget
     base = _setting(request, "schedule")
-    try:
+    with told_of():
         calibration, held_out = (TextTask(half, request.windows, request.last, tokens) for half in text.halves())
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     probe, _ = calibration.inputs(tokens)
     for _ in variants.logits(base, probe[:2], request.last):
         pass
-    try:
+    with told_of("--model"):
         dense, _ = variants.flops(tokens)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from None
     at_budget = [
         equal_flops(variants, dataclasses.replace(base, schedule=name), tokens, int(share * dense))
         for name in ("linear", "uniform")

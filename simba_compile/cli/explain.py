@@ -9,14 +9,13 @@ from rich.console import Console
 import simba_compile
 from simba_compile.capture import InvalidOptions
 from simba_compile.cli import models
+from simba_compile.cli.show import told_of
 
 
 def run(name: str, tokens: int, config_only: bool, given: dict[str, Any]) -> None:
     """See `simba_compile.cli.explain`."""
-    try:
+    with told_of():
         options = simba_compile.Options(**given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     models.quiet()
     model = models.load(name, config_only)
     ids = models.random_ids(model.config.get_text_config().vocab_size, tokens)

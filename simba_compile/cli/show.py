@@ -1,11 +1,22 @@
 """What the commands print: progress on stderr, results on stdout."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+@contextlib.contextmanager
+def told_of(option: str | None = None) -> Iterator[None]:
+    """What a person can mend, a `ValueError` within, is told without a traceback; of this option, where one is to blame."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 class Steps:

@@ -69,9 +69,11 @@ def _parts(node: Node, length: Length) -> set[Node]:
 
 def read_cache(node: Node) -> None:
     """Attention whose keys come from an input of the graph: `attention_over_cache`."""
-    if not is_attention(node) or value_of(_arguments(node)["key"]).dim() != 4:
+    if not is_attention(node):
         return
     queue: list[Node] = [_arguments(node)["key"]]
+    if value_of(queue[0]).dim() != 4:  # there are no heads
+        return
     seen = set(queue)
     for source in queue:  # grows while it is walked
         if source.op == "placeholder" and isinstance(value_of(source), Tensor):

@@ -20,6 +20,7 @@ from simba_compile.passes.tokens import (
     PRODUCTS,
     RESHAPES,
     SPLITS,
+    is_simba,
     value_of,
     written_between,
 )
@@ -94,7 +95,7 @@ def drop_widening(node: Node) -> None:
 
     On a GPU each is a launch of its own, in every layer.
     """
-    if getattr(node.target, "_qualified_op_name", "").partition("::")[0] != "simba":
+    if not is_simba(node):
         return
     for i, argument in enumerate(node.target.default._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
         cast = node.args[i]

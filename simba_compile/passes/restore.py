@@ -34,18 +34,16 @@ class Stream:
         """Take an add onto the stream into it."""
         if node in self.residuals:
             before = self.residuals[node]
-            known = [i for i, chain in enumerate(self.chains) if self.uncast(before) in chain]
-            if not known:  # what something made of the stream: the stream from here on, or within a block
-                known = [len(self.chains)]
-                self.chains.append([self.uncast(before)])
-            place = known[0]
+            base = self.uncast(before)
+            if not any(base in chain for chain in self.chains):
+                self.chains.append([base])  # what something made of the stream: the stream from here on, or within a block
+            place = next(i for i, chain in enumerate(self.chains) if base in chain)
         elif node.target in ADDS:
             sources = {self.uncast(source): source for source in node.all_input_nodes}
-            found = [i for i, chain in enumerate(self.chains) if chain[-1] in sources]
-            if not found:
+            place = next((i for i, chain in enumerate(self.chains) if chain[-1] in sources), -1)
+            if place < 0:
                 return
-            place = found[0]  # with two, the inner stream ends here
-            before = sources[self.chains[place][-1]]
+            before = sources[self.chains[place][-1]]  # with two, the inner stream ends here
         else:
             return
         self.before[node] = before

@@ -301,6 +301,11 @@ def _place(target: Any, name: str) -> int | None:
     return names.index(name) if name in names else None
 
 
+def is_simba(node: Node) -> bool:
+    """Whether the node calls an operator `simba::*`."""
+    return getattr(node.target, "_qualified_op_name", "").startswith("simba::")
+
+
 def is_inplace(node: Node) -> bool:
     """Whether the node writes into one of its inputs."""
     target = node.target

@@ -146,10 +146,10 @@ class _Pruning:
             self._emit(node, newest)
         elif node.target in CONTRACT:
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be told from its other axes")
-        elif reorders(node, self.length) and self.version[node.args[0]] > 0:  # type: ignore[index]
-            raise Unprunable(self.mixer, f"{node.name} may put tokens in another order")
         else:
             self._emit(node, 0)
+        if node in self.stream.residuals:
+            self._check_order(self.stream.residuals[node])
         self.stream.note(node)
         if self.pending is not None and node is self.plan.mixers[self.mixer].add:
             self._prune_layer(node)
@@ -180,6 +180,16 @@ class _Pruning:
         for place in {storage_of(value) for value in written(node)} - {None} & self.read.keys():
             reader = self.read[place].name
             raise Unprunable(self.mixer, f"{node.name} writes in place into what {reader} read for pruned tokens")
+
+    def _check_order(self, residual: Node) -> None:
+        """What a mixer is added onto has its tokens in their places: else those that stay would be others from here on."""
+        queue = [residual]
+        for node in queue:  # grows while it is walked, back to the stream
+            if node in self.stream.before:
+                continue
+            if reorders(node, self.length) and self.version[node.args[0]] > 0:  # type: ignore[index]
+                raise Unprunable(self.mixer, f"{node.name} may put tokens in another order")
+            queue += [source for source in inputs_with_tokens(node, self.length) if source not in queue]
 
     def _set_version(self, node: Node, version: int) -> None:
         self.version[node] = version

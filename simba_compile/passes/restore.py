@@ -18,15 +18,15 @@ class Stream:
     ----------
     graph : Graph
     mixers : iterable of Mixer
-        Their residual adds are where the stream is known; other adds onto its latest value (of an MLP, say) join by
-        themselves. Adds onto an earlier value (the embedding once more) do not: it is not the stream before them.
+        Their residual adds are where the stream is known; other adds onto its values since the last of those (of an MLP,
+        say) join by themselves. Adds onto an earlier one (the embedding once more) do not: the stream has left it behind.
     """
 
     def __init__(self, graph: Graph, mixers: tuple[Mixer, ...]) -> None:
         writes = (node for node in graph.nodes if is_inplace(node))
         self.changing = {storage_of(value) for node in writes for value in written(node)}
         self.before: dict[Node, Node] = {}
-        # Its values so far, and above them those of a stream within a block, if one goes on there.
+        # Its values since the last mixer, and above them those of a stream within a block, if one goes on there.
         self.chains: list[list[Node]] = []
         self.residuals = {mixer.add: mixer.residual for mixer in mixers if mixer.add and mixer.residual}
 
@@ -38,17 +38,19 @@ class Stream:
             if not any(base in chain for chain in self.chains):
                 self.chains.append([base])  # what something made of the stream: the stream from here on, or within a block
             place = next(i for i, chain in enumerate(self.chains) if base in chain)
+            values = [node]
         elif node.target in ADDS:
             sources = {self.uncast(source): source for source in node.all_input_nodes}
-            place = next((i for i, chain in enumerate(self.chains) if chain[-1] in sources), -1)
+            place = next((i for i, chain in enumerate(self.chains) if sources.keys() & set(chain)), -1)
             if place < 0:
                 return
-            before = sources[self.chains[place][-1]]  # with two, the inner stream ends here
+            chain = self.chains[place]  # with values of two, the inner stream ends here
+            before = next(sources[value] for value in reversed(chain) if value in sources)
+            values = [*chain, node]
         else:
             return
         self.before[node] = before
-        del self.chains[place + 1 :]
-        self.chains[place].append(node)
+        self.chains[place:] = [values]
 
     def uncast(self, node: Node) -> Node:
         """What the node is a cast or a copy of, if it is one, and both stay as they are."""

@@ -231,9 +231,9 @@ def is_tokenwise(node: Node, length: Length) -> bool:
 
 
 def reorders(node: Node, length: Length) -> bool:
-    """Whether the node, which is not tokenwise, may put tokens in another order: their places would be those of others."""
+    """Whether the node may put tokens in another order: their places would be those of others."""
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or NO_TOKENS in (length.of(source), length.of(node)):
+    if not isinstance(source, Node) or NO_TOKENS in (length.of(source), length.of(node)) or is_tokenwise(node, length):
         return False
     return node.target in REORDERS or (node.target is operator.getitem and not _is_plain_index(node))
 

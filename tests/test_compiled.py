@@ -1,7 +1,8 @@
-"""The Triton kernels as compiled for sm_80, in a simulator of PTX that checks all they do to memory (`ptx`), and itself."""
+"""The Triton kernels as compiled for GPUs, in a simulator of PTX that checks all they do to memory (`ptx`), and itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+import triton_targets
 from ptx.launching import simulated
 from ptx.memory import Fault, Memory
 from ptx.parsing import Unknown, parse
@@ -35,13 +37,41 @@ SHAPES = {  # of what else takes longest
 }
 
 
-@pytest.mark.parametrize("name", bench_kernels.CASES)
-def test_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+GROUPS_OF_WARPS = [("ssd_scan", "sm_90"), ("ssd_scan_backward", "sm_90")]
+
+
+@pytest.mark.parametrize(("name", "target"), [*((name, "sm_80") for name in bench_kernels.CASES), *GROUPS_OF_WARPS])
+def test_operator(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right, and without a fault, whichever warp is the first."""
     monkeypatch.setattr(bench_kernels, "SMALL", SHAPE | SHAPES.get(name, {}))
     monkeypatch.setattr(bench_kernels.Case, "run", lambda case: gpu.KERNELS[case.operator](*case.args))
-    with simulated("sm_80", "random"):
+    with simulated(target, "random"):
         assert bench_kernels.error(name, Device("cpu"), "bfloat16") <= bench_kernels.most("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [
+        (r"fence\.proxy\.async\.shared::cta;", "no fence.proxy.async came since"),
+        (r"wgmma\.fence\.sync\.aligned;", "no wgmma.fence came since"),
+        (r"wgmma\.commit_group\.sync\.aligned;", "product under way"),
+        (r"wgmma\.wait_group\.sync\.aligned 0;", "product under way"),
+        (r"bar\.sync \t0;(?=\s+\.loc[^\n]+\n\s+fence\.proxy)", "race in shared memory|never set"),
+    ],
+)
+def test_groups_of_warps(left_out: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton puts around their products is there for a reason, each instruction of it."""
+    compile_for = triton_targets.compile_for
+
+    def without(target: str, launch: triton_targets.Launch) -> triton_targets.Compiled:
+        compiled = compile_for(target, launch)
+        ptx, times = re.subn(left_out, "", compiled.ptx)
+        assert times or "wgmma" not in ptx
+        return dataclasses.replace(compiled, ptx=ptx if "wgmma" in ptx else compiled.ptx)
+
+    monkeypatch.setattr(triton_targets, "compile_for", without)
+    with simulated("sm_90"), pytest.raises(Fault, match=f"_outputs, .*({told})"):
+        gpu.KERNELS["ssd_scan"](*bench_kernels.CASES["ssd_scan"](**SHAPE | {"batch": 1}).args)
 
 
 # --- what the simulator sees -----------------------------------------------------------------------------------------
@@ -146,7 +176,7 @@ def by_hand(*lines: str, order: Order = "forward") -> list[int]:
     Both memories begin at address 0. %r1 is the number of a thread, %r2 and %rd2 the address of its word.
     """
     begin = ("mov.u32 %r1, %tid.x", "shl.b32 %r2, %r1, 2", "cvt.u64.u32 %rd2, %r2")
-    registers = ".reg .pred %p<4>;\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\n"
+    registers = ".reg .pred %p<4>;\n.reg .b16 %rs<9>;\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\n"
     code = "".join(line if line.endswith(":") else f"{line};\n" for line in (*begin, *lines, "ret"))
     memory = Memory("the tensors", 256)
     launch = Launch(memory, {}, blocks=1, warps=2, shared=256, order=order, random=random.Random(0))
@@ -177,6 +207,10 @@ def by_hand(*lines: str, order: Order = "forward") -> list[int]:
         (["setp.lt.f32 %p1, 0f7FC00000, 0f0", "selp.b32 %r4, 1, 0, %p1"], lambda thread: 0),
         (["setp.geu.f32 %p1, 0f7FC00000, 0f0", "selp.b32 %r4, 1, 0, %p1"], lambda thread: 1),
         (["mul.ftz.f32 %r4, 0f00800000, 0fBF000000"], lambda thread: 0x80000000),
+        (["mov.b64 %rd3, {9, 0f3F800000}", "add.rn.f32x2 %rd3, %rd3, %rd3", "mov.b64 {_, %r4}, %rd3"], lambda _: 0x40000000),
+        (["max.NaN.f32 %r4, 0f40000000, 0f7FC00000, 0f3F800000"], lambda thread: 0x7FC00000),
+        (["redux.sync.max.NaN.f32 %r4, %r1, -1"], lambda thread: thread | 31),
+        (["mov.b16 %rs1, 0x3FC0", "add.rn.f32.bf16 %r4, %rs1, 0f3F800000"], lambda thread: 0x40200000),
     ],
 )
 def test_what_instructions_compute(lines: list[str], expected: Callable[[int], int]) -> None:
@@ -192,7 +226,7 @@ def test_what_instructions_compute(lines: list[str], expected: Callable[[int], i
         ("fma.rz.f32 %r3, %r1, %r1, %r1", "fma.rz.f32"),
         ("ld.volatile.shared.b32 %r3, [%r2]", "ld.volatile.shared.b32"),
         ("atom.global.add.u32 %r3, [%rd2], %r1", "atom.global.add.u32"),
-        ("fence.proxy.async.shared::cta;\nwgmma.fence.sync.aligned", "wgmma.fence.sync.aligned"),
+        ("wgmma.mma_async.sync.aligned.m64n16k8.f32.tf32.tf32 {%r3}, %rd2, %rd2, 1, 1, 1", "wgmma.mma_async"),
         ("mov.u32 %r3, %clock", "%clock"),
         ("@%p1 bar.sync 0", "bar.sync"),
         ("shfl.sync.idx.b32 %r3|%p1, %r1, 0, 31, -1", "%r3|%p1"),

@@ -7,6 +7,7 @@ runs. `launching.simulated` has operators' launchers do so; the other modules, f
 - `parsing`: the text as instructions;
 - `values`: what an instruction computes from registers, on the 32 lanes of a warp;
 - `memory`: bytes that know whether they were set and who used them last;
+- `warpgroups`: products of matrices that four warps start together (sm_90);
 - `steps`: instructions bound to the registers and the memory of the warp that does them;
 - `running`: warps, blocks, a launch.
 

@@ -66,9 +66,11 @@ class Memory:
     exclusive : bool
         Two lanes of one warp must not write different bytes to an address. In shared memory Triton has lanes do so that have
         the same number, sums that they rounded in different orders: any of them will do.
+    warps : int
+        How many start products that read here asynchronously.
     """
 
-    def __init__(self, name: str, size: int, base: int = 0, exclusive: bool = False) -> None:
+    def __init__(self, name: str, size: int, base: int = 0, exclusive: bool = False, warps: int = 0) -> None:
         self.name, self.base, self.exclusive = name, base, exclusive
         self.bytes = np.zeros(size, np.uint8)
         self.usable = np.ones(size, np.bool_)
@@ -76,6 +78,8 @@ class Memory:
         self.written, self.read_at = (np.full(size, NEVER, np.int64) for _ in range(2))
         self.by_several = np.zeros(size, np.bool_)  # warps, in the moment in which it was last read
         self.by_earlier = np.zeros(size, np.bool_)  # blocks than the one that read it last
+        self.fenced = np.zeros((warps, size), np.bool_)  # since it was written, as each warp knows
+        self.products = np.zeros(size, np.int16)  # how many are under way that read it
 
     def read(self, addresses: Lanes, size: int, access: Access) -> Lanes:
         """`size` bytes from each address, (lanes, size)."""
@@ -84,11 +88,14 @@ class Memory:
             raise Fault(f"reads bytes of {self.name} that were never set")
         if access.races_with(self.written[at]).any():
             raise Fault(f"race in {self.name}: reads what another warp writes")
+        self._note_reading(at, access)
+        return self.bytes[at]
+
+    def _note_reading(self, at: Lanes, access: Access) -> None:
         last = self.read_at[at]
         self.by_several[at] = (last >= access.moment) & ((last != access.stamp) | self.by_several[at])
         self.by_earlier[at] |= (last < access.block) & (last != NEVER)
         self.read_at[at] = access.stamp
-        return self.bytes[at]
 
     def write(self, addresses: Lanes, values: Lanes, access: Access) -> None:
         """Write bytes (lanes, size) to the addresses."""
@@ -100,14 +107,38 @@ class Memory:
     def claim(self, addresses: Lanes, values: Lanes, access: Access) -> Lanes:
         """Where they are, after the checks of a write of these values; nobody may read there before it is made."""
         at = self._places(addresses, values.shape[1])
+        if self.products[at].any():
+            raise Fault(f"race in {self.name}: writes what a product under way reads")
         last = self.read_at[at]
         several = self.by_several[at] & (last >= access.moment)
         if (access.races_with(last) | several | self.by_earlier[at]).any():
             raise Fault(f"race in {self.name}: writes what another warp reads")
         if (access.races_with(self.written[at]) & ((self.bytes[at] != values) | ~self.set[at])).any():
             raise Fault(f"race in {self.name}: two warps write to one address")
-        self.written[at], self.set[at] = access.stamp, False
+        self.written[at], self.set[at], self.fenced[:, at] = access.stamp, False, False
         return at
+
+    def fence(self, warp: int, access: Access) -> None:
+        """Let products read what was written before, as far as this warp knows."""
+        self.fenced[warp] |= ~access.races_with(self.written)
+
+    def meet(self) -> None:
+        """Let all warps know of each other's fences, at a barrier."""
+        self.fenced[:] = self.fenced.any(0)
+
+    def begin_to_read(self, addresses: Lanes, size: int, warp: int, access: Access) -> tuple[Lanes, Lanes]:
+        """Bytes as `read` gives them, to a product that this warp starts, and their places, for `has_read`."""
+        found, at = self.read(addresses, size, access), self._places(addresses, size)
+        if not self.fenced[warp, at].all():
+            raise Fault(f"a product reads bytes of {self.name} that were written, and no fence.proxy.async came since")
+        at = np.unique(at)
+        self.products[at] += 1
+        return found, at
+
+    def has_read(self, at: Lanes, access: Access) -> None:
+        """End a product's reading, now."""
+        self.products[at] -= 1
+        self._note_reading(at, access)
 
     def _places(self, addresses: Lanes, size: int) -> Lanes:
         if (addresses % size).any():

@@ -12,10 +12,19 @@ from ptx.memory import STAMPS, Access, Fault, Memory
 from ptx.parsing import Instruction, Unknown
 from ptx.steps import ALL_LANES, Mask, Program, Step
 from ptx.values import LANES, Lanes
+from ptx.warpgroups import Group
 
 Order: TypeAlias = Literal["forward", "backward", "random"]
 ORDERS: tuple[Order, ...] = ("forward", "backward", "random")
 ENDED = 1 << 62  # where a lane is that has returned
+
+
+class Registers(dict[str, Lanes]):
+    """What is in each, but for those that belong to a product under way."""
+
+    def __missing__(self, name: str) -> Lanes:
+        """Refuse it."""
+        raise Fault(f"{name} belongs to a product under way")
 
 
 class Warp:
@@ -27,10 +36,12 @@ class Warp:
 
     def __init__(self, block: Block, number: int) -> None:
         self.block, self.number = block, number
-        self.registers = dict(block.program.unset)  # arrays that are never changed in place
+        self.registers = Registers(block.program.unset)  # arrays that are never changed in place
         self.at = 0
         self.apart: Mask = None  # where each lane is, while they are apart
         self.copies: list[list[tuple[Lanes, Lanes]]] = [[]]  # groups of asynchronous ones: addresses and bytes
+        self.products, self.started = [Group()], 0  # of a group of warps; how many of them
+        self.fenced: dict[str, Lanes] = {}  # registers, at the last wgmma.fence
 
     @property
     def access(self) -> Access:
@@ -119,7 +130,9 @@ class Block:
     def __init__(self, program: Program, launch: Launch, number: int, began: int) -> None:
         self.program, self.launch, self.number, self.began = program, launch, number, began
         self.moment = began
-        self.spaces = {"global": launch.tensors, "shared": Memory("shared memory", launch.shared)}
+        self.shared = Memory("shared memory", launch.shared, warps=launch.warps)
+        self.spaces = {"global": launch.tensors, "shared": self.shared}
+        self.started: dict[tuple[int, int], tuple[object, ...]] = {}  # products, by group of warps and in order
         self.warps = [Warp(self, warp) for warp in range(launch.warps)]
 
     def run(self) -> int:
@@ -131,6 +144,7 @@ class Block:
                 raise Fault("some warps have ended, others wait for them at a barrier")
             going = sorted(waiting, key=lambda warp: warp.number)
             self.moment += STAMPS
+            self.shared.meet()
         return self.moment
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ptx import warpgroups
 from ptx.parsing import Instruction, Kernel, Unknown
 from ptx.values import LANE, LANES, TYPES, WHOLE_WARP, Lanes, Operation, bits, operation
 
@@ -290,4 +291,9 @@ ACCESSES: tuple[tuple[str, Callable[..., Bound], bool], ...] = (
     (r"cp\.async\.c[ag]\.shared\.global", _copy, False),
     (r"cp\.async\.commit_group", _end_of_group, True),
     (r"cp\.async\.wait_group", _wait_for_groups, True),
+    (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2", warpgroups.product, True),
+    (r"wgmma\.fence\.sync\.aligned", warpgroups.fence_registers, True),
+    (r"wgmma\.commit_group\.sync\.aligned", warpgroups.end_of_group, True),
+    (r"wgmma\.wait_group\.sync\.aligned", warpgroups.wait_for_groups, True),
+    (r"fence\.proxy\.async\.shared::cta", warpgroups.fence_proxy, True),
 )

@@ -5,8 +5,9 @@ A rule is for opcodes that match its pattern whole, so that a modifier which no 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -66,9 +67,11 @@ def operation(instruction: Instruction) -> Operation | None:
     """What an instruction computes; None if it is not one that computes."""
     for pattern, make in _rules:
         if found := pattern.fullmatch(instruction.opcode):
-            given = found.groupdict()
+            given: dict[str, Any] = found.groupdict()
             if make is _mov:
                 given |= {"results": len(instruction.operands[0]), "sources": len(instruction.operands[1])}
+            if make is _extreme:
+                given |= {"sources": len(instruction.operands) - 1}
             return make(**given)
     return None
 
@@ -220,10 +223,11 @@ def _floats(name: str, ftz: str | None, kind: str) -> Operation:
 
 
 @_rule(r"(?P<name>min|max)(?P<ftz>\.ftz)?(?P<nan>\.NaN)?\.(?P<kind>f32|f64)")
-def _extreme(name: str, ftz: str | None, nan: str | None, kind: str) -> Operation:
-    """Of a number and a NaN the number, or with .NaN the NaN."""
+def _extreme(name: str, ftz: str | None, nan: str | None, kind: str, sources: int) -> Operation:
+    """Of a number and a NaN the number, or with .NaN the NaN; of two numbers or three."""
     either = (np.minimum, np.fmin) if name == "min" else (np.maximum, np.fmax)
-    return Operation((kind, kind), (kind,), _flushed(either[0 if nan else 1], ftz))
+    choose = either[0 if nan else 1]
+    return Operation((kind,) * sources, (kind,), _flushed(lambda *numbers: functools.reduce(choose, numbers), ftz))
 
 
 @_rule(r"fma\.rn(?P<ftz>\.ftz)?\.(?P<kind>f32|f64)")
@@ -232,6 +236,30 @@ def _fused(ftz: str | None, kind: str) -> Operation:
     wide = np.float64 if kind == "f32" else np.longdouble
     compute = _flushed(lambda a, b, c: _low(a.astype(wide) * b.astype(wide) + c.astype(wide), kind), ftz)
     return Operation((kind,) * 3, (kind,), compute)
+
+
+@_rule(r"(?P<name>add|sub|mul|fma\.rn)(?:\.rn)?\.f32x2")
+def _two_at_once(name: str) -> Operation:
+    """On both halves of registers of 64 bits."""
+    one = _fused(None, "f32") if name == "fma.rn" else _floats(name, None, "f32")
+
+    def compute(*pairs: Lanes) -> Lanes:
+        return one.compute(*(pair.view(np.float32) for pair in pairs)).view(np.uint64)
+
+    return Operation(("b64",) * len(one.takes), ("b64",), compute)
+
+
+@_rule(r"(?P<name>add|sub|fma)\.rn\.f32\.(?P<kind>bf16|f16)")
+def _mixed(name: str, kind: str) -> Operation:
+    """The last operand is a float32, the others are halves."""
+    one = _fused(None, "f32") if name == "fma" else _floats(name, None, "f32")
+
+    def compute(*numbers: Lanes) -> Lanes:
+        *halves, last = numbers
+        result: Lanes = one.compute(*(_low(from_halves(half, kind), "f32") for half in halves), last)
+        return result
+
+    return Operation((kind,) * (len(one.takes) - 1) + ("f32",), ("f32",), compute)
 
 
 @_rule(r"(?P<name>neg|abs)(?P<ftz>\.ftz)?\.(?P<kind>f32|f64)")
@@ -355,6 +383,7 @@ def _ballot() -> Operation:
 
 
 @_rule(r"redux\.sync\.(?P<name>add|min|max)\.(?P<kind>[us]32)")
+@_rule(r"redux\.sync\.(?P<name>min|max)\.NaN\.(?P<kind>f32)")
 def _reduce(name: str, kind: str) -> Operation:
     def compute(value: Lanes, members: Lanes) -> Lanes:
         _of_whole_warp(members)
@@ -376,20 +405,30 @@ def _product(depth: str, kind: str) -> Operation:
     row, column = LANE // 4, LANE % 4
     pieces = int(depth) // (4 if kind == "tf32" else 8)  # registers along the depth
 
-    def along(registers: tuple[Lanes, ...]) -> Lanes:
-        """Numbers (8, depth) of the registers of one row (or column) of lanes."""
-        if kind == "tf32":
-            numbers = [(raw & np.uint32(0xFFFFE000)).view(np.float32).reshape(8, 4) for raw in registers]
-        else:
-            halves = (raw.view(np.uint16).reshape(8, 8) for raw in registers)
-            numbers = [_from_bfloat16(half) if kind == "bf16" else half.view(np.float16) for half in halves]
-        return np.concatenate(numbers, 1).astype(np.float64)
-
     def compute(*registers: Lanes) -> list[Lanes]:
         a, b, c = registers[: 2 * pieces], registers[2 * pieces : 3 * pieces], registers[3 * pieces :]
-        left = np.concatenate([along(a[0::2]), along(a[1::2])])
-        result = left @ along(b).T
+        result = fragments(a, kind) @ _along(b, kind).T
         places = [(row + down, 2 * column + right) for down in (0, 8) for right in (0, 1)]
         return [(result[place] + number).astype(np.float32) for place, number in zip(places, c, strict=True)]
 
     return Operation(("b32",) * 3 * pieces + ("f32",) * 4, ("f32",) * 4, compute, together=True)
+
+
+def fragments(registers: Sequence[Lanes], kind: str) -> Lanes:
+    """The left matrix of `_product`, (16, depth), of its registers."""
+    return np.concatenate([_along(registers[0::2], kind), _along(registers[1::2], kind)])
+
+
+def _along(registers: Sequence[Lanes], kind: str) -> Lanes:
+    """Numbers (8, depth) of the registers of one row (or column) of lanes."""
+    if kind == "tf32":
+        numbers = [(raw & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64).reshape(8, 4) for raw in registers]
+    else:
+        numbers = [from_halves(raw.view(np.uint16).reshape(8, 8), kind) for raw in registers]
+    return np.concatenate(numbers, 1)
+
+
+def from_halves(raw: Lanes, kind: str) -> Lanes:
+    """Bits of bf16 or f16 as numbers in float64."""
+    numbers: Lanes = _from_bfloat16(raw) if kind == "bf16" else raw.view(np.float16)
+    return numbers.astype(np.float64)

@@ -16,9 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from simba_compile.passes.edit import mode_changes
-from simba_compile.passes.tokens import IN_PLACE, RESHAPES, is_inplace, shares_memory, storage_of, value_of, written
+from simba_compile.passes.tokens import (
+    IN_PLACE,
+    RESHAPES,
+    given,
+    is_inplace,
+    place_of,
+    shares_memory,
+    storage_of,
+    value_of,
+    written,
+)
 
 _BY_LAYOUT: set[Any] = RESHAPES | {"contiguous", "ravel", torch.ravel}
 _PRODUCTS = {"addmm_", "addmv_", "addr_", "addbmm_", "baddbmm_"}
@@ -31,7 +42,7 @@ def make_functional(graph: Graph) -> None:
     made: set[Node] = set()  # results of writes that are ordinary operations now: no views of what was written to
     for node in graph.nodes:
         plain = _plain(node)
-        if plain is None or not node.args or not isinstance(node.args[0], Node) or not _keeps_dtype(node):
+        if plain is None or not node.args or not isinstance(node.args[0], Node) or not _keeps_dtype(node, *plain):
             continue
         value = node.args[0]
         before = [user for user in value.users if place[user] < place[node]]
@@ -41,7 +52,7 @@ def make_functional(graph: Graph) -> None:
             continue
         if mode_changes(value, node):
             continue
-        node.target = plain
+        node.target, node.args, node.kwargs = plain
         made.add(node)
         for user in [user for user in value.users if place[user] > place[node]]:
             user.replace_input_with(value, node)
@@ -66,17 +77,31 @@ def allow_any_layout(graph: Graph) -> None:
             node.target = "reshape"
 
 
-def _keeps_dtype(node: Node) -> bool:
-    """Whether the ordinary operation gives the type of the value that was written to."""
+def _keeps_dtype(node: Node, target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the ordinary operation gives the type of the value that was written to: a comparison does not."""
     values = [value for value in map(value_of, node.all_input_nodes) if isinstance(value, Tensor)]
-    return all(torch.promote_types(values[0].dtype, value.dtype) == values[0].dtype for value in values)
+    if not all(torch.promote_types(values[0].dtype, value.dtype) == values[0].dtype for value in values):
+        return False
+    args, kwargs = map_arg((args, kwargs), value_of)  # type: ignore[assignment]
+    result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+    return not isinstance(result, Tensor) or result.dtype == values[0].dtype
 
 
-def _plain(node: Node) -> Any:
-    """What computes the same without writing, where the node writes in place."""
+def _plain(node: Node) -> tuple[Any, tuple, dict[str, Any]] | None:
+    """What computes the same without writing, where the node writes in place: target and arguments."""
     if node.op == "call_function":
-        return IN_PLACE.get(node.target)
+        if node.target in IN_PLACE:
+            return IN_PLACE[node.target], node.args, node.kwargs
+        return _not_inplace(node) if given(node, "inplace") is True else None
     name = node.target if node.op == "call_method" else None
     if isinstance(name, str) and name.endswith("_") and not name.endswith("__") and name not in {"copy_", *_PRODUCTS}:
-        return name[:-1] if callable(getattr(torch.Tensor, name[:-1], None)) else None  # requires_grad is no method
+        is_method = callable(getattr(Tensor, name[:-1], None))  # requires_grad is none
+        return (name[:-1], node.args, node.kwargs) if is_method else None
     return None
+
+
+def _not_inplace(node: Node) -> tuple[Any, tuple, dict[str, Any]]:
+    """``relu(x, inplace=True)``: without it."""
+    place = place_of(node.target, "inplace")
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+    return node.target, tuple(value for i, value in enumerate(node.args) if i != place), kwargs

@@ -20,6 +20,7 @@ from simba_compile.passes.tokens import (
     PRODUCTS,
     RESHAPES,
     SPLITS,
+    is_inplace,
     is_simba,
     value_of,
     written_between,
@@ -143,7 +144,7 @@ def gather_first(node: Node) -> None:
     while node.target is OPS.gather and node.args[0].target in POINTWISE:  # type: ignore[union-attr]
         applied: Node = node.args[0]  # type: ignore[assignment]
         (read, *others) = applied.all_input_nodes
-        if others or len(applied.users) != 1 or sizes(read) != sizes(applied):
+        if others or len(applied.users) != 1 or sizes(read) != sizes(applied) or is_inplace(applied):
             return
         if not may_move(applied, node, read, node.args[1]):  # type: ignore[arg-type]
             return
@@ -166,7 +167,8 @@ def project_kept(node: Node) -> None:
     projection = split.args[0] if split.target in SPLITS else None
     if not isinstance(projection, Node) or projection.target not in LINEAR or _rank(projection) != 3:
         return
-    if not is_plain(projection):
+    bias = linear_arguments(projection)[2]
+    if not is_plain(projection) or (bias is not None and sizes(bias) != sizes(projection)[-1:]):
         return
     pieces = pieces_of(projection)
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
@@ -278,7 +280,7 @@ def _norm_of(node: Node) -> tuple[Node, float] | None:
     if root.target not in RSQRT:  # type: ignore[union-attr]
         return None
     shifted: Node = root.args[0]  # type: ignore[assignment, union-attr]
-    if shifted.target not in ADDS or not isinstance(shifted.args[1], float):
+    if shifted.target not in ADDS or shifted.kwargs or not isinstance(shifted.args[1], float):
         return None
     mean: Node = shifted.args[0]  # type: ignore[assignment]
     if mean.target not in MEAN or mean.args[1:] not in ((-1,), ((-1,),), ([-1],)) or mean.kwargs != {"keepdim": True}:

@@ -179,7 +179,7 @@ def _path(node: Node) -> str:
     if not stack:
         return node.name
     name = re.sub(r"\['?(\w+)'?\]", r".\1", list(stack.values())[-1][0])  # L['self'].layers[0] is L.self.layers.0
-    return re.sub(r"^(self|[LG]\.\w+)\.", "", re.sub(r"\.(__dict__|__self__|_modules)\b", "", name))
+    return re.sub(r"^(self|L\.args\.\d+|[LG]\.\w+)\.", "", re.sub(r"\.(__dict__|__self__|_modules)\b", "", name))
 
 
 def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:

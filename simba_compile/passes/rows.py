@@ -86,6 +86,8 @@ def convolve_rows(node: Node) -> None:
     if node.target is not torch.conv1d or any(name not in given for name in names):
         return
     x, weight = given["x"], given["weight"]
+    if value_of(node).dtype != value_of(x).dtype:  # under autocast
+        return
     if len(sizes(x)) != 3:
         return
     channels, width = sizes(x)[1], sizes(weight)[2]

@@ -286,17 +286,18 @@ def subgraphs(node: Node) -> list[GraphModule]:
 
 def is_random(node: Node) -> bool:
     """Whether the node draws random numbers: dropout, where it is on."""
-    return node.target is _F.dropout and _given(node, "training") is not False and _given(node, "p") != 0
+    return node.target is _F.dropout and given(node, "training") is not False and given(node, "p") != 0
 
 
-def _given(node: Node, name: str) -> Any:
+def given(node: Node, name: str) -> Any:
     """What a function written in Python is given for a parameter, by name or by place; None where it is not given."""
-    place = _place(node.target, name)
+    place = place_of(node.target, name)
     return node.args[place] if place is not None and place < len(node.args) else node.kwargs.get(name)
 
 
 @functools.cache
-def _place(target: Any, name: str) -> int | None:
+def place_of(target: Any, name: str) -> int | None:
+    """Where a parameter of that name stands among those of a function written in Python."""
     names = list(inspect.signature(target).parameters) if inspect.isfunction(target) else []
     return names.index(name) if name in names else None
 
@@ -313,7 +314,7 @@ def is_inplace(node: Node) -> bool:
         return False
     if any(is_inplace(inner) for graph in subgraphs(node) for inner in graph.graph.nodes):
         return True
-    if node.kwargs.get("out") is not None or _given(node, "inplace") is True:
+    if node.kwargs.get("out") is not None or given(node, "inplace") is True:
         return True
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())

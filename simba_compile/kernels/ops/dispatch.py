@@ -103,16 +103,25 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
         kernels = _native_module(name)
         if kernels is not None:
             return getattr(kernels, name)
-    return _contiguous(getattr(reference, name))
+    return by_torch(name)
 
 
 @cache
-def _contiguous(definition: Callable) -> Callable:
-    """With results laid out as the kernels' are, and as Inductor was told: those of plain torch follow the inputs."""
+def by_torch(name: str) -> Callable:
+    """The operator's definition, with results as kernels give them and Inductor was told: contiguous, and views of nothing.
+
+    Those of plain torch follow the inputs' layout; a view that comes out of an operator may not be written to in training.
+    """
+    definition = getattr(reference, name)
 
     @wraps(definition)
     def run(*args: Any) -> Any:
         result = definition(*args)
-        return tuple(value.contiguous() for value in result) if isinstance(result, tuple) else result.contiguous()
+        return tuple(map(_by_itself, result)) if isinstance(result, tuple) else _by_itself(result)
 
     return run
+
+
+def _by_itself(value: Tensor) -> Tensor:
+    value = value.contiguous()
+    return torch.ops.aten._unsafe_view(value, value.shape) if value._is_view() else value

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels import native_linear, reference
-from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels import native_linear
+from simba_compile.kernels.ops.dispatch import by_torch, differentiable, fake, implementation, operator
 
 
 @operator("(Tensor x, Tensor weight, Tensor? bias, Tensor? add, Tensor? index) -> Tensor")
@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
     """Torch's product, where that is faster than our kernel. Kept tokens are a copy, to which it is added in place."""
     if add is None or index is None:
-        return reference.linear(x, weight, bias, add)
+        return by_torch("linear")(x, weight, bias, add)
     kept = torch.ops.simba.gather(add, index, 1)
     kept.view(-1, weight.shape[0]).addmm_(x.reshape(-1, weight.shape[1]), weight.t())
     return kept if bias is None else kept.add_(bias.to(kept.dtype))

@@ -148,6 +148,19 @@ def test_pruned_forward_and_backward(family: str, selected: list[Tensor], graphs
             close(ours.grad, theirs.grad, 1e-5)
 
 
+@pytest.mark.parametrize("family", ["mamba", "nemotron_h"])
+def test_a_default_device(family: str) -> None:
+    """It sets a mode of torch functions, under which Dynamo shows calls by other names."""
+    model, ids = tiny_model(family, torch.float64), random_ids(2, LENGTH)
+    other = copy.deepcopy(model)
+    compiled = simba(model, fullgraph=False, **PRUNED)
+    with torch.no_grad(), torch.device("cpu"):
+        found = compiled(ids, use_cache=False).logits
+    with torch.no_grad(), exact(other):
+        expected = pruned_forward(other, ids, **PRUNED).logits
+    close(found, expected, tolerance(family))
+
+
 @each_new_family
 def test_generate_after_a_pruned_prefill(family: str, selected: list[Tensor]) -> None:
     """Positions, masks and states in decoding are those of the tokens that stayed, with padding on the left too."""

@@ -3,7 +3,7 @@
 subgraphs   finds the graphs that higher-order operators run
 functional  writes in-place operations as ordinary ones (and, after `arguments`, what depends on where numbers lie in memory
             so that it does not)
-arguments   puts arguments that are given by name in their places
+arguments   puts calls under one name (before `functional`), and arguments that are given by name in their places
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each
 plan        decides how many tokens each of them keeps             → counts from a length
@@ -20,7 +20,7 @@ import logging
 from torch.fx import GraphModule
 
 from simba_compile.options import Options
-from simba_compile.passes.arguments import place_arguments
+from simba_compile.passes.arguments import name_calls, place_arguments
 from simba_compile.passes.functional import allow_any_layout, make_functional
 from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer
@@ -61,6 +61,7 @@ def transform(gm: GraphModule, options: Options) -> Transformed:
     """Run the passes on a graph; `gm` itself becomes the dense one."""
     graphs = with_subgraphs(gm)
     for each in graphs:
+        name_calls(each.graph)
         make_functional(each.graph)
         place_arguments(each.graph)
         allow_any_layout(each.graph)

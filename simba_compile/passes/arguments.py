@@ -1,10 +1,15 @@
-"""Put the arguments of a call where the other passes look for them: in their places, and under torch's own names.
+"""Put calls under the names that the other passes know, and their arguments in their places, under torch's own names.
 
+``torch.Tensor.split(x, 2)``           →  ``x.split(2)``
+``x.__invert__()``                     →  ``~x``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
 
-Dynamo keeps a call as the model wrote it. Torch takes NumPy's names of some arguments beside its own.
+Dynamo keeps a call as the model wrote it, but under a mode of torch functions, as `torch.set_default_device` sets one, where
+it shows what the mode sees. Torch takes NumPy's names of some arguments beside its own.
 """
+
+import operator
 
 import torch
 from torch.fx import Graph, Node
@@ -20,6 +25,7 @@ from simba_compile.passes.tokens import (
     PRODUCTS,
     RESHAPES,
     VIEWS,
+    WRITING_METHODS,
 )
 
 _OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
@@ -36,6 +42,21 @@ _NEXT = {  # what follows the first argument, as far as some pass reads it by it
     **{"view": ("size",), "reshape": ("shape",), torch.reshape: ("shape",)},
 }
 _KNOWN = (POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | _NEXT.keys()) - {torch.where}  # whose first is no input
+
+
+def name_calls(graph: Graph) -> None:
+    """Run over a graph, in place."""
+    for node in graph.nodes:
+        target = node.target
+        name = getattr(target, "__name__", "")
+        if node.op == "call_function" and getattr(torch.Tensor, name, None) is target:
+            node.op, node.target = "call_method", name
+        if node.op == "call_method" and node.target.startswith("__") and node.target not in WRITING_METHODS:
+            named = None if node.kwargs else getattr(operator, node.target, None)
+            if named is not None:
+                node.op, node.target = "call_function", named
+        elif target is torch.floor_divide:
+            node.target = operator.floordiv
 
 
 def place_arguments(graph: Graph) -> None:

@@ -169,7 +169,7 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift"
 IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without
     getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name) for name in _OPERATORS
 }
-_WRITING_METHODS = {"__setitem__", *(f"__{written.__name__}__" for written in IN_PLACE)}
+WRITING_METHODS = {"__setitem__", *(f"__{written.__name__}__" for written in IN_PLACE)}
 
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
@@ -321,7 +321,7 @@ def is_inplace(node: Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     name = target if isinstance(target, str) else target.__name__
-    if name == "setitem" or target in IN_PLACE or name in _WRITING_METHODS:
+    if name == "setitem" or target in IN_PLACE or name in WRITING_METHODS:
         return True
     return name.endswith("_") and not name.endswith("__")
 

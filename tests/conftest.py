@@ -188,6 +188,23 @@ def simba(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **opt
     return torch.compile(model, backend="simba", fullgraph=fullgraph, dynamic=dynamic, options=options)
 
 
+def assert_as_eager(function: Callable, *shapes: tuple[int, ...]) -> None:
+    """A function without mixers gives the same under our backend, of random tensors of these shapes; gradients, too."""
+    results = []
+    for run in (function, simba(function)):
+        generator = torch.Generator().manual_seed(0)
+        given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        result = run(*given)
+        if result.requires_grad:
+            result.float().square().sum().backward()
+        results.append([result, *(value.grad for value in given)])
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            assert found.requires_grad == expected.requires_grad
+            torch.testing.assert_close(found, expected)
+
+
 @contextlib.contextmanager
 def exact_casts() -> Iterator[None]:
     """Leave out the casts of activations from float64 to float32 that Hugging Face makes; those of parameters stay."""

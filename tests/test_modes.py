@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import have_products_of_torch
+from conftest import assert_as_eager, have_products_of_torch
 from test_lower import normed
 from torch import Tensor
 
@@ -111,17 +111,4 @@ REGIONS = [
 def test_regions(function: Callable, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if products == "of torch":
         have_products_of_torch(monkeypatch)
-    results = []
-    for run in (function, torch.compile(function, backend="simba", fullgraph=True)):
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((2, 5, SIZE), (SIZE, SIZE), (SIZE,))
-        given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-        result = run(*given)
-        if result.requires_grad:
-            result.float().square().sum().backward()
-        results.append([result, *(value.grad for value in given)])
-    for found, expected in zip(*results, strict=True):
-        assert (found is None) == (expected is None)
-        if expected is not None:
-            assert found.requires_grad == expected.requires_grad
-            torch.testing.assert_close(found, expected)
+    assert_as_eager(function, (2, 5, SIZE), (SIZE, SIZE), (SIZE,))

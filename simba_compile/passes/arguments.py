@@ -25,7 +25,6 @@ from simba_compile.passes.tokens import (
     PRODUCTS,
     RESHAPES,
     VIEWS,
-    WRITING_METHODS,
 )
 
 _OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
@@ -47,16 +46,11 @@ _KNOWN = (POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | _NEXT.keys(
 def name_calls(graph: Graph) -> None:
     """Run over a graph, in place."""
     for node in graph.nodes:
-        target = node.target
-        name = getattr(target, "__name__", "")
-        if node.op == "call_function" and getattr(torch.Tensor, name, None) is target:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and node.args and getattr(torch.Tensor, name, None) is node.target:
             node.op, node.target = "call_method", name
-        if node.op == "call_method" and node.target.startswith("__") and node.target not in WRITING_METHODS:
-            named = None if node.kwargs else getattr(operator, node.target, None)
-            if named is not None:
-                node.op, node.target = "call_function", named
-        elif target is torch.floor_divide:
-            node.target = operator.floordiv
+        if node.op == "call_method" and node.target.startswith("__") and hasattr(operator, node.target) and not node.kwargs:
+            node.op, node.target = "call_function", getattr(operator, node.target)
 
 
 def place_arguments(graph: Graph) -> None:

@@ -82,6 +82,8 @@ def _keeps_dtype(node: Node, target: Any, args: tuple, kwargs: dict[str, Any]) -
     values = [value for value in map(value_of, node.all_input_nodes) if isinstance(value, Tensor)]
     if not all(torch.promote_types(values[0].dtype, value.dtype) == values[0].dtype for value in values):
         return False
+    if any(value_of(source) is None for source in node.all_input_nodes):
+        return False
     args, kwargs = map_arg((args, kwargs), value_of)  # type: ignore[assignment]
     result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
     return not isinstance(result, Tensor) or result.dtype == values[0].dtype

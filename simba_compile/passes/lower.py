@@ -167,8 +167,7 @@ def project_kept(node: Node) -> None:
     projection = split.args[0] if split.target in SPLITS else None
     if not isinstance(projection, Node) or projection.target not in LINEAR or _rank(projection) != 3:
         return
-    bias = linear_arguments(projection)[2]
-    if not is_plain(projection) or (bias is not None and sizes(bias) != sizes(projection)[-1:]):
+    if not is_plain(projection) or not _has_rows(projection):
         return
     pieces = pieces_of(projection)
     gate = next((piece for piece in pieces if piece.node is node.args[0]), None)
@@ -352,7 +351,12 @@ def fuse_linear(node: Node) -> None:
 
 
 def _is_ours(product: Node) -> bool:
-    """Whether our own product may run a linear layer: on the CPU, all in one type, with a matrix and a bias for each row."""
+    """Whether our own product may run a linear layer: on the CPU, all in one type."""
+    on_cpu = all(value.device.type == "cpu" for value in linear_values(product))
+    return _has_rows(product) and is_of_one_type(product) and on_cpu
+
+
+def _has_rows(product: Node) -> bool:
+    """Whether each channel that a linear layer gives has a row of the weight, and a bias of its own if there is one."""
     _, weight, bias = linear_arguments(product)
-    whole = _rank(weight) == 2 and (bias is None or sizes(bias) == sizes(weight)[:1])
-    return whole and is_of_one_type(product) and all(value.device.type == "cpu" for value in linear_values(product))
+    return _rank(weight) == 2 and (bias is None or sizes(bias) == sizes(weight)[:1])

@@ -138,7 +138,7 @@ POINTWISE: set[Any] = {
     *("abs", "square", "masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool"),
     *("contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin),
     *(torch.zeros_like, torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
-    _F.dropout,
+    *(_F.dropout, torch.floor_divide),
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
@@ -169,7 +169,7 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift"
 IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without
     getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name) for name in _OPERATORS
 }
-WRITING_METHODS = {"__setitem__", *(f"__{written.__name__}__" for written in IN_PLACE)}
+_WRITING_METHODS = {"__setitem__", *(f"__{written.__name__}__" for written in IN_PLACE)}
 
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
@@ -321,7 +321,7 @@ def is_inplace(node: Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     name = target if isinstance(target, str) else target.__name__
-    if name == "setitem" or target in IN_PLACE or name in WRITING_METHODS:
+    if name == "setitem" or target in IN_PLACE or name in _WRITING_METHODS:
         return True
     return name.endswith("_") and not name.endswith("__")
 

@@ -83,7 +83,9 @@ class Memory:
 
     def read(self, addresses: Lanes, size: int, access: Access) -> Lanes:
         """`size` bytes from each address, (lanes, size)."""
-        at = self._places(addresses, size)
+        return self._read(self._places(addresses, size), access)
+
+    def _read(self, at: Lanes, access: Access) -> Lanes:
         if not self.set[at].all():
             raise Fault(f"reads bytes of {self.name} that were never set")
         if access.races_with(self.written[at]).any():
@@ -128,7 +130,8 @@ class Memory:
 
     def begin_to_read(self, addresses: Lanes, size: int, warp: int, access: Access) -> tuple[Lanes, Lanes]:
         """Bytes as `read` gives them, to a product that this warp starts, and their places, for `has_read`."""
-        found, at = self.read(addresses, size, access), self._places(addresses, size)
+        at = self._places(addresses, size)
+        found = self._read(at, access)
         if not self.fenced[warp, at].all():
             raise Fault(f"a product reads bytes of {self.name} that were written, and no fence.proxy.async came since")
         at = np.unique(at)

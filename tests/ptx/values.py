@@ -402,16 +402,21 @@ def _product(depth: str, kind: str) -> Operation:
     Lane 4 r + c has of rows r and r + 8 of A, and of column r of B, numbers c and c + 4 (tf32), or pairs of numbers c and
     c + 4 (halves, two in a register); of C and D it has columns 2 c and 2 c + 1 in rows r and r + 8.
     """
-    row, column = LANE // 4, LANE % 4
     pieces = int(depth) // (4 if kind == "tf32" else 8)  # registers along the depth
 
     def compute(*registers: Lanes) -> list[Lanes]:
         a, b, c = registers[: 2 * pieces], registers[2 * pieces : 3 * pieces], registers[3 * pieces :]
-        result = fragments(a, kind) @ _along(b, kind).T
-        places = [(row + down, 2 * column + right) for down in (0, 8) for right in (0, 1)]
-        return [(result[place] + number).astype(np.float32) for place, number in zip(places, c, strict=True)]
+        parts = dealt(fragments(a, kind) @ _along(b, kind).T)
+        return [(part + number).astype(np.float32) for part, number in zip(parts, c, strict=True)]
 
     return Operation(("b32",) * 3 * pieces + ("f32",) * 4, ("f32",) * 4, compute, together=True)
+
+
+def dealt(matrix: Lanes) -> list[Lanes]:
+    """What each register has of a result of `_product`, or of several side by side: (16, columns)."""
+    row, column = LANE // 4, LANE % 4
+    eights = range(0, matrix.shape[1], 8)
+    return [matrix[row + down, first + 2 * column + right] for first in eights for down in (0, 8) for right in (0, 1)]
 
 
 def fragments(registers: Sequence[Lanes], kind: str) -> Lanes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ptx.memory import Fault
 from ptx.parsing import Unknown
-from ptx.values import LANE, Lanes, fragments, from_halves
+from ptx.values import Lanes, dealt, fragments, from_halves
 
 if TYPE_CHECKING:
     from ptx.running import Warp
@@ -69,13 +69,10 @@ def product(program: Program, operands: Operands, columns: str, kind: str) -> Bo
             matrices.insert(0, fragments([_take(warp, name) for name in left], kind))
         else:
             matrices[0] = matrices[0].reshape(WARPS, ROWS // WARPS, DEPTH)[warp.number % WARPS]
-        total = matrices[0] @ matrices[1].T
-        begin = [_take(warp, name).view(np.float32) for name in results]
         adding = _of_all_lanes(add(warp))
-        for place, (name, number) in enumerate(zip(results, begin, strict=True)):
-            row, column = LANE // 4 + 8 * (place // 2 % 2), LANE % 4 * 2 + place % 2 + place // 4 * 8
-            value = total[row, column] + (number if adding else 0)
-            group.registers[name] = value.astype(np.float32).view(np.uint32)
+        for name, part in zip(results, dealt(matrices[0] @ matrices[1].T), strict=True):
+            before = _take(warp, name).view(np.float32)
+            group.registers[name] = (part + (before if adding else 0)).astype(np.float32).view(np.uint32)
 
     return run
 

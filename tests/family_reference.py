@@ -263,7 +263,7 @@ def _before_ssd(
         value.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(heads // mixer.n_groups, dim=2) for value in (B, C)
     )
     delta = F.softplus(dt + mixer.dt_bias)
-    if prompt:  # Hugging Face's one-token steps, and mamba-ssm's, know no limits
+    if prompt or hidden.shape[1] > 1:  # Hugging Face's one-token steps, and mamba-ssm's, know no limits
         delta = delta.clamp(*mixer.time_step_limit)
     delta = delta[..., None].expand_as(x)
     A = -torch.exp(mixer.A_log.float())[:, None, None].expand(-1, x.shape[-1], B.shape[-1])

@@ -31,7 +31,7 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "doubled": lambda h: torch.cat([h, h], 1)[:, : h.shape[1]],
     "sorted": lambda h: h.sort(1).values,
     "permuted": lambda h: h.gather(1, h.argsort(1)),
-    "permuted by an index": lambda h: h[torch.arange(2)[:, None], h[..., 0].argsort(1)],
+    "permuted by an index": lambda h: h[torch.arange(len(h))[:, None], h[..., 0].argsort(1)],
     "first": lambda h: h + h[:, :1],
     "last": lambda h: h + h[:, -1:],
     "last three": lambda h: h + h[:, -3:].mean(1, keepdim=True),
@@ -49,6 +49,10 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "interpolate": lambda h: h + F.interpolate(h.transpose(1, 2), scale_factor=2)[..., ::2].transpose(1, 2),
     "chunks of tokens": lambda h: h + torch.cat(h.chunk(2, 1)[::-1], 1),
     "softmax over the batch": lambda h: h + h * h.softmax(0),
+    "a row of the batch": lambda h: h + h[:1],
+    "an index for one sequence": lambda h: h + h.gather(2, h.argsort(2)[:1, :, :3]).mean(2, keepdim=True),
+    "an index into one sequence": lambda h: h + h.scatter(2, h.argsort(2)[:1, :, :3], 0.0),
+    "gate": lambda h: h * torch.sigmoid(h),
     "over the length": lambda h: h + h / h.shape[1] * 10,
 }
 
@@ -69,32 +73,27 @@ class Between(nn.Module):
 def acceptable(model: Between, h: Tensor, sizes: list[int]) -> list[Tensor]:
     """What the pruned model may give: the function sees the restored stream.
 
-    What follows the function may begin on all tokens or on the kept ones, and a token that has left may take part in
-    the function or keep what it had.
+    A token that has left may take part in the function or keep what it had. What follows begins on the kept ones.
     """
     results = []
-    for all_enter in (False, True):
-        for those_who_left_take_part in (False, True):
-            full, positions = h, torch.arange(h.shape[1]).expand(h.shape[0], -1)
-            for i, (block, size) in enumerate(zip(model.layers, sizes, strict=True)):
-                if i == 1:
-                    changed = model.function(full)
-                    if not those_who_left_take_part:
-                        kept = eager._take(changed, positions)
-                        changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
-                    full = changed
-                if i == 1 and all_enter:
-                    inputs = eager._before_scan(block.mixer, block.norm(full), None).take(positions)
-                else:
-                    inputs = eager._before_scan(block.mixer, block.norm(eager._take(full, positions)), None)
-                index = eager.select(
-                    eager._scores(block.mixer, inputs, size, "influence", "max", "include"), size, 0, 1
-                )
-                positions = eager._take(positions, index)
-                output, _ = eager._scan_and_after(block.mixer, inputs.take(index))
-                output = eager._take(full, positions) + output
-                full = full.scatter(1, positions[..., None].expand_as(output), output)
-            results.append(full)
+    for those_who_left_take_part in (False, True):
+        full, positions = h, torch.arange(h.shape[1]).expand(h.shape[0], -1)
+        for i, (block, size) in enumerate(zip(model.layers, sizes, strict=True)):
+            if i == 1:
+                changed = model.function(full)
+                if not those_who_left_take_part:
+                    kept = eager._take(changed, positions)
+                    changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
+                full = changed
+            inputs = eager._before_scan(block.mixer, block.norm(eager._take(full, positions)), None)
+            index = eager.select(
+                eager._scores(block.mixer, inputs, size, "influence", "max", "include"), size, 0, 1
+            )
+            positions = eager._take(positions, index)
+            output, _ = eager._scan_and_after(block.mixer, inputs.take(index))
+            output = eager._take(full, positions) + output
+            full = full.scatter(1, positions[..., None].expand_as(output), output)
+        results.append(full)
     return results
 
 

@@ -36,8 +36,9 @@ def cases(name: str) -> list[tuple[tuple, dict[str, Any]]]:
     if name == "causal_conv1d_fn":
         return [((x, weight, bias, "silu"), {}), ((x, weight, None, None), {})]
     if name == "causal_conv1d_update":
-        state = numbers(BATCH, CHANNELS, WIDTH)
-        return [((x[..., :1], state, weight, bias, "silu"), {}), ((x[..., :1], state, weight, None, None), {})]
+        state, more, fewer = (numbers(BATCH, CHANNELS, width) for width in (WIDTH, WIDTH + 3, WIDTH - 1))
+        calls = [(state, bias, "silu"), (state, None, None), (more, bias, "silu"), (fewer, bias, "silu")]
+        return [((x[..., :1], window, weight, *rest), {}) for window, *rest in calls]
     if name == "mamba_selective_scan":
         B = numbers(BATCH, STATES, TOKENS)
         both = {"delta_softplus": True, "return_last_state": True}

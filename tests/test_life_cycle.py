@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -263,7 +263,7 @@ def test_a_model_dispatched_by_accelerate(compile_first: bool, caplog: pytest.Lo
     with caplog.at_level("WARNING", "simba_compile"):
         found = logits(dispatched, 40)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    assert "stay dense: no residual add follows its output" in caplog.text
+    assert "stay dense: no projection and residual add follow its scan" in caplog.text
 
 
 def test_a_device_map_of_one_device_prunes(tmp_path: Path, graphs: list[Transformed]) -> None:
@@ -274,6 +274,29 @@ def test_a_device_map_of_one_device_prunes(tmp_path: Path, graphs: list[Transfor
     mapped = type(model).from_pretrained(tmp_path, device_map="cpu").eval()
     found = logits(simba(mapped, **KEEP_FEW))
     assert torch.equal(found, logits(simba(model, **KEEP_FEW)))
+    assert graphs and all(graph.pruned is not None for graph in graphs)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_inside_what_is_compiled(mode: str, graphs: list[Transformed]) -> None:
+    """As accelerate and Trainer have it: the logits of all positions leave the region, which prunes as one outside does."""
+    model, ids = tiny_model(layers=2), random_ids(2, 50)
+
+    def within(ids: Tensor) -> Tensor:
+        with MODES[mode]():
+            return model(ids).logits
+
+    found = simba(within, **KEEP_FEW)(ids)
+    with MODES[mode]():
+        expected = simba(model, **KEEP_FEW)(ids).logits
+    assert torch.equal(found, expected) and found.requires_grad == expected.requires_grad
     assert graphs and all(graph.pruned is not None for graph in graphs)
 
 

@@ -63,7 +63,7 @@ def test_match_says_what_is_missing() -> None:
         return layer.out_proj(OPS.selective_scan(x, x, layer.A, B, B, None, None, None, True, None)[0])
 
     (mixer,) = match(Captured(without_residual, tokens()).gm.graph)
-    assert mixer.reason == "no residual add follows its output"
+    assert mixer.reason == "no projection and residual add follow its scan"
 
 
 def test_match_counts_a_product_as_a_projection() -> None:

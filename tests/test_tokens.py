@@ -14,7 +14,8 @@ from torch.fx import Graph
 from toys import HIDDEN, OPS, Captured, matrix, tokens
 
 from simba_compile.passes.attention import why_not
-from simba_compile.passes.tokens import FLAT, Length, is_inplace, is_one_result, is_random, is_tokenwise, value_of, written
+from simba_compile.passes.effects import is_inplace, is_random, written
+from simba_compile.passes.tokens import FLAT, Length, is_one_result, is_tokenwise, value_of
 
 
 def test_length_finds_the_argument_that_shows_it() -> None:
@@ -118,10 +119,8 @@ ATTENTION: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "no mask": (lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h)), None),
     "a square mask": (lambda h: attend(h, (h @ h.transpose(1, 2))[:, None]), None),
     "a mask of keys": (lambda h: attend(h, h[:, None, None, :, 0]), None),
-    "a mask for every sequence": (
-        lambda h: attend(h, torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()),
-        "the mask of attention is",
-    ),
+    "a mask for every sequence": (lambda h: attend(h, torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()), None),
+    "a mask for all sequences": (lambda h: attend(h, (h @ h.transpose(1, 2))[:1, None]), None),
     "a mask of queries": (lambda h: attend(h, h[:, None, :, :1]), "the mask of attention is"),
     "channels before tokens": (
         lambda h: F.scaled_dot_product_attention(*[heads(h).transpose(2, 3)] * 3),

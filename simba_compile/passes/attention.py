@@ -31,6 +31,12 @@ def _arguments(node: Node) -> dict[str, Any]:
     return {**dict(zip(NAMES, node.args, strict=False)), **node.kwargs}
 
 
+def query_and_mask(node: Node) -> tuple[Any, Any]:
+    """An attention's queries, and its mask or None."""
+    arguments = _arguments(node)
+    return arguments["query"], arguments.get("attn_mask")
+
+
 def why_not(node: Node, length: Length) -> str | None:
     """Why an attention cannot run on kept tokens, where it cannot."""
     arguments = _arguments(node)
@@ -41,7 +47,10 @@ def why_not(node: Node, length: Length) -> str | None:
     if any(length.of(part) == NO_TOKENS and 0 not in value_of(part).shape for part in _parts(node, length)):
         return "attention reads its keys from a cache of a fixed size"
     mask = value_of(arguments.get("attn_mask"))
-    if mask is None or length.is_square(mask) or length.axis(mask) == mask.dim() - 1:
+    if mask is None:
+        return None
+    for_all = mask.dim() < value_of(arguments["query"]).dim() or length.is_shared(mask)
+    if (for_all or length.batch_axis(mask) == 0) and (length.is_square(mask) or length.axis(mask) == mask.dim() - 1):
         return None
     return f"the mask of attention is {list(mask.shape)}"
 

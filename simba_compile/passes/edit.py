@@ -7,7 +7,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from simba_compile.passes.tokens import expression, is_inplace, value_of, written_between
+from simba_compile.passes.effects import is_inplace, written_between
+from simba_compile.passes.tokens import expression, value_of
 
 
 def sizes(node: Any) -> list[sympy.Expr]:

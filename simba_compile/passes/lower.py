@@ -8,23 +8,12 @@ from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import erase, insert, is_swap, may_move, mode_changes, replace, sizes
+from simba_compile.passes.effects import is_inplace, written_between
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fuse_step
-from simba_compile.passes.tokens import (
-    CASTS,
-    LINEAR,
-    MUL,
-    POINTWISE,
-    PRODUCTS,
-    RESHAPES,
-    SPLITS,
-    is_inplace,
-    is_simba,
-    value_of,
-    written_between,
-)
+from simba_compile.passes.tokens import CASTS, LINEAR, MUL, POINTWISE, PRODUCTS, RESHAPES, SPLITS, is_simba, value_of
 
 OPS = torch.ops.simba
 WIDENED = ("A_log", "D", "dt_bias")  # what operators take in any type

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from simba_compile.passes.effects import is_inplace
 from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
-from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, Length, suffix, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, VIEWS, Length, inputs_with_tokens, suffix, value_of
 
 ADDS = {operator.add, torch.add, "add"}
 SEVERAL = "the mixers of this graph do not follow one another, as if a model ran twice in it; compile the model by itself"
@@ -38,6 +39,8 @@ class Mixer:
         Where the module sits in the model, like ``backbone.layers.3.mixer``.
     scans : list of Node
         Its scan, or one for each of its heads.
+    conv : Node or None
+        Its convolution.
     x : Tensor
         What Dynamo saw as the (first) scan's input: (batch, token, ...).
     add, residual : Node or None
@@ -53,6 +56,7 @@ class Mixer:
 
     path: str
     scans: list[Node]
+    conv: Node | None
     x: Tensor
     add: Node | None
     residual: Node | None
@@ -91,8 +95,8 @@ def _mixer(scans: list[Node]) -> Mixer:
     x, dt, _, B = scan.args[:4]
     conv = _convolution(scan)
     length = Length(value_of(x))
-    out_proj = _after(scan, lambda node: node.target in LINEAR)
     weighted = LINEAR | PRODUCTS
+    out_proj = _after(scan, lambda node: node.target in weighted)
     projections = {_before(source, lambda node: node.target in weighted) for source in (B, dt)}  # type: ignore[arg-type]
     gate = 0
     if conv is not None:
@@ -102,16 +106,18 @@ def _mixer(scans: list[Node]) -> Mixer:
     add = _after(out_proj or scan, lambda node: _residual(node, scan) is not None)
     residual = None if add is None else _residual(add, scan)
     windows: list[Node] = []
-    reason = None if residual is not None else "no residual add follows its output"
+    reason = None if residual is not None else "no projection and residual add follow its scan"
     if conv is not None:
-        uses = [user for source in _views_of(conv.args[0]) for user in source.users]  # type: ignore[arg-type]
-        windows = [user for user in uses if suffix(user, length)]
+        sources = [source for source in _views_of(conv.args[0]) if source is not residual]  # type: ignore[arg-type]
+        uses = [user for source in sources for user in source.users]
+        windows = [user for user in uses if suffix(user, length) and _is_only_kept(user)]
         if length.of(conv) < 0:  # what it reads has another length than the prompt
             reason = "it goes on from a cache, or the prompt is shorter than the convolution"
     work = [_arithmetic(head) for head in scans]
     return Mixer(
         path=_path(scan),
         scans=scans,
+        conv=conv,
         x=value_of(x),
         add=add,
         residual=residual,
@@ -132,8 +138,12 @@ def _residual(node: Node, scan: Node) -> Node | None:
     if len(outside) != 1:
         return None
     origin = outside[0]
-    while origin.target in CASTS | MUL and len(origin.all_input_nodes) == 1:  # the factor may come first: 0.5 * h
-        (origin,) = origin.all_input_nodes
+    length = Length(value_of(scan.args[0]))
+    while origin.target in CASTS | MUL:  # a factor without tokens may come first: 0.5 * h
+        factors = list(inputs_with_tokens(origin, length))
+        if len(factors) != 1:
+            break
+        (origin,) = factors
     return outside[0] if _reaches(origin, scan) else None
 
 
@@ -208,6 +218,12 @@ def _search(start: Iterable[Node], step: Callable[[Node], Iterable[Node]], wante
 def _reaches(source: Node, node: Node) -> bool:
     """Whether `node` is made of `source`."""
     return node is source or _search([node], lambda found: found.all_input_nodes, lambda found: found is source) is not None
+
+
+def _is_only_kept(node: Node) -> bool:
+    """Whether nothing is computed from a value in this call: it is returned, or written into a cache."""
+    uses = [user for user in node.users if user.op != "output" and not is_inplace(user)]
+    return all(use.target in CASTS | VIEWS and _is_only_kept(use) for use in uses)
 
 
 def _views_of(node: Node) -> list[Node]:

@@ -12,18 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from simba_compile.passes.tokens import (
-    CASTS,
-    MUL,
-    POINTWISE,
-    RESHAPES,
-    VIEWS,
-    Length,
-    expression,
-    is_inplace,
-    is_random,
-    value_of,
-)
+from simba_compile.passes.effects import is_inplace, is_random
+from simba_compile.passes.tokens import CASTS, MUL, POINTWISE, RESHAPES, VIEWS, Length, expression, value_of
 
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake

@@ -107,9 +107,13 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
         return None
     length = Length(mixers[0].x)
     if not length.is_symbolic:
+        made = "made out of others" if length.symbol.free_symbols else "fixed"
         for mixer in mixers:
-            mixer.reason = f"the length is fixed at {length.symbol} in this graph"
+            mixer.reason = f"the length is {made} in this graph: it is {length.symbol}"
         return None
+    for mixer in mixers:
+        if (other := Length(mixer.x).symbol) != length.symbol:
+            mixer.reason = f"its tokens are others than the first mixer's: there are {other} of them, not {length.symbol}"
     ratios, pruning = ratios_of(options, len(mixers))
     windows = {window for mixer in mixers for window in mixer.windows}
     read = [suffix(node, length) or 0 for node in graph.nodes if node not in windows]

@@ -17,13 +17,16 @@ treat tokens alike and apart (`tokens.is_tokenwise`), for attention (`attention`
 are put together as `restore` says.
 """
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import SAME_DATA, entries, is_attention, why_not
+from simba_compile.passes.attention import SAME_DATA, entries, is_attention, query_and_mask, why_not
+from simba_compile.passes.effects import is_inplace, is_random, storage_of, written
+from simba_compile.passes.modes import Modes
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import CONTRACT, SCANS
@@ -31,15 +34,11 @@ from simba_compile.passes.tokens import (
     NO_TOKENS,
     expression,
     inputs_with_tokens,
-    is_inplace,
-    is_random,
     is_tokenwise,
     reorders,
-    storage_of,
     suffix,
     takes_sizes,
     value_of,
-    written,
 )
 
 OPS = torch.ops.simba
@@ -71,6 +70,8 @@ class _Pruning:
         self.gm, self.plan, self.options, self.length = gm, plan, options, plan.length
         self.out = Graph()
         self.stream = Stream(gm.graph, plan.mixers)
+        self.convolutions = {mixer.conv for mixer in plan.mixers if self.length.of(mixer.conv) >= 0}
+        self.windows = {window: mixer.conv for mixer in plan.mixers for window in mixer.windows if mixer.conv}
         self.version: dict[Node, int] = {}  # of every node of the old graph
         self.made: dict[tuple[Node, int], Node] = {}  # (old node, version) → new node
         self.counts: list[Node] = []  # version 1 is entry 0: how many tokens are left,
@@ -82,21 +83,15 @@ class _Pruning:
         attentions = [node for node in gm.graph.nodes if is_attention(node)]
         # Keys and values that attention reads, now or later: as outputs, a cache's entries
         self.entries = {source for node in attentions for source in entries(node, plan.length)}
+        self.masks: dict[tuple, Node] = {}  # of attention, for kept tokens
         self.tokens: Node | None = None  # the full length as a number
         self.derived: set[tuple[Node, int]] = set()  # those of `made` that `at` made
         self.read: dict[int | None, Node] = {}  # memory that a value of pruned tokens was made of, and that value
-        self.grad = torch.is_grad_enabled()
-        self.regions: list[tuple] = []  # the autocast regions and the like around the present node
-        self.modes: dict[Node, tuple] = {}  # node → `mode` where it stood
+        self.modes = Modes()
 
     @property
     def latest(self) -> int:
         return len(self.kept)
-
-    @property
-    def mode(self) -> tuple:
-        """What a node that is computed here is computed under."""
-        return self.grad, *self.regions
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +114,8 @@ class _Pruning:
         if node.op == "output":
             self.out.node_copy(node, lambda source: self.at(source, 0))
             return
-        self._note_mode(node)
+        if self.modes.note(node):  # copies made under one mode do not serve under another
+            self._take_derived()
         if self.length.is_number(node):
             self.version[node] = 0  # written where it is used, for the version that it is used in
             return
@@ -127,8 +123,10 @@ class _Pruning:
         if mixer is not None and node is self.plan.mixers[mixer].scans[0]:
             self._select(mixer)
         versions = [self.version[source] for source in inputs_with_tokens(node, self.length)]
-        if mixer is not None:
+        if mixer is not None or node in self.convolutions:  # also behind what needs all tokens
             versions.append(self.latest)
+        elif node in self.windows:
+            versions.append(self.version.get(self.windows[node], self.latest))
         newest = max(versions, default=0)
         if self._among_experts(node, newest):
             return
@@ -142,12 +140,11 @@ class _Pruning:
             self._emit_last_tokens(node, newest)
         elif is_attention(node):
             self._attend(node, newest)
-        elif is_tokenwise(node, self.length):
-            self._emit(node, newest)
         elif node.target in CONTRACT:
-            raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be told from its other axes")
+            self._check_tokens(node)
+            self._emit(node, newest)
         else:
-            self._emit(node, 0)
+            self._emit(node, newest if is_tokenwise(node, self.length) else 0)
         if node in self.stream.residuals:
             self._check_order(self.stream.residuals[node])
         self.stream.note(node)
@@ -160,20 +157,16 @@ class _Pruning:
             if version > 0 and (node, 0) in self.made and not made.users and not is_random(node):
                 self.out.erase_node(made)
 
-    def _note_mode(self, node: Node) -> None:
-        """Follow ``no_grad``, autocast and the like. Copies made under one mode do not serve under another."""
-        before, name = self.mode, getattr(node.target, "__name__", "")
-        if name == "_set_grad_enabled":
-            self.grad = node.args[0]  # type: ignore[assignment]
-        elif name.startswith("_enter_"):
-            self.regions.append((name, node.args))
-        elif name.startswith("_exit_") and self.regions:
-            self.regions.pop()
-        if self.mode != before:
-            for key in self.derived:
-                del self.made[key]
-            self.derived.clear()
-        self.modes[node] = self.mode
+    def _take_derived(self) -> dict[tuple[Node, int], Node]:
+        """Forget what `at` made, and return it."""
+        taken = {key: self.made.pop(key) for key in self.derived}
+        self.derived.clear()
+        return taken
+
+    def _check_tokens(self, node: Node) -> None:
+        """A scan, or a convolution, of pruned tokens has its tokens where it is taken to have them."""
+        if not is_tokenwise(node, self.length):
+            raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be told from its other axes")
 
     def _check_write(self, node: Node) -> None:
         """Pruned tokens read gathered copies and full-length values are computed late: none may be written to since."""
@@ -222,7 +215,25 @@ class _Pruning:
         reason = why_not(node, self.length)
         if reason is not None:
             raise Unprunable(self.mixer, reason)
+        query, mask = query_and_mask(node)
+        if isinstance(mask, Node) and self.version[mask] == 0:
+            rank = value_of(query).dim()
+            key = mask, rank, newest, self.modes.present
+            if key not in self.masks:
+                self.masks[key] = self._mask(mask, rank, newest)
+            self.made[mask, newest] = self.masks[key]
         self._emit(node, newest)
+
+    def _mask(self, mask: Node, rank: int, version: int) -> Node:
+        """A mask of attention with as many axes as the scores: of its queries, if it tells them apart, and of its keys."""
+        made, value = self.made[mask, 0], value_of(mask)
+        if value.dim() < rank:  # it is one for all sequences
+            made = self._call(operator.getitem, made, (*(None,) * (rank - value.dim()), ...))
+        for axis in (rank - 2, rank - 1):
+            if expression(value.shape[axis - rank]) == self.length.symbol:
+                made = self._call(OPS.gather, made, self._positions(version), axis)
+        made.meta = dict(mask.meta)
+        return made
 
     def _among_experts(self, node: Node, newest: int) -> bool:
         """Between the marks, what treats rows as a set (sorts and counts them) gives each token what it gave it before."""
@@ -243,6 +254,8 @@ class _Pruning:
             raise Unprunable(mixer, "another mixer stands between this one's scan and its residual add")
         self.mixer = mixer
         scans = self.plan.mixers[mixer].scans
+        for scan in scans:
+            self._check_tokens(scan)
         for scan in scans[1:]:  # what other heads scan is made after the first head's scan
             self._visit_before(scan)
         count = self.counts[self.latest]
@@ -297,7 +310,7 @@ class _Pruning:
 
     def _reads_the_end(self, node: Node) -> bool:
         """Whether it takes the last tokens, which are protected, or a window that a cache keeps for the convolution."""
-        if any(node in mixer.windows for mixer in self.plan.mixers):
+        if node in self.windows:
             return True
         k = suffix(node, self.length)
         return k is not None and k <= self.plan.protect_last and self.length.of(node) == NO_TOKENS
@@ -348,9 +361,6 @@ class _Pruning:
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)
         have_batch = self.length.batch_axis(value) == 0 or self.length.is_shared(value)
-        if have == 0 and have_batch and self.length.is_square(value):  # a mask: queries and keys
-            queries = self._call(OPS.gather, self.made[node, 0], self._positions(version), value.dim() - 2)
-            return self._call(OPS.gather, queries, self._positions(version), value.dim() - 1)
         if axis < 1 or not have_batch:  # FLAT is less, too
             raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
         if have == 0:
@@ -369,8 +379,17 @@ class _Pruning:
             return self._call(OPS.cache_entries, self.made[node, have], *where)
         if node.target in CONTRACT or not is_tokenwise(node, self.length):
             raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
-        if self.modes[node] != self.mode:
-            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens outside of its no_grad or autocast")
+        mode = self.modes.of[node]
+        if mode != self.modes.present:
+            if not self.modes.leads_to(mode):
+                raise Unprunable(self.mixer, f"{node.name} is needed for all tokens within a no_grad or autocast of others")
+            outside = self._take_derived()
+            with self.modes.switched_to(mode, self.out):
+                new = self._restore(node, version)
+                self._take_derived()
+            self.made |= outside
+            self.derived |= outside.keys()
+            return new
         if not is_random(node):
             return self._copy(node, 0)
         if self.length.of(node) != 1:
@@ -382,13 +401,13 @@ class _Pruning:
         if self.length.of(node) != 1:
             raise Unprunable(self.mixer, f"the residual stream {node.name} has its tokens in axis {self.length.of(node)}")
         layers: dict[int, Node] = {}  # version → the last value of the stream in it
-        while self.version[node] > 0 and (node, 0) not in self.made:
+        while node in self.stream.before and self.version[node] > 0 and (node, 0) not in self.made:
             for version in range(self.version[node], 0, -1):  # "layer": the add also stands in the version before
-                if (node, version) in self.made and node in self.stream.before:
+                if (node, version) in self.made:
                     layers.setdefault(version, self.made[node, version])
-            if node not in self.stream.before:
-                raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
             node = self.stream.uncast(self.stream.before[node])
+        if node in self.entries and node not in self.stream.before:  # at full length it has marks
+            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and attention reads it as keys or values")
         order = sorted(layers)
         positions = [self._positions(version) for version in order]
         return self._call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

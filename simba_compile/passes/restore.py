@@ -7,8 +7,9 @@ the oldest, at full length, at the bottom; restoring anything that treats tokens
 
 from torch.fx import Graph, Node
 
+from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.match import ADDS, Mixer
-from simba_compile.passes.tokens import CASTS, is_inplace, storage_of, written
+from simba_compile.passes.tokens import CASTS
 
 
 class Stream:

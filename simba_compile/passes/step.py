@@ -10,17 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
+from simba_compile.passes.effects import is_inplace, shares_memory, storage_of, written_between
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments
-from simba_compile.passes.tokens import (
-    LINEAR,
-    SAME_MEMORY,
-    expression,
-    is_inplace,
-    shares_memory,
-    storage_of,
-    value_of,
-    written_between,
-)
+from simba_compile.passes.tokens import LINEAR, SAME_MEMORY, expression, value_of
 
 OPS = torch.ops.simba
 EXP: set[Any] = {torch.exp, "exp"}

@@ -15,8 +15,8 @@ import torch
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from simba_compile.passes.effects import subgraphs
 from simba_compile.passes.match import Mixer, match
-from simba_compile.passes.tokens import subgraphs
 
 
 def with_subgraphs(gm: GraphModule) -> list[GraphModule]:

@@ -5,8 +5,6 @@ sizes show most that do not (the axis is gone, or its size is another); what the
 operations. What is not known to be safe is not.
 """
 
-import functools
-import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,8 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
+from torch.fx import Node
 
 from simba_compile.passes.scans import CONTRACT
 
@@ -71,7 +68,7 @@ class Length:
 
     def is_square(self, value: Any) -> bool:
         """Whether it is a mask of attention: its last two axes have the length, and no other."""
-        if not isinstance(value, Tensor) or value.dim() < 3:
+        if not isinstance(value, Tensor) or value.dim() < 2:
             return False
         sizes = [expression(size) for size in value.shape]
         others = [size for size in sizes[:-2] if self.symbol in size.free_symbols]
@@ -165,12 +162,6 @@ PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 MUL: set[Any] = {operator.mul, torch.mul, "mul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
 CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor")
-IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without
-    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name) for name in _OPERATORS
-}
-_WRITING_METHODS = {"__setitem__", *(f"__{written.__name__}__" for written in IN_PLACE)}
-
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
     """The tensors that the node reads and that have a token axis, or depend on the length in an unclear way."""
@@ -193,8 +184,11 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     kinds = {length.of(source) for source in sources}
     if not sources or UNCLEAR in kinds | {kind} or kind == NO_TOKENS:
         return False
-    if any(length.batch_axis(v) is None for v in (value, *map(value_of, sources)) if not length.is_shared(v)):
+    values = list(map(value_of, sources))
+    if any(length.batch_axis(v) is None for v in (value, *values) if not length.is_shared(v)):
         return False
+    if length.batch_axis(value) is None and not all(map(length.is_shared, values)):
+        return False  # it takes one sequence out of the batch
     if node.target in RESHAPES:
         return _keeps_rows(value_of(sources[0]), value, length)
     if FLAT in kinds and kinds != {FLAT}:
@@ -202,7 +196,7 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     rank, axis = _rank(value), max(kind, 0)
     ends = {_rank(value_of(source)) - max(length.of(source), 0) for source in sources}  # the token axis from the right
     if node.target in POINTWISE:  # aligned from the right, as broadcasting does
-        return ends == {rank - axis}
+        return ends == {rank - axis} and _is_repeated(node, rank - axis, sources)
     if node.target is operator.getitem:
         return _is_plain_index(node)
     if node.target in VIEWS:
@@ -213,8 +207,8 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         at = DIM_AT.get(node.target, 1)
         dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
         dims = dims if isinstance(dims, list | tuple) else [dims]
-        (given, *others) = {(_rank(value_of(source)), max(length.of(source), 0)) for source in sources}
-        taken = {given[1], length.batch_axis(value_of(sources[0]))}
+        (given, *others) = {(_rank(v), max(length.axis(v), 0), length.batch_axis(v)) for v in values}
+        taken = given[1:]
         return not others and all(isinstance(dim, int) and dim % given[0] not in taken for dim in dims)
     if node.target in CONCATENATIONS:
         return _joins_elsewhere(node, rank, axis, length)
@@ -224,10 +218,17 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target in LINEAR:
         return sources == [node.args[0]] and axis != rank - 1
     if node.target in PRODUCTS:
-        return len(sources) == 1
+        return len(sources) == 1 and (rank - axis <= 2 or _is_repeated(node, rank - axis, sources))
     if node.target is _F.embedding:
         return sources == [node.args[0]]  # a table with tokens is looked up in among them
     return node.target in CONTRACT
+
+
+def _is_repeated(node: Node, end: int, sources: list[Node]) -> bool:
+    """Whether what has no tokens is the same for each: it has one row, or none, along the axis `end` from the right."""
+    others = [value_of(operand) for operand in node.all_input_nodes if operand not in sources]
+    tensors = [value for value in others if isinstance(value, Tensor)]
+    return all(value.dim() < end or expression(value.shape[-end]) == 1 for value in tensors)
 
 
 def reorders(node: Node, length: Length) -> bool:
@@ -276,89 +277,9 @@ def _is_plain_index(node: Node) -> bool:
     return all(item is None or item is Ellipsis or isinstance(item, int | slice) for item in items)
 
 
-def subgraphs(node: Node) -> list[GraphModule]:
-    """The graphs that a higher-order operator runs: those among its arguments."""
-    owner = node.graph.owning_module
-    names = [source.target for source in node.all_input_nodes if source.op == "get_attr"]
-    found = [getattr(owner, name, None) for name in names if isinstance(name, str)]
-    return [value for value in found if isinstance(value, GraphModule)]
-
-
-def is_random(node: Node) -> bool:
-    """Whether the node draws random numbers: dropout, where it is on."""
-    return node.target is _F.dropout and given(node, "training") is not False and given(node, "p") != 0
-
-
-def given(node: Node, name: str) -> Any:
-    """What a function written in Python is given for a parameter, by name or by place; None where it is not given."""
-    place = place_of(node.target, name)
-    return node.args[place] if place is not None and place < len(node.args) else node.kwargs.get(name)
-
-
-@functools.cache
-def place_of(target: Any, name: str) -> int | None:
-    """Where a parameter of that name stands among those of a function written in Python."""
-    names = list(inspect.signature(target).parameters) if inspect.isfunction(target) else []
-    return names.index(name) if name in names else None
-
-
 def is_simba(node: Node) -> bool:
     """Whether the node calls an operator `simba::*`."""
     return getattr(node.target, "_qualified_op_name", "").startswith("simba::")
-
-
-def is_inplace(node: Node) -> bool:
-    """Whether the node writes into one of its inputs."""
-    target = node.target
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if any(is_inplace(inner) for graph in subgraphs(node) for inner in graph.graph.nodes):
-        return True
-    if node.kwargs.get("out") is not None or given(node, "inplace") is True:
-        return True
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    name = target if isinstance(target, str) else target.__name__
-    if name == "setitem" or target in IN_PLACE or name in _WRITING_METHODS:
-        return True
-    return name.endswith("_") and not name.endswith("__")
-
-
-def written(node: Node) -> list[Node]:
-    """What a node that `is_inplace` may write into: its first argument and ``out``; else anything that it reads."""
-    custom = isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.OpOverload)
-    if custom or not node.args or not isinstance(node.args[0], Node) or subgraphs(node):
-        return node.all_input_nodes  # of a custom operator, by name, of a list of values, by a graph inside
-    out = node.kwargs.get("out")
-    values = [node.args[0], *(out if isinstance(out, list | tuple) else [out])]
-    return [value for value in values if isinstance(value, Node)]
-
-
-def storage_of(node: Node) -> int | None:
-    """Which memory a value is in: views of one another have the same."""
-    value = value_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
-def shares_memory(one: Node, other: Node) -> bool:
-    """Whether one of the values is a view of the other, or both are views of the same; of several results, any."""
-    places = [
-        {value.untyped_storage()._cdata for value in tree_leaves(value_of(node)) if isinstance(value, Tensor)}
-        for node in (one, other)
-    ]
-    return not places[0].isdisjoint(places[1])
-
-
-def written_between(first: Node, last: Node, *values: Node) -> bool:
-    """Whether one of the values is written in place between two nodes: it may not be what it was."""
-    places = {storage_of(value) for value in values}
-    while first is not last and first.op != "root":
-        first = first.next
-        if is_inplace(first) and (None in places or places & {storage_of(value) for value in written(first)}):
-            return True
-    return False
 
 
 def takes_sizes(node: Node) -> bool:

@@ -5,8 +5,11 @@ Dynamo ─▶ capture (while it traces) ─▶ passes (in `passes/__init__.py`, 
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from simba_compile import capture
+from simba_compile import capture, kernels
 from simba_compile.options import Options
 from simba_compile.passes import Transformed, transform
 from simba_compile.passes.tokens import is_simba
@@ -116,10 +119,32 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
     def whole(*args: Any) -> Any:
         return graph(*args)
 
-    compiled = torch.compile(capture.with_own_code(whole), backend=inner, dynamic=True, mode=mode)
+    backend = Inductor(mode, None, True) if inner == "inductor" else inner
+    compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=True)
     if inner == "aot_eager":
         return on_gpu_of_inputs(compiled)
     return lambda *args: compiled(*args)  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
+
+
+class Inductor(torch._TorchCompileInductorWrapper):
+    """Inductor, which takes nothing out of its cache on disk that other versions of our operators have left there.
+
+    AOTAutograd writes the operators' gradients, sizes and kernels into what it caches, and looks it up by their names.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Callable:
+        """Compile a graph."""
+        config = torch.compiler.config
+        tag = f"{config.cache_key_tag} simba_compile {kernels_digest()}"
+        with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            return super().__call__(*args, **kwargs)
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """A number for the Python code of the operators: their schemas, gradients, sizes and kernels."""
+    files = sorted(Path(kernels.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def on_gpu_of_inputs(function: Callable) -> Callable:

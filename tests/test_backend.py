@@ -33,9 +33,13 @@ from conftest import (
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
+from torch.fx import Graph, GraphModule
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from simba_compile.backend import with_room
+import simba_compile.backend
+from simba_compile.backend import compile_inner, with_room
 from simba_compile.passes import Transformed
 
 # --- against the eager reference -------------------------------------------------------------------------------------
@@ -440,3 +444,25 @@ def test_what_a_graph_calls_finds_room_for_its_frames_at_any_depth() -> None:
         return max(page_faults(call, depth) for depth in range(250))
 
     assert most(with_room(scope["graph"])) < 100 < 300 <= most(scope["graph"])
+
+
+def test_inductor_takes_nothing_from_its_cache_that_other_operators_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    graph.output((graph.call_function(torch.ops.simba.causal_conv1d, (x, weight, None, True)),))
+    gm, args = GraphModule({}, graph), (torch.randn(2, 9, 6), torch.randn(6, 4))
+
+    def found_in_cache() -> bool:
+        torch._dynamo.reset()
+        counters.clear()
+        compile_inner(gm, "inductor")(*args)
+        counted = counters["aot_autograd"]
+        assert counted["autograd_cache_hit"] + counted["autograd_cache_miss"] == 1
+        return counted["autograd_cache_hit"] == 1
+
+    tag = torch.compiler.config.cache_key_tag
+    with fresh_inductor_cache():
+        assert [found_in_cache(), found_in_cache()] == [False, True]
+        monkeypatch.setattr(simba_compile.backend, "kernels_digest", lambda: "of another version")
+        assert [found_in_cache(), found_in_cache()] == [False, True]
+    assert torch.compiler.config.cache_key_tag == tag

@@ -217,7 +217,7 @@ class _Pruning:
             raise Unprunable(self.mixer, reason)
         query, mask = query_and_mask(node)
         if isinstance(mask, Node) and self.version[mask] == 0:
-            rank = value_of(query).dim()
+            rank = max(value_of(query).dim(), value_of(mask).dim())
             key = mask, rank, newest, self.modes.present
             if key not in self.masks:
                 self.masks[key] = self._mask(mask, rank, newest)

@@ -208,6 +208,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         {**SECOND, **LAYER},
         [None, "the tokens of selective_scan_1 cannot be told from its other axes"],
     ),
+    "a class token": (
+        lambda h: b(a(torch.cat([h[:, :1] * 0, h], 1))),
+        BOTH,
+        [r"the length is s\d+ \+ 1, made out of other sizes, in this graph"] * 2,
+    ),
     "a shorter sequence from the second layer on": (
         lambda h: b(a(h).unflatten(1, (-1, 2)).sum(2)),
         BOTH,

@@ -107,9 +107,10 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
         return None
     length = Length(mixers[0].x)
     if not length.is_symbolic:
-        made = "made out of others" if length.symbol.free_symbols else "fixed"
+        is_made = length.symbol.free_symbols
+        how = f"{length.symbol}, made out of other sizes," if is_made else f"fixed at {length.symbol}"
         for mixer in mixers:
-            mixer.reason = f"the length is {made} in this graph: it is {length.symbol}"
+            mixer.reason = f"the length is {how} in this graph"
         return None
     for mixer in mixers:
         if (other := Length(mixer.x).symbol) != length.symbol:

@@ -25,13 +25,13 @@ def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs
 
 def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
     """One step of the convolution."""
-    if activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1 or _is_cut(conv_state, weight):
+    if activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1 or _has_other_width(conv_state, weight):
         return NotImplemented
     x = hidden_states.squeeze(2)
     return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None).unsqueeze(2)
 
 
-def _is_cut(conv_state, weight):  # type: ignore[no-untyped-def]
+def _has_other_width(conv_state, weight):  # type: ignore[no-untyped-def]
     """Whether a cached window is not as wide as the convolution: of a cache that records more, or holds a short prompt."""
     return conv_state.shape[-1] != weight.shape[-1]
 
@@ -135,9 +135,9 @@ def packaged_conv1d_fn(  # type: ignore[no-untyped-def]
 
 def packaged_conv1d_update(x, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
     """``causal_conv1d.causal_conv1d_update``, of one token without an axis for it."""
-    if x.dim() != 2 or activation not in (None, "silu", "swish") or _is_cut(conv_state, weight):
+    if x.dim() != 2 or activation not in (None, "silu", "swish") or any(value is not None for value in kwargs.values()):
         return NotImplemented
-    if any(value is not None for value in kwargs.values()):
+    if _has_other_width(conv_state, weight):
         return NotImplemented
     return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None)
 

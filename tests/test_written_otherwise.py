@@ -72,6 +72,7 @@ def scaled(factor: Any, layer: Toy, h: Tensor) -> Tensor:
 a_unknown, b_unknown, c_unknown = (Otherwise(layer, in_proj=behind_unknown) for layer in (a, b, c))
 a_product, b_product, c_product = (Otherwise(layer, out_proj=product) for layer in (a, b, c))
 
+
 def convolves(h: Tensor) -> Tensor:
     """A layer whose convolution reads the stream itself."""
     x = OPS.causal_conv1d(h, c.conv[:HIDDEN], None, True)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from simba_compile.passes.effects import is_inplace, written_between
+from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.tokens import expression, value_of
 
 
@@ -46,15 +47,6 @@ def erase(node: Node) -> None:
         node.graph.erase_node(node)
         for source in sources:
             erase(source)
-
-
-def mode_changes(first: Node, last: Node) -> bool:
-    """Whether autocast, or whether gradients are recorded, changes between two nodes."""
-    while first is not last:
-        first = first.next
-        if getattr(first.target, "__name__", "").startswith(("_enter_", "_exit_", "_set_grad_enabled")):
-            return True
-    return False
 
 
 def may_move(first: Node, last: Node, *sources: Node) -> bool:

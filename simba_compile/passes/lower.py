@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
-from simba_compile.passes.edit import erase, insert, is_swap, may_move, mode_changes, replace, sizes
+from simba_compile.passes.edit import erase, insert, is_swap, may_move, replace, sizes
 from simba_compile.passes.effects import is_inplace, written_between
 from simba_compile.passes.match import ADDS
+from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fuse_step

@@ -47,8 +47,8 @@ class Modes:
 
     def leads_to(self, mode: Mode) -> bool:
         """Whether a mode is the present one, or can be switched to from here."""
-        inside = mode.regions[len(self.present.regions) :]
-        return (*self.present.regions, *inside) == mode.regions and all(enter in EXITS for enter, _ in inside)
+        depth = len(self.present.regions)
+        return mode.regions[:depth] == self.present.regions and all(enter in EXITS for enter, _ in mode.regions[depth:])
 
     @contextlib.contextmanager
     def switched_to(self, mode: Mode, out: Graph) -> Iterator[None]:
@@ -65,3 +65,12 @@ class Modes:
         for (enter, _), node in zip(reversed(inside), reversed(entered), strict=True):
             out.call_function(EXITS[enter], (node,))
         self.present = before
+
+
+def mode_changes(first: Node, last: Node) -> bool:
+    """Whether autocast, or whether gradients are recorded, changes between two nodes."""
+    while first is not last:
+        first = first.next
+        if getattr(first.target, "__name__", "").startswith(("_enter_", "_exit_", "_set_grad_enabled")):
+            return True
+    return False

@@ -107,8 +107,8 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
         return None
     length = Length(mixers[0].x)
     if not length.is_symbolic:
-        is_made = length.symbol.free_symbols
-        how = f"{length.symbol}, made out of other sizes," if is_made else f"fixed at {length.symbol}"
+        is_fixed = not length.symbol.free_symbols
+        how = f"fixed at {length.symbol}" if is_fixed else f"{length.symbol}, made out of other sizes,"
         for mixer in mixers:
             mixer.reason = f"the length is {how} in this graph"
         return None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from simba_compile.passes.edit import erase, insert, mode_changes, replace, sizes
+from simba_compile.passes.edit import erase, insert, replace, sizes
 from simba_compile.passes.effects import is_inplace, shares_memory, storage_of, written_between
+from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments
 from simba_compile.passes.tokens import LINEAR, SAME_MEMORY, expression, value_of
 

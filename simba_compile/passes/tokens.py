@@ -163,6 +163,7 @@ MUL: set[Any] = {operator.mul, torch.mul, "mul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
 CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
 
+
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:
     """The tensors that the node reads and that have a token axis, or depend on the length in an unclear way."""
     for source in node.all_input_nodes:

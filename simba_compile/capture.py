@@ -8,7 +8,8 @@ only where the backend that compiles is ours; for any other they run a copy of t
 other backends stay as they were. Eager mode is not touched.
 
 *A dynamic length.* Dynamo's first graph has the length as a literal. When a substitute first meets our backend, it tells
-Dynamo's record of varying sizes what a second call with another length would tell it, and has Dynamo start over. The
+Dynamo's record of varying sizes what a second call with another length would tell it, and has Dynamo start over. Where the
+model makes its sequence of its inputs (a class token before them), no input has the length: then their second axes vary. The
 record is put back once the graph is there (`forget`), so that other backends do not see it.
 """
 
@@ -106,28 +107,16 @@ def _make_length_dynamic() -> bool:
     if not config.automatic_dynamic_shapes or tx is None:
         return False
     batch, length = _traced_sizes(tx.output.graph)
+    sizes = [size if isinstance(size, int) else size.node.hint for size in (batch, length)]
     inputs = {
         name: value
         for name, value in _tensors("L", tx.f_locals)
         # Of one axis: a number for each sequence, as labels are, or for each token. If static, it would fix others' sizes.
-        if value.dim() >= 2 or (value.dim() == 1 and value.shape[0] in (batch, length))
+        if value.dim() >= 2 or (value.dim() == 1 and value.shape[0] in sizes)
     }
-    state = pgo.get_code_state()[_code_id(tx)].automatic_dynamic
-    changed = False
-    for name, value in inputs.items():
-        varies = [size > 1 and (axis == 0 or size == length) for axis, size in enumerate(value.shape)]
-        known = state.get(name)
-        if all(known is not None and known.is_size_dynamic(axis) for axis, vary in enumerate(varies) if vary):
-            continue
-        _undo.append(functools.partial(_put_back, state, name, copy.copy(known)))
-        size = tuple(pgo.auto_dynamic if vary else int(have) for vary, have in zip(varies, value.shape, strict=True))
-        pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))  # type: ignore[arg-type]
-        changed = True
-    if length > 1 and shapes.use_duck_shape and any(v.dim() > 1 and v.shape[0] == length for v in inputs.values()):
-        # A batch as large as the length: Dynamo would take the two for one symbol.
-        shapes.use_duck_shape = False
-        _undo.append(functools.partial(setattr, shapes, "use_duck_shape", True))
-        changed = True
+    changed = _mark(tx, inputs, lambda axis, size: axis == 0 or size == sizes[1])
+    if not changed and isinstance(length, int) and length > 1:  # made of other sizes, as with a class token before the rest
+        changed = _mark(tx, inputs, lambda axis, size: axis < 2)
     if changed:
         if forget not in callback_handler.end_callbacks:  # `torch._dynamo.reset` takes it away
             callback_handler.register_end_callback(forget)  # where the trace fails, our backend is not called
@@ -136,11 +125,33 @@ def _make_length_dynamic() -> bool:
     return True
 
 
-def _traced_sizes(graph: Graph) -> tuple[int, int]:
+def _traced_sizes(graph: Graph) -> tuple[Any, Any]:
     """Batch and tokens of the convolution or scan that was traced last: an input of the model may be anything."""
     value = value_of(next(node for node in reversed(graph.nodes) if node.target in CONTRACT))
-    batch, length = (value[0] if isinstance(value, list | tuple) else value).shape[:2]
-    return tuple(size if isinstance(size, int) else size.node.hint for size in (batch, length))  # type: ignore[return-value]
+    return (value[0] if isinstance(value, list | tuple) else value).shape[:2]
+
+
+def _mark(tx: Any, inputs: Mapping[str, torch.Tensor], varies: Callable[[int, int], bool]) -> bool:
+    """Tell Dynamo's record of the inputs' axes that vary, by number and size; whether that was news to it."""
+    state = pgo.get_code_state()[_code_id(tx)].automatic_dynamic
+    changed = False
+    marked = set()  # sizes of axes behind the first
+    for name, value in inputs.items():
+        vary = [axis for axis, size in enumerate(value.shape) if size > 1 and varies(axis, size)]
+        marked |= {value.shape[axis] for axis in vary if axis > 0}
+        known = state.get(name)
+        if all(known is not None and known.is_size_dynamic(axis) for axis in vary):
+            continue
+        _undo.append(functools.partial(_put_back, state, name, copy.copy(known)))
+        size = tuple(pgo.auto_dynamic if axis in vary else int(have) for axis, have in enumerate(value.shape))
+        pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(size))  # type: ignore[arg-type]
+        changed = True
+    if shapes.use_duck_shape and any(v.dim() > 1 and v.shape[0] in marked for v in inputs.values()):
+        # A batch as large as the length: Dynamo would take the two for one symbol.
+        shapes.use_duck_shape = False
+        _undo.append(functools.partial(setattr, shapes, "use_duck_shape", True))
+        changed = True
+    return changed
 
 
 def _code_id(tx: Any) -> Any:

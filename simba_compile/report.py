@@ -174,7 +174,7 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
     length, arguments = Length(scanned), result.dense.graph.find_nodes(op="placeholder")
     try:
         tokens_of = length.reader(arguments)
-    except ValueError:  # the length is fixed in this graph
+    except ValueError:  # the length is made in the graph
         return mixer_rows(result, int(scanned.shape[1]))
     tokens = int(tokens_of(inputs))
     rows = mixer_rows(result, tokens)

@@ -1,11 +1,11 @@
 """Random Mamba-like models: a small grammar, the module that runs it, and an interpreter of the contract for it.
 
-A program is a list of statements over a growing list of values, each (batch, token, channel). `Program` runs it with
-Hugging Face's blocks and mixers, as a model would be written. `interpretations` runs the same program token set by token
-set, in eager float64: every value is held at full length together with its *version* (how many prunings it has gone
-through); what a pruned token is not defined for is NaN, so that a result which rests on it cannot pass for right. Which
-tokens stayed, and how many entered each convolution, is what spies saw while the compiled model ran; that those tokens are
-the right ones is checked against the eager reference's scores.
+A program is a list of statements over a growing list of values, each (batch, token, channel), the first of which is made of
+the input (`STARTS`). `Program` runs it with Hugging Face's blocks and mixers, as a model would be written. `interpretations`
+runs the same program token set by token set, in eager float64: every value is held at full length together with its
+*version* (how many prunings it has gone through); what a pruned token is not defined for is NaN, so that a result which
+rests on it cannot pass for right. Which tokens stayed, and how many entered each convolution, is what spies saw while the
+compiled model ran; that those tokens are the right ones is checked against the eager reference's scores.
 
 Where the contract leaves a choice, the interpreter branches (`Choices`), and a result is right if it is that of one branch:
 an operation that treats tokens apart may also run on restored ones, and in an add onto the stream outside of a mixer's own
@@ -56,6 +56,14 @@ def mixed(h: Tensor, weights: Tensor) -> Tensor:
     return torch.softmax(weights, -1) @ h
 
 
+# The sequence that the first statement reads, made of the input's: the mixers' length is no input's then.
+STARTS: dict[str, Function] = {
+    "as it is": lambda x: x,
+    "a class token": lambda x: torch.cat([ROW.expand(x.shape[0], 1, -1), x], 1),
+    "a class token at the end": lambda x: torch.cat([x, ROW.expand(x.shape[0], 1, -1)], 1),
+    "without the last": lambda x: x[:, :-1],
+    "twice": lambda x: torch.cat([x.flip(1), x], 1),
+}
 # Treat tokens apart: computed on kept tokens as on all.
 APART: dict[str, Function] = {
     "silu": F.silu,
@@ -241,15 +249,18 @@ TABLES: dict[str, dict[str, Function]] = {"apart": APART, "either": EITHER, "loo
 
 
 class Program(nn.Module):
-    """A model that runs statements on its input."""
+    """A model that runs statements on what it makes of its input."""
 
-    def __init__(self, statements: list[Statement], outputs: list[tuple[int, str]], family: str) -> None:
+    def __init__(
+        self, statements: list[Statement], outputs: list[tuple[int, str]], family: str, start: str = "as it is"
+    ) -> None:
         super().__init__()
         self.statements, self.outputs, self.family, self.layers = statements, outputs, family, layers(family)
+        self.start = start
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs: ends of values."""
-        values = [x]
+        values = [STARTS[self.start](x)]
         for step in self.statements:
             values.append(self.step(step, values))
         return tuple(ENDS[end](values[place]) for place, end in self.outputs)
@@ -344,6 +355,7 @@ class Interpreter:
 
     def __init__(self, program: Program, x: Tensor, seen: Seen, placement: str, choices: Choices) -> None:
         self.program, self.seen, self.placement, self.choices = program, seen, placement, choices
+        x = STARTS[program.start](x)
         everyone = torch.arange(x.shape[1]).expand(x.shape[0], -1)
         self.alive = [everyone]  # version → positions of its tokens
         self.values = [Value(x, 0, True)]

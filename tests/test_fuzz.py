@@ -14,7 +14,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import SELECTING, exact_casts
-from fuzz_models import APART, BREAKS, EITHER, ENDS, JOINS, LOOK, MIXERS, WRITES, Program, Seen, Statement, interpretations
+from fuzz_models import (
+    APART,
+    BREAKS,
+    EITHER,
+    ENDS,
+    JOINS,
+    LOOK,
+    MIXERS,
+    STARTS,
+    WRITES,
+    Program,
+    Seen,
+    Statement,
+    interpretations,
+)
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -166,7 +180,8 @@ def programs(draw: st.DrawFn) -> Program:
         steps.append(Statement(kind, name, a, b, layer))
     places = {len(steps), *draw(st.sets(st.integers(1, len(steps)), max_size=1))}
     outputs = [(place, draw(st.sampled_from(("all", "all", *ENDS)))) for place in sorted(places)]
-    return Program(steps, outputs, draw(st.sampled_from(("mamba", "falcon_mamba"))))
+    start = draw(st.sampled_from(("as it is",) * 3 + tuple(STARTS)))
+    return Program(steps, outputs, draw(st.sampled_from(("mamba", "falcon_mamba"))), start)
 
 
 SHAPES = st.sampled_from([(2, 24), (3, 31), (2, 40), (1, 27), (2, 16), (4, 19), (2, 6), (3, 3), (2, 2), (20, 20)])
@@ -191,7 +206,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 @given(programs(), st.lists(SHAPES, min_size=1, max_size=2), OPTIONS)
 def test_random_models(program: Program, shapes: list[tuple[int, int]], options: dict[str, Any]) -> None:
-    note(f"{program.statements}\n{program.outputs} {program.family}")
+    note(f"{program.start}\n{program.statements}\n{program.outputs} {program.family}")
     for way in check(program, shapes, options):
         event(way)
 
@@ -202,8 +217,9 @@ EACH += [("join", name) for name in JOINS] + [("write", name) for name in WRITES
 EACH += [(kind, "") for kind in MIXERS]
 
 
+@pytest.mark.parametrize("start", STARTS if EXAMPLES else ["as it is", "a class token"])
 @pytest.mark.parametrize(("kind", "name"), EACH if EXAMPLES else EACH[::16])
-def test_each_function_between_two_blocks(kind: str, name: str) -> None:
+def test_each_function_between_two_blocks(kind: str, name: str, start: str) -> None:
     """All of them where SIMBA_FUZZ_EXAMPLES is set; some by default."""
     steps = [Statement("block", a=0)]
     if kind == "write":  # into what was read before, by tokens that have gone through a pruning since
@@ -213,7 +229,7 @@ def test_each_function_between_two_blocks(kind: str, name: str) -> None:
         steps += [Statement(kind, name, 1, 0, 1), Statement("join", "add", 1, 2)]
     last = len(steps)
     steps += [Statement("block", a=last, layer=2)]
-    check(Program(steps, [(last + 1, "all")], "mamba"), [(2, 24)], DEFAULTS)
+    check(Program(steps, [(last + 1, "all")], "mamba", start), [(2, 24)], DEFAULTS)
 
 
 @pytest.mark.parametrize("name", WRITES if EXAMPLES else ["channels"])

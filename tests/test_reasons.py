@@ -208,10 +208,15 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         {**SECOND, **LAYER},
         [None, "the tokens of selective_scan_1 cannot be told from its other axes"],
     ),
-    "a class token": (
-        lambda h: b(a(torch.cat([h[:, :1] * 0, h], 1))),
+    "half the tokens": (
+        lambda h: b(a(h[:, : h.shape[1] // 2])),
         BOTH,
-        [r"the length is s\d+ \+ 1, made out of other sizes, in this graph"] * 2,
+        [r"the length is \(s\d+//2\), made out of other sizes, in this graph"] * 2,
+    ),
+    "as many rows as the input has, and one more": (
+        lambda h: b(a(torch.cat([h[:, :1], h], 1))).reshape(h.shape[0] * h.shape[1] + h.shape[0], 6),
+        BOTH,
+        [r"the size s\d+ is a part of the length, and not defined for pruned tokens"] * 2,
     ),
     "a shorter sequence from the second layer on": (
         lambda h: b(a(h).unflatten(1, (-1, 2)).sum(2)),

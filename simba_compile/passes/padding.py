@@ -1,25 +1,40 @@
 """Whether a sequence of a call ends in padding, read off what the graph takes for an attention mask.
 
 That is an input of the name, and what mixers have their tokens multiplied by: a number for each token, which is an input of
-any name or computed from inputs (``ids != pad_token_id``).
+any name or computed from inputs (``ids != pad_token_id``). Where the graph itself puts zeros behind its tokens, every
+sequence ends in padding.
 """
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.passes.effects import is_inplace, is_random
-from simba_compile.passes.tokens import CASTS, MUL, POINTWISE, RESHAPES, VIEWS, Length, expression, value_of
+from simba_compile.passes.tokens import (
+    CASTS,
+    CONCATENATIONS,
+    MUL,
+    NO_TOKENS,
+    POINTWISE,
+    RESHAPES,
+    VIEWS,
+    Length,
+    expression,
+    value_of,
+)
 
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
+_PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad
+_ZEROS: set[Any] = {torch.zeros, torch.zeros_like, "new_zeros"}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
-    *(POINTWISE | _SAME_NUMBERS),
+    *(POINTWISE | CONCATENATIONS | _SAME_NUMBERS),
     *(torch.arange, torch.zeros, torch.ones, torch.full, torch.eq, torch.ne, torch.logical_and, torch.logical_not),
-    *("size", "long", "int", "logical_and", "logical_not"),
+    *("size", "long", "int", "logical_and", "logical_not", "new_ones", "new_zeros", _PAD),
 }
 
 
@@ -40,10 +55,12 @@ def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Calla
     masks = [
         node
         for node in graph.find_nodes(op="placeholder")
-        if "attention_mask" in node.name and length.of(node) == 1 and value_of(node).dim() == 2
+        if "attention_mask" in node.name and _axis(node, length) == 1 and value_of(node).dim() == 2
     ]
     before = _made_of(scans)
     masks += [factor for node in graph.nodes if node in before for factor in _factors(node, length)]
+    if length.fixed > 0 and any(_pads_the_end(node, length) for node in before):
+        return lambda args: True
     cheap: dict[Node, set[Node]] = {}  # and what they are made of
     for mask in dict.fromkeys(masks):
         made_of = _made_of([mask])
@@ -59,7 +76,7 @@ def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Calla
         if node in needed:
             new[node] = alone.node_copy(node, lambda source: new[source])
     alone.output(tuple(new[mask] for mask in cheap))
-    masks_of, axes = GraphModule(graph.owning_module or {}, alone).forward, [length.of(mask) for mask in cheap]
+    masks_of, axes = GraphModule(graph.owning_module or {}, alone).forward, [_axis(mask, length) for mask in cheap]
 
     @torch.no_grad()
     def ends_in_padding(args: Sequence[Any]) -> bool:
@@ -67,6 +84,14 @@ def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Calla
         return any(not mask.select(axis, -1).all() for mask, axis in zip(found, axes, strict=True))
 
     return ends_in_padding
+
+
+def _axis(node: Node, length: Length) -> int:
+    """The axis of the tokens, with those that the model adds to its inputs' or without; NO_TOKENS where none alone is."""
+    value = value_of(node)
+    axes = [axis for axis, size in enumerate(value.shape) if length.depends(size)] if isinstance(value, Tensor) else []
+    is_alone = len(axes) == 1 and not expression(value.shape[axes[0]]).free_symbols & length.batch.free_symbols
+    return axes[0] if is_alone else NO_TOKENS
 
 
 def _made_of(nodes: Iterable[Node]) -> set[Node]:
@@ -80,26 +105,49 @@ def _made_of(nodes: Iterable[Node]) -> set[Node]:
     return seen
 
 
+def _pads_the_end(node: Node, length: Length) -> bool:
+    """Whether it puts zeros behind the last of fewer tokens."""
+    axis, value = length.of(node), value_of(node)
+    if axis < 0 or _is_narrow(value, length):
+        return False
+    if node.target is _PAD:
+        source, sizes = node.args[:2]
+        behind = 2 * (value.dim() - 1 - axis) + 1  # a size for each end of each axis, and the last axis first
+        return length.of(source) < 0 and len(sizes) > behind and bool(sizes[behind])  # type: ignore[arg-type, index]
+    parts = node.args[0] if node.target in CONCATENATIONS else None
+    return isinstance(parts, list | tuple) and parts[-1].target in _ZEROS and length.of(parts[-1]) < 0  # type: ignore[union-attr]
+
+
 def _factors(node: Node, length: Length) -> list[Node]:
     """What tokens are multiplied by: a number for each, as it was before views and casts."""
-    sources = [source for source in node.all_input_nodes if length.of(source) >= 0]
+    sources = [source for source in node.all_input_nodes if _axis(source, length) != NO_TOKENS]
     if node.target not in MUL or all(_is_narrow(value_of(source), length) for source in sources):
         return []
     return [_without_views(source, length) for source in sources if _is_narrow(value_of(source), length)]
 
 
 def _without_views(node: Node, length: Length) -> Node:
+    tokens = _tokens(node, length)
     while node.target in _SAME_NUMBERS and isinstance(node.args[0], Node):
         source = node.args[0]
-        if length.of(source) < 0 or not _is_narrow(value_of(source), length):
+        if _tokens(source, length) != tokens or not _is_narrow(value_of(source), length):
             break
         node = source
     return node
 
 
+def _tokens(node: Node, length: Length) -> sympy.Expr | None:
+    """How many tokens a value has, with those that the model adds to its inputs' or without."""
+    axis = _axis(node, length)
+    return None if axis == NO_TOKENS else expression(value_of(node).shape[axis])
+
+
 def _is_narrow(value: Any, length: Length) -> bool:
-    """Whether it has a number for each token at most."""
-    return isinstance(value, Tensor) and all(expression(size) in (1, length.batch, length.symbol) for size in value.shape)
+    """Whether it has a number for each token at most, or for each of those that the model adds to its inputs'."""
+    if not isinstance(value, Tensor):
+        return False
+    others = [size for size in value.shape if expression(size) not in (1, length.batch)]
+    return len(others) < 2 and all(length.depends(n) or (isinstance(n, int) and n <= length.fixed) for n in others)
 
 
 def _is_cheap(node: Node, length: Length) -> bool:

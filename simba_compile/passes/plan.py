@@ -107,14 +107,13 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | Non
         return None
     length = Length(mixers[0].x)
     if not length.is_symbolic:
-        is_fixed = not length.symbol.free_symbols
-        how = f"fixed at {length.symbol}" if is_fixed else f"{length.symbol}, made out of other sizes,"
+        how = f"{length.tokens}, made out of other sizes," if length.symbols else f"fixed at {length.tokens}"
         for mixer in mixers:
             mixer.reason = f"the length is {how} in this graph"
         return None
     for mixer in mixers:
-        if (other := Length(mixer.x).symbol) != length.symbol:
-            mixer.reason = f"its tokens are others than the first mixer's: there are {other} of them, not {length.symbol}"
+        if (other := Length(mixer.x).tokens) != length.tokens:
+            mixer.reason = f"its tokens are others than the first mixer's: there are {other} of them, not {length.tokens}"
     ratios, pruning = ratios_of(options, len(mixers))
     windows = {window for mixer in mixers for window in mixer.windows}
     read = [suffix(node, length) or 0 for node in graph.nodes if node not in windows]

@@ -17,6 +17,7 @@ treat tokens alike and apart (`tokens.is_tokenwise`), for attention (`attention`
 are put together as `restore` says.
 """
 
+import functools
 import operator
 from typing import Any
 
@@ -230,7 +231,7 @@ class _Pruning:
         if value.dim() < rank:  # it is one for all sequences
             made = self._call(operator.getitem, made, (*(None,) * (rank - value.dim()), ...))
         for axis in (rank - 2, rank - 1):
-            if expression(value.shape[axis - rank]) == self.length.symbol:
+            if expression(value.shape[axis - rank]) == self.length.tokens:
                 made = self._call(OPS.gather, made, self._positions(version), axis)
         made.meta = dict(mask.meta)
         return made
@@ -342,21 +343,27 @@ class _Pruning:
     def _number(self, node: Node, version: int) -> Node:
         """A size that depends on the length: the same expression of the version's count."""
         value = value_of(node)
-        if isinstance(value, torch.SymInt) and expression(value) == self.length.symbol:
+        if isinstance(value, torch.SymInt) and expression(value) == self.length.tokens:
             count = self.counts[version - 1] if version else self.tokens
             assert count is not None
             return count
         if (node, version) not in self.made:
+            if node.op == "placeholder":
+                raise Unprunable(self.mixer, f"the size {value} is a part of the length, and not defined for pruned tokens")
             self.made[node, version] = self.out.node_copy(node, lambda source: self.at(source, version))
         return self.made[node, version]
 
     def _full_length(self, inputs: list[Node]) -> Node:
         try:
-            place, axis = self.length.find(inputs)
+            places = self.length.find(inputs)
         except ValueError as error:  # the length is made in the graph, from a number that is read off a tensor
             raise Unprunable(0, str(error)) from None
-        made = self.made[inputs[place], 0]
-        return made if axis is None else self._call(torch.ops.aten.sym_size.int, made, axis)
+        sizes: list[Any] = []
+        for place, axis in places:
+            made = self.made[inputs[place], 0]
+            sizes.append(made if axis is None else self._call(torch.ops.aten.sym_size.int, made, axis))
+        sizes += [int(self.length.fixed)] * (self.length.fixed != 0)
+        return functools.reduce(lambda total, size: self._call(operator.add, total, size), sizes)
 
     def _gather(self, node: Node, have: int, version: int) -> Node:
         axis, value = self.length.of(node), value_of(node)

@@ -32,7 +32,10 @@ def expression(size: Any) -> sympy.Expr:
 
 
 class Length:
-    """The sequence length of a graph, as a symbol, and the axes that have it.
+    """How many tokens a graph's mixers work on, as an expression of its inputs' sizes, and the axes that have it.
+
+    Mostly that is an input's length. It may be one with some tokens more or fewer, as where a model puts a class token or
+    the virtual tokens of prompt tuning before the others, and it may be the sum of several.
 
     Parameters
     ----------
@@ -41,13 +44,22 @@ class Length:
     """
 
     def __init__(self, example: Tensor) -> None:
-        self.symbol = expression(example.shape[1])
+        self.tokens = expression(example.shape[1])
         self.batch = expression(example.shape[0])
+        self.rows = sympy.expand(self.batch * self.tokens)
+        self.symbols = self.tokens.free_symbols
+        self.terms = {symbol: self.tokens.coeff(symbol) for symbol in sorted(self.symbols, key=str)}
+        self.fixed = self.tokens - sum(often * symbol for symbol, often in self.terms.items())
+        self.is_sum = self.fixed.is_Integer and all(often.is_Integer and often > 0 for often in self.terms.values())
 
     @property
     def is_symbolic(self) -> bool:
-        """Whether the length can vary, and is not tied to the batch size."""
-        return isinstance(self.symbol, sympy.Symbol) and self.symbol not in self.batch.free_symbols
+        """Whether the length can vary, as a sum of sizes, and is not tied to the batch size."""
+        return bool(self.symbols) and self.is_sum and not self.symbols & self.batch.free_symbols
+
+    def depends(self, size: Any) -> bool:
+        """Whether a size varies with the length."""
+        return bool(expression(size).free_symbols & self.symbols) if isinstance(size, torch.SymInt) else False
 
     def axis(self, value: Any) -> int:
         """The token axis of a tensor, or of the tensors of a tuple that have one; NO_TOKENS, UNCLEAR or FLAT."""
@@ -55,24 +67,22 @@ class Length:
             axes = {self.axis(item) for item in value} - {NO_TOKENS}
             return axes.pop() if len(axes) == 1 else UNCLEAR if axes else NO_TOKENS
         if isinstance(value, torch.SymInt):
-            return UNCLEAR if self.symbol in expression(value).free_symbols else NO_TOKENS
+            return UNCLEAR if self.depends(value) else NO_TOKENS
         if not isinstance(value, Tensor):
             return NO_TOKENS
-        sizes = [expression(size) for size in value.shape]
-        depends = [i for i, size in enumerate(sizes) if self.symbol in size.free_symbols]
+        depends = [axis for axis, size in enumerate(value.shape) if self.depends(size)]
         if not depends:
             return NO_TOKENS
-        if depends == [0] and sizes[0] == self.batch * self.symbol:
+        if depends == [0] and sympy.expand(expression(value.shape[0])) == self.rows:
             return FLAT
-        return depends[0] if len(depends) == 1 and sizes[depends[0]] == self.symbol else UNCLEAR
+        return depends[0] if len(depends) == 1 and expression(value.shape[depends[0]]) == self.tokens else UNCLEAR
 
     def is_square(self, value: Any) -> bool:
         """Whether it is a mask of attention: its last two axes have the length, and no other."""
         if not isinstance(value, Tensor) or value.dim() < 2:
             return False
-        sizes = [expression(size) for size in value.shape]
-        others = [size for size in sizes[:-2] if self.symbol in size.free_symbols]
-        return sizes[-2:] == [self.symbol, self.symbol] and not others
+        *others, queries, keys = value.shape
+        return expression(queries) == expression(keys) == self.tokens and not any(map(self.depends, others))
 
     def of(self, node: Any) -> int:
         """The token axis of a node's value."""
@@ -82,23 +92,22 @@ class Length:
         """Whether the node is an integer that depends on the length, or a tuple of integers such as a shape."""
         value = value_of(node)
         items = value if isinstance(value, list | tuple) else [value]
-        depends = [isinstance(item, torch.SymInt) and self.symbol in expression(item).free_symbols for item in items]
-        return any(depends) and all(isinstance(item, int | torch.SymInt) for item in items)
+        return any(map(self.depends, items)) and all(isinstance(item, int | torch.SymInt) for item in items)
 
-    def find(self, inputs: Iterable[Node]) -> tuple[int, int | None]:
-        """Where a call's arguments show the length: (argument, axis), or (argument, None) where it is one itself."""
-        for place, node in enumerate(inputs):
-            value = value_of(node)
-            if isinstance(value, torch.SymInt) and expression(value) == self.symbol:
-                return place, None
-            if isinstance(value, Tensor) and self.axis(value) >= 0:
-                return place, self.axis(value)
-        raise ValueError(f"no input of the graph has the length {self.symbol}")
+    def find(self, inputs: Iterable[Node]) -> list[tuple[int, int | None]]:
+        """Where a call's arguments show the sizes whose sum, with `fixed`, is the length.
+
+        Each is (argument, axis), or (argument, None) where the argument is the size.
+        """
+        if not self.is_sum:
+            raise ValueError(f"the length {self.tokens} is no sum of sizes")
+        values = list(map(value_of, inputs))
+        return [place for size, often in self.terms.items() for place in [_place(size, values)] * int(often)]
 
     def reader(self, inputs: Iterable[Node]) -> Callable[[Sequence[Any]], Any]:
         """What reads the length off the arguments of a call: an integer, or a symbolic one while tracing."""
-        place, axis = self.find(inputs)
-        return lambda args: args[place] if axis is None else args[place].shape[axis]
+        places, fixed = self.find(inputs), int(self.fixed)
+        return lambda args: sum((args[at] if axis is None else args[at].shape[axis] for at, axis in places), fixed)
 
     def batch_axis(self, value: Any) -> int | None:
         """The axis that counts sequences, or None where none does, or none alone: sequences are then not told apart."""
@@ -119,6 +128,17 @@ class Length:
         if not isinstance(value, Tensor) or value.dim() == 0 or expression(value.shape[0]) != 1:
             return False
         return not any(expression(size).free_symbols & self.batch.free_symbols for size in value.shape)
+
+
+def _place(size: sympy.Expr, values: Sequence[Any]) -> tuple[int, int | None]:
+    """The first of the values that is this size or has an axis of it, and which."""
+    for place, value in enumerate(values):
+        if isinstance(value, torch.SymInt) and expression(value) == size:
+            return place, None
+        sizes = list(map(expression, value.shape)) if isinstance(value, Tensor) else []
+        if size in sizes:
+            return place, sizes.index(size)
+    raise ValueError(f"no input of the graph has the length {size}")
 
 
 # --- operations that may run on fewer tokens -------------------------------------------------------------------------
@@ -320,5 +340,5 @@ def _number(value: Any, length: Length) -> int | None:
     """
     value = value_of(value) if isinstance(value, Node) else value
     if isinstance(value, torch.SymInt):
-        return None if length.symbol in expression(value).free_symbols else int(value)
+        return None if length.depends(value) else int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

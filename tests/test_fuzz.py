@@ -237,3 +237,10 @@ def test_a_copy_that_is_written_to_is_the_stream(name: str) -> None:
     """A token that leaves has what was written, and not what was copied."""
     steps = [Statement("copy", a=0), Statement("write", name, 1), Statement("block", a=2), Statement("block", a=3, layer=2)]
     assert check(Program(steps, [(4, "all")], "mamba"), [(2, 24)], DEFAULTS) == ["pruned"]
+
+
+@pytest.mark.parametrize("placement", ["scan", "layer"])
+def test_a_mixer_may_read_the_stream_without_a_norm(placement: str) -> None:
+    steps = [Statement("block"), Statement("no norm", a=1, b=1, layer=1), Statement("block", a=2, layer=2)]
+    program = Program(steps, [(3, "all")], "mamba")
+    assert check(program, [(2, 24)], {**DEFAULTS, "placement": placement}) == ["pruned"]

@@ -296,7 +296,8 @@ class _Pruning:
         assert kept is not None
         self.kept.append(kept)
         self._set_version(add, self.latest)
-        self.made[add, self.latest] = self._call(OPS.gather, whole, kept, self.length.of(add))
+        pruned = self.made[add, self.latest] = self._call(OPS.gather, whole, kept, self.length.of(add))
+        pruned.meta = dict(add.meta)
 
     def _positions(self, version: int) -> Node:
         """Where in the sequence the tokens of a version stand."""

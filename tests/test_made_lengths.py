@@ -5,8 +5,7 @@ What such a model computes when it prunes is what it computes of the made sequen
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import families
@@ -247,11 +246,10 @@ def test_the_next_token_is_learned_within_what_is_compiled(graphs: list[Transfor
     assert selected and len(graphs) == 2
 
 
-def test_explain_counts_the_tokens_that_mixers_work_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_explain_counts_the_tokens_that_mixers_work_on() -> None:
     prompted = Prompted(families.tiny_model("mamba"))
-    mask: Mapping[str, Tensor] = {"mask": left_padded(LENGTH)}
-    with torch.no_grad(), caplog.at_level(logging.INFO, "simba_compile"):
-        report = simba_compile.explain(prompted, random_ids(2, LENGTH), options=KEEP_FEW, **mask)
+    with torch.no_grad():
+        report = simba_compile.explain(prompted, random_ids(2, LENGTH), left_padded(LENGTH), options=KEEP_FEW)
     assert report.mixers[0].tokens_in == LENGTH + VIRTUAL and not any(mixer.reason for mixer in report.mixers)
     assert report.mixers[-1].tokens_out == round(0.2 * (LENGTH + VIRTUAL))
 

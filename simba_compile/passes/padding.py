@@ -52,15 +52,15 @@ def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Calla
     length : Length
         Of the graph.
     """
+    before = _made_of(scans)
+    if length.fixed > 0 and any(_pads_the_end(node, length) for node in before):
+        return lambda args: True
     masks = [
         node
         for node in graph.find_nodes(op="placeholder")
         if "attention_mask" in node.name and _axis(node, length) == 1 and value_of(node).dim() == 2
     ]
-    before = _made_of(scans)
     masks += [factor for node in graph.nodes if node in before for factor in _factors(node, length)]
-    if length.fixed > 0 and any(_pads_the_end(node, length) for node in before):
-        return lambda args: True
     cheap: dict[Node, set[Node]] = {}  # and what they are made of
     for mask in dict.fromkeys(masks):
         made_of = _made_of([mask])

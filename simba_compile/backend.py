@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simba_compile import capture, kernels
+from simba_compile.graph_breaks import why_partial
 from simba_compile.options import Options
 from simba_compile.passes import Transformed, transform
 from simba_compile.passes.tokens import is_simba
@@ -67,10 +68,11 @@ def simba(
             if chosen.inner not in ("auto", "inductor"):
                 raise ValueError(f"mode={mode!r} is for Inductor, and option inner is {chosen.inner!r}: leave one out.")
             chosen = dataclasses.replace(chosen, inner="inductor")
-        result = transform(gm, chosen)
+        partial = why_partial(gm)
+        result = transform(gm, chosen, partial)
     except ValueError as error:
         raise capture.InvalidOptions(str(error)) from None
-    _log(result)
+    _log(result, partial)
     if observe is not None:
         observe(result)
     return run_by_length(result, mode)
@@ -208,15 +210,25 @@ def with_room(function: Callable) -> Callable:
     return run
 
 
-def _log(result: Transformed) -> None:
+def _log(result: Transformed, partial: str | None) -> None:
     pruning = 0 if result.plan is None else len(result.plan.pruning)
     if not result.mixers:
         log.info("Nothing to prune in this graph: a decoding step, or a model without a mixer.")
         return
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
     dense = next((mixer for mixer in result.mixers if mixer.reason is not None), None)
-    if dense is not None and result.options.prunes and dense.x.shape[1] != 1:  # of one token, nothing can be dropped
+    if dense is None or not result.options.prunes or dense.x.shape[1] == 1:  # of one token, nothing can be dropped
+        return
+    if partial:
+        _warn_once(partial)
+    else:
         log.warning("%s and the mixers after it stay dense: %s.", dense.path, dense.reason)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    """Warn of what is the same for many graphs."""
+    log.warning("Dense: %s.", reason)
 
 
 capture.install(simba)

@@ -57,8 +57,8 @@ class Transformed:
     options: Options
 
 
-def transform(gm: GraphModule, options: Options) -> Transformed:
-    """Run the passes on a graph; `gm` itself becomes the dense one."""
+def transform(gm: GraphModule, options: Options, partial: str | None = None) -> Transformed:
+    """Run the passes on a graph; `gm` itself becomes the dense one. `partial` says why it is a part only: it stays dense."""
     graphs = with_subgraphs(gm)
     for each in graphs:
         name_calls(each.graph)
@@ -67,7 +67,7 @@ def transform(gm: GraphModule, options: Options) -> Transformed:
         allow_any_layout(each.graph)
         make_rows(each.graph)
     mixers = find_mixers(gm)
-    plan = make_plan(gm.graph, mixers, options)
+    plan = make_plan(gm.graph, mixers, options, partial)
     for each in graphs:
         checkpoint_as_eager(each)
     for inner in graphs[1:]:

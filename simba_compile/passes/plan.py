@@ -101,9 +101,13 @@ def ratios_of(options: Options, mixers: int) -> tuple[tuple[int, ...], tuple[int
     return ratios, tuple(i for i, ratio in enumerate(ratios) if ratio < (SCALE, *ratios)[i])
 
 
-def make_plan(graph: Graph, mixers: list[Mixer], options: Options) -> Plan | None:
+def make_plan(graph: Graph, mixers: list[Mixer], options: Options, partial: str | None = None) -> Plan | None:
     """The plan for a graph, or None where none of its mixers can prune (each says why in ``mixer.reason``)."""
     if not mixers:
+        return None
+    if partial:
+        for mixer in mixers:
+            mixer.reason = partial
         return None
     length = Length(mixers[0].x)
     if not length.is_symbolic:

@@ -1,0 +1,58 @@
+"""Whether a graph holds a stack of layers as a whole, or what a graph break left of one.
+
+A schedule counts the mixers of a model. Where Dynamo cannot trace one of its layers (hooks of accelerate or of FSDP stand
+around each, or one has what no graph can hold), every layer becomes a graph of its own. Each of those would begin the
+schedule anew, at full length, and drop at once what the whole model drops step by step: another method, of less quality.
+"""
+
+import sys
+from types import FrameType
+
+from torch import nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import GraphModule
+
+from simba_compile.passes.scans import SCANS
+from simba_compile.passes.subgraphs import with_subgraphs
+
+
+def why_partial(gm: GraphModule) -> str | None:
+    """Say which mixers a graph break keeps out of a graph that Dynamo has just made; None where it is whole.
+
+    It is not where a list of layers, in the module whose call the graph is a part of, has some mixers in it and some
+    elsewhere. Without a break it is: a model may leave layers out.
+    """
+    module = _broken(gm)
+    if module is None:
+        return None
+    calls = [
+        list(node.meta["nn_module_stack"].items())
+        for each in with_subgraphs(gm)
+        for node in each.graph.nodes
+        if node.target in SCANS and node.meta.get("nn_module_stack")
+    ]
+    kinds = tuple({kind for *_, (_, (_, kind)) in calls})
+    here = {key.partition("@")[0] for call in calls for key, _ in call}  # Dynamo names a module id, id@1, … by the call
+    for path, layers in module.named_modules():
+        if isinstance(layers, nn.ModuleList | nn.Sequential):
+            mixers = [part for part in layers.modules() if isinstance(part, kinds)]
+            inside = sum(str(id(mixer)) in here for mixer in mixers)
+            if 0 < inside < len(mixers):
+                return (
+                    f"Dynamo broke the graph between the {len(mixers)} mixers of {type(module).__name__}.{path}, and has "
+                    f"{inside} in this one (TORCH_LOGS=graph_breaks shows where)"
+                )
+    return None
+
+
+def _broken(gm: GraphModule) -> nn.Module | None:
+    """The outermost module that Dynamo gave up to trace as one graph, where this graph is a part of its call."""
+    found = None
+    if getattr(gm, "compile_subgraph_reason", None) and gm.compile_subgraph_reason.graph_break:  # type: ignore[union-attr]
+        found = InstructionTranslator.current_tx().f_locals.get("self")
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":  # there what torch.compile returned was called
+        if "self" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), nn.Module):
+            found = frame.f_locals["self"]  # its call goes on without Dynamo
+        frame = frame.f_back
+    return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,206 @@
+"""Models that Dynamo breaks into several graphs: they prune as a whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from conftest import KEEP_FEW, close, pruned_exactly, random_ids, tiny_model
+from test_life_cycle import logits, process_group
+from torch import Tensor, nn
+from transformers import MambaForCausalLM
+
+import simba_compile
+from simba_compile import backend
+from simba_compile.passes import Transformed
+
+LENGTH = 40
+
+
+@pytest.fixture(autouse=True)
+def told_nothing() -> Iterator[None]:
+    """A reason is told once in a process."""
+    backend._warn_once.cache_clear()
+    yield
+
+
+@pytest.fixture
+def model() -> MambaForCausalLM:
+    return tiny_model(layers=3)
+
+
+def compiled(function: Callable, **options: object) -> Callable:
+    return torch.compile(function, backend="simba", options={**KEEP_FEW, **options})
+
+
+# --- between the layers of a stack: all stay dense --------------------------------------------------------------------
+
+
+def disable_a_norm(layers: nn.ModuleList, folder: Path) -> None:
+    layers[1].norm.forward = torch.compiler.disable(layers[1].norm.forward)
+
+
+def break_in_a_norm(layers: nn.ModuleList, folder: Path) -> None:
+    norm = layers[1].norm.forward
+
+    def forward(h: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return norm(h)
+
+    layers[1].norm.forward = forward
+
+
+def hook_each(layers: nn.ModuleList, folder: Path) -> None:
+    for layer in layers:
+        layer.register_forward_pre_hook(torch.compiler.disable(lambda module, args: None))
+
+
+def dispatch_each(layers: nn.ModuleList, folder: Path) -> None:
+    """As where ``device_map`` puts layers on several devices."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    for layer in layers:
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu", io_same_device=True))
+
+
+def shard_each(layers: nn.ModuleList, folder: Path) -> None:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in layers:
+        torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+
+
+@pytest.mark.parametrize("way", [disable_a_norm, break_in_a_norm, hook_each, dispatch_each, shard_each])
+def test_layers_in_graphs_of_their_own_are_dense_and_say_so(
+    way: Callable, model: MambaForCausalLM, tmp_path: Path, graphs: list[Transformed], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(model, LENGTH)
+    with process_group(tmp_path), caplog.at_level("WARNING", "simba_compile"):
+        way(model.backbone.layers, tmp_path)
+        found = logits(compiled(model), LENGTH)
+    close(found, expected, 1e-4)
+    assert sum(len(graph.mixers) for graph in graphs) >= 2 and not any(graph.plan for graph in graphs)
+    told = [record.message for record in caplog.records if record.name == "simba_compile"]
+    assert len(told) == 1
+    assert "Dynamo broke the graph between the 3 mixers of" in told[0]
+    assert "backbone.layers, and has 1 in this one" in told[0]
+
+
+def test_explain_says_so(model: MambaForCausalLM) -> None:
+    disable_a_norm(model.backbone.layers, Path())
+    report = simba_compile.explain(model, random_ids(2, LENGTH), options=KEEP_FEW)
+    assert [mixer.tokens_out for mixer in report.mixers] == [LENGTH] * 3 and report.graphs > 3
+    assert all("Dynamo broke the graph between the 3 mixers" in str(mixer.reason) for mixer in report.mixers)
+
+
+def test_shares_for_each_mixer_are_not_counted_in_a_part(model: MambaForCausalLM) -> None:
+    expected = logits(model, LENGTH)
+    disable_a_norm(model.backbone.layers, Path())
+    close(logits(compiled(model, schedule=[1.0, 0.6, 0.2]), LENGTH), expected, 1e-4)
+
+
+def test_an_ensuing_step_warns_of_nothing(model: MambaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    disable_a_norm(model.backbone.layers, Path())
+    with torch.no_grad(), caplog.at_level("WARNING", "simba_compile"):
+        compiled(model)(random_ids(2, 1))
+    assert not caplog.records
+
+
+def test_the_layers_of_a_hybrid(graphs: list[Transformed]) -> None:
+    """Its attention layers are no part of what is counted."""
+    hybrid, ids = families.tiny_model("bamba"), random_ids(2, LENGTH)
+    with torch.no_grad():
+        expected = hybrid(ids).logits
+        norm = hybrid.model.layers[3].input_layernorm
+        norm.forward = torch.compiler.disable(norm.forward)
+        close(compiled(hybrid)(ids).logits, expected, 1e-4)
+    reasons = {mixer.reason for graph in graphs for mixer in graph.mixers}
+    assert len(reasons) == 1 and "the 3 mixers of BambaForCausalLM.model.layers" in str(reasons.pop())
+
+
+class Halves(nn.Module):
+    """Its own code, and not a loop, has a break between two layers: Dynamo goes on behind it."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.layers[1](self.layers[0](h))
+        torch._dynamo.graph_break()
+        return self.layers[2](h)
+
+
+def test_a_break_between_two_calls(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    halves, h = Halves(model.backbone.layers), torch.randn(2, LENGTH, model.config.hidden_size)
+    with torch.no_grad():
+        close(compiled(halves)(h), halves(h), 1e-4)
+    assert [len(graph.mixers) for graph in graphs] == [2, 1] and not any(graph.plan for graph in graphs)
+
+
+# --- elsewhere: the stack prunes as a whole ---------------------------------------------------------------------------
+
+
+def test_breaks_around_a_model(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    def around(ids: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        out = model(ids).logits
+        torch._dynamo.graph_break()
+        return out * 1
+
+    ids = random_ids(2, LENGTH)
+    with torch.no_grad():
+        found = compiled(around)(ids)
+    close(found, pruned_exactly(model, ids, **KEEP_FEW).logits, 1e-4)
+    assert [len(graph.plan.pruning) for graph in graphs if graph.plan] == [2]
+
+
+def test_a_break_in_a_model_before_its_layers(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    embed, ids = model.backbone.embeddings, random_ids(2, LENGTH)
+    expected = pruned_exactly(model, ids, **KEEP_FEW).logits
+    embed.forward = torch.compiler.disable(embed.forward)
+    with torch.no_grad():
+        close(compiled(model)(ids).logits, expected, 1e-4)
+    assert [len(graph.plan.pruning) for graph in graphs if graph.plan] == [2]
+
+
+def test_a_model_that_leaves_layers_out(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    """All in one graph: what it does not call is not missing."""
+
+    def first_two(h: Tensor) -> Tensor:
+        for layer in model.backbone.layers[:2]:
+            h = layer(h)
+        return h
+
+    with torch.no_grad():
+        compiled(first_two)(torch.randn(2, LENGTH, model.config.hidden_size))
+    assert [len(graph.mixers) for graph in graphs if graph.plan] == [2]
+
+
+def test_a_layer_that_is_compiled_alone(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    """What was asked for is a schedule for this layer."""
+    model.backbone.layers[1].compile(backend="simba", options=KEEP_FEW)
+    logits(model, LENGTH)
+    assert [len(graph.mixers) for graph in graphs if graph.plan] == [1]
+
+
+def test_two_stacks_with_a_break_between_them(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    """Each is whole in its graph."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = model, tiny_model(layers=2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            first = self.first(ids).logits
+            torch._dynamo.graph_break()
+            return first + self.second(ids).logits
+
+    towers, ids = Towers(), random_ids(2, LENGTH)
+    with torch.no_grad():
+        found = compiled(towers)(ids)
+    expected = sum(pruned_exactly(part, ids, **KEEP_FEW).logits for part in (towers.first, towers.second))
+    close(found, expected, 1e-4)
+    assert [len(graph.mixers) for graph in graphs if graph.plan] == [3, 2]

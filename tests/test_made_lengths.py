@@ -187,7 +187,7 @@ def left_padded(length: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "falcon_h1", "zamba2"])
+@pytest.mark.parametrize("family", ["mamba", "jamba", "zamba2"])
 def test_prompt_tuning(family: str, graphs: list[Transformed], selected: list[Tensor]) -> None:
     """One graph for all lengths, from the first call on; its mask is heeded under any name."""
     prompted = Prompted(families.tiny_model(family))
@@ -257,7 +257,7 @@ def test_explain_counts_the_tokens_that_mixers_work_on() -> None:
 def test_a_backend_that_compiles_afterwards_sees_fixed_lengths() -> None:
     """What had Dynamo take second axes for ones that vary is taken back."""
     prompted = Prompted(families.tiny_model("mamba"))
-    ids, mask = random_ids(2, LENGTH), left_padded(LENGTH)
+    ids, mask = random_ids(2, 8), left_padded(8)  # a short prompt, for the other backend traces the scan's loop
     seen: list[Tensor] = []
 
     def another(gm: GraphModule, given: list[Tensor]) -> Callable[..., Any]:

@@ -72,8 +72,10 @@ def other_masks(mask: Tensor) -> dict[str, tuple[Callable[[Tensor, Tensor], Tens
     }
 
 
-@pytest.mark.parametrize("family", ["mamba", "zamba2"])
-@pytest.mark.parametrize("kind", other_masks(torch.ones(1, 1)))
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("mamba", kind) for kind in other_masks(torch.ones(1, 1))), ("zamba2", "another name"), ("zamba2", "of the ids")],
+)
 def test_masks_of_another_name_or_made_in_the_model(family: str, kind: str, selected: list[Tensor]) -> None:
     right = torch.ones(2, LENGTH, dtype=torch.long)
     right[1, -PADDED:] = 0

@@ -73,7 +73,7 @@ def soak(calls: int, chosen: list[dict[str, Any]], seed: int = 0) -> dict[str, f
 
 
 def test_soak() -> None:
-    soak(200, OPTIONS[1:3])
+    soak(120, OPTIONS[1:3])
 
 
 if __name__ == "__main__":

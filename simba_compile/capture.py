@@ -9,7 +9,8 @@ other backends stay as they were. Eager mode is not touched.
 
 *A dynamic length.* Dynamo's first graph has the length as a literal. When a substitute first meets our backend, it tells
 Dynamo's record of varying sizes what a second call with another length would tell it, and has Dynamo start over. Where the
-model makes its sequence of its inputs (a class token before them), no input has the length: then their second axes vary. The
+model makes its sequence of its inputs (a class token before them), no input has the length: then their second axes vary. A
+step on a cache of attention is told that the cache grows, which Dynamo would find out by compiling the second step anew. The
 record is put back once the graph is there (`forget`), so that other backends do not see it.
 """
 
@@ -29,6 +30,7 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Graph
 from torch.fx.experimental import _config as shapes
+from transformers.cache_utils import Cache, DynamicLayer
 
 from simba_compile import substitutes
 from simba_compile.passes.scans import CONTRACT
@@ -110,7 +112,7 @@ def _make_length_dynamic() -> bool:
     sizes = [size if isinstance(size, int) else size.node.hint for size in (batch, length)]
     inputs = {
         name: value
-        for name, value in _tensors("L", tx.f_locals)
+        for name, value in _tensors(tx).items()
         # Of one axis: a number for each sequence, as labels are, or for each token. If static, it would fix others' sizes.
         if value.dim() >= 2 or (value.dim() == 1 and value.shape[0] in sizes)
     }
@@ -118,11 +120,29 @@ def _make_length_dynamic() -> bool:
     if not changed and isinstance(length, int) and length > 1:  # made of other sizes, as with a class token before the rest
         changed = _mark(tx, inputs, lambda axis, size: axis < 2)
     if changed:
-        if forget not in callback_handler.end_callbacks:  # `torch._dynamo.reset` takes it away
-            callback_handler.register_end_callback(forget)  # where the trace fails, our backend is not called
-        tx.speculation_log.clear()  # sizes that are symbols now are operations of the graph: breaks are judged anew
-        raise exc.RestartAnalysis(restart_reason="simba: the length is made symbolic")
+        _start_over(tx, "simba: the length is made symbolic")
     return True
+
+
+@torch._dynamo.assume_constant_result
+def _make_cache_dynamic() -> bool:
+    """Have Dynamo trace a decoding step anew with a symbolic number of cached keys: each step has one more."""
+    tx = InstructionTranslator.current_tx().output.root_tx
+    if not config.automatic_dynamic_shapes or tx is None:
+        return False
+    cached = _keys_and_values(tx)
+    lengths = {value.shape[2] + 1 for value in cached.values()}  # of masks
+    masks = {name: value for name, value in _tensors(tx).items() if value.dim() > 1}
+    if _mark(tx, cached, lambda axis, size: axis == 2) | _mark(tx, masks, lambda axis, size: axis > 0 and size in lengths):
+        _start_over(tx, "simba: the number of cached keys is made symbolic")
+    return True
+
+
+def _start_over(tx: Any, reason: str) -> None:
+    if forget not in callback_handler.end_callbacks:  # `torch._dynamo.reset` takes it away
+        callback_handler.register_end_callback(forget)  # where the trace fails, our backend is not called
+    tx.speculation_log.clear()  # sizes that are symbols now are operations of the graph: breaks are judged anew
+    raise exc.RestartAnalysis(restart_reason=reason)
 
 
 def _traced_sizes(graph: Graph) -> tuple[Any, Any]:
@@ -161,17 +181,37 @@ def _code_id(tx: Any) -> Any:
         return pgo.CodeId.make(tx.f_code)
 
 
-def _tensors(source: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among a frame's arguments, under the names that Dynamo gives them; no parameters."""
-    if isinstance(value, torch.Tensor):
-        if not isinstance(value, torch.nn.Parameter):
-            yield source, value
-    elif isinstance(value, dict):
+def _arguments(source: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a frame was called with, under the names that Dynamo gives it."""
+    if isinstance(value, dict):
         for key, item in value.items():
-            yield from _tensors(f"{source}[{key!r}]", item)
+            yield from _arguments(f"{source}[{key!r}]", item)
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
-            yield from _tensors(f"{source}[{i}]", item)
+            yield from _arguments(f"{source}[{i}]", item)
+    else:
+        yield source, value
+
+
+def _tensors(tx: Any) -> dict[str, torch.Tensor]:
+    """The tensors that the frame was called with; no parameters."""
+    return {
+        name: value
+        for name, value in _arguments("L", tx.f_locals)
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+    }
+
+
+def _keys_and_values(tx: Any) -> dict[str, torch.Tensor]:
+    """The keys and values of the caches that the frame was called with, where they grow with every token."""
+    return {
+        f"{source}.layers[{i}].{name}": getattr(layer, name)
+        for source, cache in _arguments("L", tx.f_locals)
+        if isinstance(cache, Cache)
+        for i, layer in enumerate(cache.layers)
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.dim() == 4  # else it is empty
+        for name in ("keys", "values")
+    }
 
 
 def _put_back(state: dict[str, Any], name: str, entry: Any) -> None:
@@ -188,7 +228,7 @@ def with_own_code(function: Any) -> Callable:
 
 
 def forget(*_: Any) -> None:
-    """Put back what `_make_length_dynamic` changed in Dynamo's records: before our backend, and when Dynamo is done."""
+    """Put back what `_mark` changed in Dynamo's records: before our backend, and when Dynamo is done."""
     while _undo:
         _undo.pop()()
 
@@ -207,11 +247,13 @@ def _lift(ours: Callable) -> Callable[[Callable], Callable]:
                 return original(*args, **kwargs)
             if of_a_prompt:
                 _make_length_dynamic()
+            elif of_a_step:
+                _make_cache_dynamic()
             return result
 
         return substitute
 
-    of_a_prompt = ours in substitutes.OF_A_PROMPT
+    of_a_prompt, of_a_step = ours in substitutes.OF_A_PROMPT, ours in substitutes.OF_A_STEP
     return substitute_of
 
 

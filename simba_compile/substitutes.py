@@ -335,3 +335,4 @@ OF_A_PROMPT: list[Callable] = [  # called with a whole prompt, whose length is t
     *(causal_conv1d_fn, mamba_selective_scan, mamba2_chunk_scan, packaged_conv1d_fn, selective_scan_fn),
     *(mamba_inner_fn, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined),
 ]
+OF_A_STEP: list[Callable] = [causal_conv1d_update, packaged_conv1d_update]  # called in every mixer of a decoding step

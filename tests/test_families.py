@@ -171,7 +171,7 @@ def test_a_default_device(family: str) -> None:
 
 
 @each_new_family
-def test_generate_after_a_pruned_prefill(family: str, selected: list[Tensor]) -> None:
+def test_generate_after_a_pruned_prefill(family: str, selected: list[Tensor], graphs: list[Transformed]) -> None:
     """Positions, masks and states in decoding are those of the tokens that stayed, with padding on the left too."""
     model = tiny_model(family, torch.float64)
     other = copy.deepcopy(model)
@@ -179,6 +179,7 @@ def test_generate_after_a_pruned_prefill(family: str, selected: list[Tensor]) ->
     model.compile(backend="simba", options=PRUNED)
     written, logits, _ = generate(model, ids, mask)
     assert len(selected) == n_mixers(model) - 1  # decoding prunes nothing
+    assert len(graphs) == 2  # of the prompt, and of all steps, although the cache grows
     with torch.no_grad(), exact(other):
         expected, their_logits = reference_generate(other, ids, mask, NEW_TOKENS, **PRUNED)
     close(logits, their_logits, 1e-6)

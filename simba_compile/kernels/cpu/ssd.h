@@ -216,7 +216,7 @@ static void NAME(take_steps)(steps_t *steps, const span_t *span, const SsdArgs *
 /* Asks for a head's part of a row, ahead of its use: rows are kilobytes apart, which no hardware prefetcher follows. So are
  * the rows of y that are soon written: else the stores wait for their lines, and what comes after waits for the stores. */
 #define ask(row, bytes, to_write) \
-  for (int64_t ask_at = 0; ask_at < (bytes); ask_at += 64) __builtin_prefetch((const char *)(row) + ask_at, to_write)
+  for (int64_t ask_at = 0; ask_at < (int64_t)(bytes); ask_at += 64) __builtin_prefetch((const char *)(row) + ask_at, to_write)
 
 /* A chunk of one head's x, (CHUNK, width), zeros past the last token; and the same times Δ_s M[T][s] into w. */
 static void NAME(load_x)(REAL *x, REAL *w, const steps_t *steps, const span_t *span, const SsdArgs *a, int64_t b,

@@ -136,6 +136,15 @@ def test_a_break_in_a_model_before_its_layers(model: MambaForCausalLM, graphs: l
     assert [len(graph.plan.pruning) for graph in graphs if graph.plan] == [2]
 
 
+def test_a_model_that_is_sharded_as_a_whole(model: MambaForCausalLM, tmp_path: Path, graphs: list[Transformed]) -> None:
+    ids = random_ids(2, LENGTH)
+    expected = pruned_exactly(model, ids, **KEEP_FEW).logits
+    with process_group(tmp_path), torch.no_grad():
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        close(compiled(model)(ids).logits, expected, 1e-4)
+    assert [len(graph.plan.pruning) for graph in graphs if graph.plan] == [2]
+
+
 def test_a_model_that_leaves_layers_out(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
     """All in one graph: what it does not call is not missing."""
 

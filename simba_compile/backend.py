@@ -1,6 +1,7 @@
 """The entry point: ``torch.compile(model, backend="simba", options={...})`` calls `simba` with each graph.
 
-Dynamo ─▶ capture (while it traces) ─▶ graph_breaks (is it whole?) ─▶ passes (in `passes/__init__.py`, in order) ─▶ inner compiler ─▶ callable
+Dynamo ─▶ capture (while it traces) ─▶ graph_breaks (is it a whole?) ─▶ passes (in `passes/__init__.py`, in order)
+       ─▶ inner compiler ─▶ callable
 """
 
 import contextlib

@@ -75,6 +75,7 @@ def results(function: Callable, args: tuple, kwargs: dict[str, Any]) -> list[tor
 def test_a_substitute_computes_the_same(name: str, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_lifting", lambda: ours)
     monkeypatch.setattr(capture, "_make_length_dynamic", lambda: True)
+    monkeypatch.setattr(capture, "_make_cache_dynamic", lambda: True)
     original = getattr(modeling_mamba2 if name.startswith("mamba2") else modeling_mamba, name)
     substitute = capture.LIFTS[name](original)
     for args, kwargs in cases(name):
@@ -110,9 +111,9 @@ def test_marks_around_experts_change_nothing(ours: bool, monkeypatch: pytest.Mon
 def test_parameters_are_no_inputs_of_a_varying_length() -> None:
     ids, weight = torch.zeros(2, 3), torch.nn.Parameter(numbers(4, 3))
     given = {"ids": ids, "weight": weight, "more": {"mask": ids}, "pair": (weight, [ids]), "cache": object(), "name": "x"}
-    names = [name for name, value in capture._tensors("L", given) if value is ids]
-    assert names == ["L['ids']", "L['more']['mask']", "L['pair'][1][0]"]
-    assert len(list(capture._tensors("L", given))) == 3
+    found = capture._tensors(types.SimpleNamespace(f_locals=given))
+    assert [*found] == ["L['ids']", "L['more']['mask']", "L['pair'][1][0]"]
+    assert all(value is ids for value in found.values())
 
 
 def test_one_graph_serves_every_batch_of_lengths_and_labels(graphs: list[Transformed], selected: list[torch.Tensor]) -> None:

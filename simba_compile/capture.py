@@ -104,7 +104,7 @@ def _warn_of_splitting() -> None:
 
 @torch._dynamo.assume_constant_result
 def _make_length_dynamic() -> bool:
-    """Have Dynamo trace anew with symbolic batch and length, unless they are already (or cannot be)."""
+    """Have Dynamo trace anew with symbolic batch, length and number of cached keys, unless they are (or cannot be)."""
     tx = InstructionTranslator.current_tx().output.root_tx
     if not config.automatic_dynamic_shapes or tx is None:
         return False
@@ -116,7 +116,10 @@ def _make_length_dynamic() -> bool:
         # Of one axis: a number for each sequence, as labels are, or for each token. If static, it would fix others' sizes.
         if value.dim() >= 2 or (value.dim() == 1 and value.shape[0] in sizes)
     }
-    changed = _mark(tx, inputs, lambda axis, size: axis == 0 or size == sizes[1])
+    cached = _keys_and_values(tx)
+    lengths = {sizes[1], *(value.shape[2] + sizes[1] for value in cached.values())}  # of masks, the longer ones
+    changed = _mark(tx, cached, lambda axis, size: axis == 2)
+    changed |= _mark(tx, inputs, lambda axis, size: axis == 0 or size in lengths)
     if not changed and isinstance(length, int) and length > 1:  # made of other sizes, as with a class token before the rest
         changed = _mark(tx, inputs, lambda axis, size: axis < 2)
     if changed:
@@ -133,7 +136,9 @@ def _make_cache_dynamic() -> bool:
     cached = _keys_and_values(tx)
     lengths = {value.shape[2] + 1 for value in cached.values()}  # of masks
     masks = {name: value for name, value in _tensors(tx).items() if value.dim() > 1}
-    if _mark(tx, cached, lambda axis, size: axis == 2) | _mark(tx, masks, lambda axis, size: axis > 0 and size in lengths):
+    changed = _mark(tx, cached, lambda axis, size: axis == 2)
+    changed |= _mark(tx, masks, lambda axis, size: axis > 0 and size in lengths)
+    if changed:
         _start_over(tx, "simba: the number of cached keys is made symbolic")
     return True
 

@@ -227,3 +227,18 @@ def test_the_second_part_of_a_prompt(family: str, graphs: list[Transformed]) -> 
         expected = model(ids[:, 30:], **cache, use_cache=True).logits
     close(found, expected, 1e-4)
     assert "it goes on from a cache" in str(reasons(graphs))
+
+
+def test_one_graph_serves_all_further_parts_of_a_prompt(graphs: list[Transformed]) -> None:
+    """However many keys the cache has."""
+    model, ids = family_model("bamba", num_hidden_layers=2, attn_layer_indices=[1]), random_ids(2, 60)
+    compiled = simba(model, **KEEP_FEW)
+    with torch.no_grad():
+        cache = going_on(model(ids[:, :30], use_cache=True))
+        theirs = copy.deepcopy(cache)
+        for first, last in ((30, 40), (40, 47), (47, 60)):
+            out = compiled(ids[:, first:last], **cache, use_cache=True)
+            expected = model(ids[:, first:last], **theirs, use_cache=True)
+            close(out.logits, expected.logits, 1e-4)
+            cache, theirs = going_on(out), going_on(expected)
+    assert len(graphs) == 1

@@ -9,9 +9,9 @@ other backends stay as they were. Eager mode is not touched.
 
 *A dynamic length.* Dynamo's first graph has the length as a literal. When a substitute first meets our backend, it tells
 Dynamo's record of varying sizes what a second call with another length would tell it, and has Dynamo start over. Where the
-model makes its sequence of its inputs (a class token before them), no input has the length: then their second axes vary. What
-runs on a cache of attention is told that the cache grows, which Dynamo would find out by compiling the second step anew. The
-record is put back once the graph is there (`forget`), so that other backends do not see it.
+model makes its sequence of its inputs (a class token before them), no input has the length: then their second axes vary.
+What runs on a cache of attention is told that it grows, which Dynamo would find out by compiling the second step anew.
+The record is put back once the graph is there (`forget`), so that other backends do not see it.
 """
 
 import copy

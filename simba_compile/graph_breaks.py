@@ -7,6 +7,7 @@ schedule anew, at full length, and drop at once what the whole model drops step 
 
 import sys
 from types import FrameType
+from weakref import WeakSet
 
 from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -15,14 +16,16 @@ from torch.fx import GraphModule
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.subgraphs import with_subgraphs
 
+_parted: WeakSet[nn.Module] = WeakSet()  # lists of layers that were found in several graphs
+
 
 def why_partial(gm: GraphModule) -> str | None:
     """Say which mixers a graph break keeps out of a graph that Dynamo has just made; None where it is whole.
 
-    It is not where a list of layers, in the module whose call the graph is a part of, has some mixers in it and some
-    elsewhere. Without a break it is: a model may leave layers out.
+    It is not where a list of layers, in the module whose call the graph is a part of, has some mixers in it and some in
+    graphs before it or, for all that is known, in graphs to come. Where neither can be, the model leaves layers out.
     """
-    module = _broken(gm)
+    module, goes_on = _broken(gm)
     if module is None:
         return None
     calls = [
@@ -37,7 +40,8 @@ def why_partial(gm: GraphModule) -> str | None:
         if isinstance(layers, nn.ModuleList | nn.Sequential):
             mixers = [part for part in layers.modules() if isinstance(part, kinds)]
             inside = sum(str(id(mixer)) in here for mixer in mixers)
-            if 0 < inside < len(mixers):
+            if 0 < inside < len(mixers) and (goes_on or layers in _parted):
+                _parted.add(layers)
                 return (
                     f"Dynamo broke the graph between the {len(mixers)} mixers of {type(module).__name__}.{path}, and has "
                     f"{inside} in this one (TORCH_LOGS=graph_breaks shows where)"
@@ -45,14 +49,25 @@ def why_partial(gm: GraphModule) -> str | None:
     return None
 
 
-def _broken(gm: GraphModule) -> nn.Module | None:
-    """The outermost module that Dynamo gave up to trace as one graph, where this graph is a part of its call."""
-    found = None
-    if getattr(gm, "compile_subgraph_reason", None) and gm.compile_subgraph_reason.graph_break:  # type: ignore[union-attr]
-        found = InstructionTranslator.current_tx().f_locals.get("self")
+def _broken(gm: GraphModule) -> tuple[nn.Module | None, bool]:
+    """The outermost module that Dynamo gave up to trace as one graph, where this graph is a part of its call.
+
+    And whether that call may go on with layers after this graph. It does not where all that is left to do is to return what
+    Dynamo's resumed function returns, behind the last break.
+    """
+    if getattr(gm, "compile_subgraph_reason", None) is None:
+        return None, False  # it is not Dynamo's
+    tx = InstructionTranslator.current_tx()
+    goes_on = gm.compile_subgraph_reason.graph_break  # type: ignore[union-attr]
+    found = tx.f_locals.get("self") if goes_on else None
+    called = tx.f_code.co_name
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "compile_wrapper":  # there what torch.compile returned was called
-        if "self" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), nn.Module):
-            found = frame.f_locals["self"]  # its call goes on without Dynamo
+        code = frame.f_code
+        if "self" in code.co_varnames and isinstance(frame.f_locals.get("self"), nn.Module):  # it runs without Dynamo
+            found = frame.f_locals["self"]
+            if code.co_filename != nn.modules.module.__file__:
+                goes_on = goes_on or not called.startswith("torch_dynamo_resume_in_")
+            called = code.co_name
         frame = frame.f_back
-    return found if isinstance(found, nn.Module) else None
+    return (found if isinstance(found, nn.Module) else None), bool(goes_on)

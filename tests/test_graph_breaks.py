@@ -158,6 +158,24 @@ def test_a_model_that_leaves_layers_out(model: MambaForCausalLM, graphs: list[Tr
     assert [len(graph.mixers) for graph in graphs if graph.plan] == [2]
 
 
+class FirstTwo(nn.Module):
+    """Its own code has a break before its layers, of which it leaves one out."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, h: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.layers[1](self.layers[0](h))
+
+
+def test_a_model_that_leaves_layers_out_behind_a_break(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    with torch.no_grad():
+        compiled(FirstTwo(model.backbone.layers))(torch.randn(2, LENGTH, model.config.hidden_size))
+    assert [len(graph.mixers) for graph in graphs if graph.plan] == [2]
+
+
 def test_a_layer_that_is_compiled_alone(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
     """What was asked for is a schedule for this layer."""
     model.backbone.layers[1].compile(backend="simba", options=KEEP_FEW)

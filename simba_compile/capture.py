@@ -135,9 +135,8 @@ def _make_cache_dynamic() -> bool:
         return False
     cached = _keys_and_values(tx)
     lengths = {value.shape[2] + 1 for value in cached.values()}  # of masks
-    masks = {name: value for name, value in _tensors(tx).items() if value.dim() > 1}
     changed = _mark(tx, cached, lambda axis, size: axis == 2)
-    changed |= _mark(tx, masks, lambda axis, size: axis > 0 and size in lengths)
+    changed |= _mark(tx, _tensors(tx), lambda axis, size: axis > 0 and size in lengths)
     if changed:
         _start_over(tx, "simba: the number of cached keys is made symbolic")
     return True

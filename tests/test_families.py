@@ -72,18 +72,18 @@ def assert_same_pass(output: Any, expected: Pass, error: float) -> None:
     assert_same_states(cache_of(output), expected.states, error)
 
 
-def generate(model: Any, ids: Tensor, mask: Tensor, new_tokens: int = NEW_TOKENS) -> tuple[Tensor, Tensor, Any]:
-    """What `generate` writes greedily, the logits behind it, and all that it returns."""
+def generate(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What `generate` writes greedily, and the logits behind it."""
     out = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=new_tokens,
+        max_new_tokens=NEW_TOKENS,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
         output_hidden_states=True,
     )
-    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1), out
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_the_reference_is_hugging_face_where_all_stay(family: str) -> None:
         for padding in (None, mask):
             output = model(ids, attention_mask=padding, output_hidden_states=True, use_cache=True)
             assert_same_pass(output, pruned_forward(model, ids, padding, keep=1.0), 1e-11)
-        written, logits, _ = generate(model, ids, mask)
+        written, logits = generate(model, ids, mask)
         expected, their_logits = reference_generate(model, ids, mask, NEW_TOKENS, keep=1.0)
     assert torch.equal(written, expected)
     close(logits, their_logits, 1e-6)
@@ -177,7 +177,7 @@ def test_generate_after_a_pruned_prefill(family: str, selected: list[Tensor], gr
     other = copy.deepcopy(model)
     ids, mask = random_ids(3, LENGTH), left_padding(3, LENGTH)
     model.compile(backend="simba", options=PRUNED)
-    written, logits, _ = generate(model, ids, mask)
+    written, logits = generate(model, ids, mask)
     assert len(selected) == n_mixers(model) - 1  # decoding prunes nothing
     assert len(graphs) == 2  # of the prompt, and of all steps, although the cache grows
     with torch.no_grad(), exact(other):
@@ -193,7 +193,7 @@ def test_generate_without_padding(family: str, selected: list[Tensor]) -> None:
     other = copy.deepcopy(model)
     ids = random_ids(2, LENGTH)
     model.compile(backend="simba", options=PRUNED)
-    written, logits, _ = generate(model, ids, torch.ones_like(ids))
+    written, logits = generate(model, ids, torch.ones_like(ids))
     assert selected
     with torch.no_grad(), exact(other):
         expected, their_logits = reference_generate(other, ids, None, NEW_TOKENS, **PRUNED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,9 @@ LENGTH = 40
 
 
 @pytest.fixture(autouse=True)
-def told_nothing() -> Iterator[None]:
+def told_nothing() -> None:
     """A reason is told once in a process."""
     backend._warn_once.cache_clear()
-    yield
 
 
 @pytest.fixture
@@ -38,26 +37,29 @@ def compiled(function: Callable, **options: object) -> Callable:
 # --- between the layers of a stack: all stay dense --------------------------------------------------------------------
 
 
-def disable_a_norm(layers: nn.ModuleList, folder: Path) -> None:
+def disable_a_norm(layers: nn.ModuleList) -> None:
     layers[1].norm.forward = torch.compiler.disable(layers[1].norm.forward)
 
 
-def hook_each(layers: nn.ModuleList, folder: Path) -> None:
+def hook_each(layers: nn.ModuleList) -> None:
     for layer in layers:
         layer.register_forward_pre_hook(torch.compiler.disable(lambda module, args: None))
 
 
-def dispatch_each(layers: nn.ModuleList, folder: Path) -> None:
+def dispatch_each(layers: nn.ModuleList) -> None:
     """As where ``device_map`` puts layers on several devices."""
     hooks = pytest.importorskip("accelerate.hooks")
     for layer in layers:
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu", io_same_device=True))
 
 
-def shard_each(layers: nn.ModuleList, folder: Path) -> None:
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+def shard(module: nn.Module) -> None:
+    torch.distributed.fsdp.fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+
+
+def shard_each(layers: nn.ModuleList) -> None:
     for layer in layers:
-        torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+        shard(layer)
 
 
 @pytest.mark.parametrize("way", [disable_a_norm, hook_each, dispatch_each, shard_each])
@@ -66,7 +68,7 @@ def test_layers_in_graphs_of_their_own_are_dense_and_say_so(
 ) -> None:
     expected = logits(model, LENGTH)
     with process_group(tmp_path), caplog.at_level("WARNING", "simba_compile"):
-        way(model.backbone.layers, tmp_path)
+        way(model.backbone.layers)
         found = logits(compiled(model), LENGTH)
     close(found, expected, 1e-4)
     assert sum(len(graph.mixers) for graph in graphs) >= 2 and not any(graph.plan for graph in graphs)
@@ -78,7 +80,7 @@ def test_layers_in_graphs_of_their_own_are_dense_and_say_so(
 
 def test_explain_says_so(model: MambaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
     """Shares that are given for each mixer are not counted in a part; of a decoding step there is nothing to say."""
-    hook_each(model.backbone.layers, Path())
+    hook_each(model.backbone.layers)
     options = {"schedule": [1.0, 0.6, 0.2], "min_tokens": 4}
     with torch.no_grad():
         report = simba_compile.explain(model, random_ids(2, LENGTH), options=options)
@@ -140,7 +142,7 @@ def test_a_model_that_is_sharded_as_a_whole(model: MambaForCausalLM, tmp_path: P
     ids = random_ids(2, LENGTH)
     expected = pruned_exactly(model, ids, **KEEP_FEW).logits
     with process_group(tmp_path), torch.no_grad():
-        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        shard(model)
         close(compiled(model)(ids).logits, expected, 1e-4)
     assert [len(graph.plan.pruning) for graph in graphs if graph.plan] == [2]
 

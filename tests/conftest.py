@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -29,7 +30,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("simba")
 
-logging.getLogger("torch.__trace").propagate = False  # else pytest records thousands of lines for each compilation
+# Most of the suite's time goes into Dynamo's tracing. What it spends on logs that nobody reads, and on a cache of what
+# torch's own operators return (it takes longer than asking them where lengths are symbols), is left out: together a fifth.
+torch._dynamo.config.side_effect_replay_policy = "silent"
+torch._dynamo.config.fake_tensor_cache_enabled = False
+_TRACE = logging.getLogger("torch.__trace")
+_TRACE.handlers.clear()  # it formats every graph for any handler,
+_TRACE.propagate = True  # and pytest gives its own to each logger that does not propagate
 
 # Triton's interpreter is chosen for a whole process, and so is mamba_ssm by transformers: `test_triton.py` and
 # `test_mamba_ssm.py` start these in processes of their own.
@@ -53,6 +60,12 @@ SELECTING = native if native.available() else reference  # whose `select` runs o
 def pytest_collectstart() -> None:
     """What a module draws as it is imported is the same in every run: torch's own first seed is not."""
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have left behind stays: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

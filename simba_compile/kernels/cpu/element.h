@@ -82,6 +82,13 @@ INLINE void NAME(store_elem)(elem *p, vec v, int count) {
 #define load NAME(load_elem)
 #define store NAME(store_elem)
 
-#if ELEM_KIND != ELEM_REAL
+#if ELEM_KIND == ELEM_BFLOAT16
+INLINE REAL NAME(widen_one)(elem e) {
+  uint32_t word = (uint32_t)e << 16;
+  REAL value;
+  __builtin_memcpy(&value, &word, sizeof value);
+  return value;
+}
+#elif ELEM_KIND == ELEM_FLOAT16
 INLINE REAL NAME(widen_one)(elem e) { return load(&e, 1)[0]; }
 #endif

@@ -43,29 +43,30 @@ INLINE double NAME(pool_out)(const pool_t *pool, int l2) {
 }
 
 /* Adds Σ C_T B_t exp((A - max_n A) S_t) over `size` states, given by their places in `weight`, to a chunk's totals. */
-INLINE void NAME(add_states)(vec *total, const vec *near, const int *place, const REAL *weight, const vec *S, const vec *excess,
-                             int T, const int size, const int tame) {
+INLINE void NAME(add_states)(vec *total, const vec *near, const int *place, const REAL *weight, int64_t states, const vec *S,
+                             const vec *excess, int T, const int size, const int tame) {
   const REAL *w[GROUP];
   vec rate[GROUP];
   for (int n = 0; n < size; n++) {
-    w[n] = weight + place[n] * CHUNK;
+    w[n] = weight + place[n];
     rate[n] = near[n];
   }
   for (int t = 0; t < T; t++) {
     vec far = S[t], sum = total[t];
-    for (int n = 0; n < size; n++) sum += (tame ? exp2_tame(far, rate[n]) : exp2v(far * rate[n] - excess[t])) * w[n][t];
+    for (int n = 0; n < size; n++)
+      sum += (tame ? exp2_tame(far, rate[n]) : exp2v(far * rate[n] - excess[t])) * w[n][t * states];
     total[t] = sum;
   }
 }
 
 /* LANES channels of one chunk: adds their part to the tokens' pools, and the chunk's steps to their decay. */
 INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, const REAL *weight, const vec *A,
-                                  const REAL *reach, vec range, decay_t *decay, pool_t *pool, int64_t b, int64_t d, int count) {
+                                  const REAL *reach, vec range, decay_t *decay, pool_t *pool, int64_t d, int count) {
   const int N = (int)a->states, T = chunk->count;
   vec S[CHUNK], later[CHUNK], value[CHUNK], total[CHUNK], excess[CHUNK], base = from_wide(decay->S);
-  step_sizes(later, chunk, a->dt, a->dt_bias, (int)a->softplus, b, d, count);
-  for (int t = 0; t < T; t++) value[t] = load_at(a->x, b, chunk->row[t], d, count) * later[t];
-  if (a->dt_bias && !a->bias_in_decay) step_sizes(later, chunk, a->dt, NULL, (int)a->softplus, b, d, count);
+  step_sizes(later, chunk, a->dt_bias, (int)a->softplus, d, count);
+  for (int t = 0; t < T; t++) value[t] = load(chunk->x[t] + d, count) * later[t];
+  if (a->dt_bias && !a->bias_in_decay) step_sizes(later, chunk, NULL, (int)a->softplus, d, count);
   vec sum = splat(0), longest = splat(0), shortest = splat(0); /* sum: of the later steps in this chunk */
   for (int t = T - 1; t >= 0; t--) {
     vec delta = later[t];
@@ -89,12 +90,11 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
   int negative = any_lane(shortest < 0), n = 0; /* S may be, where dt may: then the smallest A leads */
   for (int t = 0; t < T; t++) excess[t] = negative ? select(S[t] < 0, range * S[t], splat(0)) : splat(0);
   if (!negative && is_tame(longest, steepest))
-    for (; n + GROUP <= alive; n += GROUP) NAME(add_states)(total, near + n, place + n, weight, S, excess, T, GROUP, 1);
-  for (; n < alive; n++) NAME(add_states)(total, near + n, place + n, weight, S, excess, T, 1, 0);
-  const int64_t ask = chunk->row[0] - CHUNK; /* the next chunk, if it is not negative */
+    for (; n + GROUP <= alive; n += GROUP) NAME(add_states)(total, near + n, place + n, weight, N, S, excess, T, GROUP, 1);
+  for (; n < alive; n++) NAME(add_states)(total, near + n, place + n, weight, N, S, excess, T, 1, 0);
   vec check = splat(0); /* stays 0 unless there is a NaN or an infinity */
   for (int t = 0; t < T; t++) {
-    if (ask >= 0) __builtin_prefetch(line_of(a->x, b, ask + t, d));
+    if (chunk->lines) __builtin_prefetch(chunk->ask[t] + d);
     value[t] *= total[t];
     check += value[t] * 0;
     value[t] = logv(a->pool == POOL_MAX ? select(value[t] < 0, splat(0), value[t]) : absolute(value[t]));
@@ -107,7 +107,7 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
   wide top = decay->top, top_S;
   for (int p = 0; p < PARTS; p++) top_S.part[p] = top.part[p] * decay->S.part[p];
   for (int t = 0; t < T; t++) {
-    if (ask >= 0) __builtin_prefetch(line_of(a->dt, b, ask + t, d));
+    if (chunk->lines) __builtin_prefetch(chunk->ask[CHUNK + t] + d);
     wide score = to_wide(value[t]), far = to_wide(later[t]);
     for (int p = 0; p < PARTS; p++) score.part[p] += top_S.part[p] + top.part[p] * far.part[p];
     if (a->pool == POOL_L2) NAME(pool_l2)(pool + t, score);
@@ -125,7 +125,7 @@ INLINE void NAME(influence_lanes)(const InfluenceArgs *a, const chunk_t *chunk, 
 int NAME(influence)(const InfluenceArgs *a, int threads) {
   int64_t slices = (a->channels + a->slice - 1) / a->slice, chunks = (a->tokens + CHUNK - 1) / CHUNK, N = a->states;
   int64_t blocks = (a->slice + LANES - 1) / LANES;
-  ScanArgs rows = {.tokens = a->tokens, .kept = a->tokens, .states = N, .B = a->B, .C = a->C}; /* for open_chunk */
+  ScanArgs rows = {.kept = a->tokens, .states = N, .x = a->x, .dt = a->dt, .B = a->B, .C = a->C}; /* for open_chunk */
   int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
   for (int64_t task = 0; task < a->batch * slices; task++) {
@@ -168,14 +168,14 @@ int NAME(influence)(const InfluenceArgs *a, int threads) {
       }
     }
     for (int64_t c = chunks - 1; c >= 0; c--) {
-      open_chunk(&chunk, &rows, b, c * CHUNK);
-      for (int64_t i = 0; i < N * CHUNK; i++) chunk.B[i] *= C_last[i / CHUNK];
+      open_chunk(&chunk, &rows, b, c * CHUNK, (c - 1) * CHUNK);
+      for (int64_t i = 0; i < N * chunk.count; i++) chunk.B[i] *= C_last[i % N];
       for (int i = 0; i < CHUNK; i++) {
         pool[i].most = to_wide(splat((REAL)-INFINITY));
         pool[i].sum = splat(0);
       }
       for (int64_t k = 0; k * LANES < size; k++)
-        NAME(influence_lanes)(a, &chunk, chunk.B, A + k * N, reach + k * N, range[k], decay + k, pool, b,
+        NAME(influence_lanes)(a, &chunk, chunk.B, A + k * N, reach + k * N, range[k], decay + k, pool,
                               first + k * LANES, (int)(size - k * LANES < LANES ? size - k * LANES : LANES));
       for (int i = 0; i < chunk.count; i++)
         a->partial[(b * slices + slice) * a->tokens + c * CHUNK + i] = NAME(pool_out)(pool + i, a->pool == POOL_L2);

@@ -8,33 +8,18 @@
 
 #define GROUP 4 /* states at a time: they share what they load, and their exponentials overlap */
 
-/* What one chunk of tokens shares among the channels of a slice. */
+/* What one chunk of tokens shares among the channels of a slice. Rows are given by where their channel 0 stands. */
 typedef struct {
-  int count;            /* tokens in this chunk */
-  int64_t row[CHUNK];   /* where each of them stands among the tokens that entered */
-  REAL *B, *C;          /* (states, CHUNK) */
+  int count, lines;                                 /* tokens in this chunk; entries of `ask` */
+  const elem *x[CHUNK], *dt[CHUNK], *z[CHUNK];
+  elem *out[CHUNK];
+  const elem *ask[4 * CHUNK];                       /* the rows of the chunk that comes after this one */
+  REAL *B, *C;                                      /* (CHUNK, states) */
 } NAME(chunk);
 #define chunk_t NAME(chunk)
 
-INLINE void NAME(open_chunk)(chunk_t *chunk, const ScanArgs *a, int64_t b, int64_t first) {
-  chunk->count = (int)(a->kept - first < CHUNK ? a->kept - first : CHUNK);
-  for (int i = 0; i < chunk->count; i++) {
-    int64_t row = a->index ? a->index[b * a->kept + first + i] : first + i;
-    chunk->row[i] = row;
-    const elem *B = (elem *)a->B.data + b * a->B.batch + row * a->B.token;
-    const elem *C = (elem *)a->C.data + b * a->C.batch + row * a->C.token;
-    for (int64_t n = 0; n < a->states; n++) {
-      chunk->B[n * CHUNK + i] = NAME(widen_one)(B[n]);
-      chunk->C[n * CHUNK + i] = NAME(widen_one)(C[n]);
-    }
-  }
-}
-#define open_chunk NAME(open_chunk)
-
-/* Where channel d of a row stands. The kernels also ask for rows of the next chunk by it: rows are kilobytes apart, which no
- * hardware prefetcher follows. One line is asked for at a time, between the exponentials: a core has a dozen requests under
- * way at most, and one more would wait. */
-INLINE const elem *NAME(line_of)(View3 view, int64_t b, int64_t row, int64_t d) {
+/* Where channel d of a row stands. */
+INLINE elem *NAME(line_of)(View3 view, int64_t b, int64_t row, int64_t d) {
   return (elem *)view.data + b * view.batch + row * view.token + d;
 }
 #define line_of NAME(line_of)
@@ -44,11 +29,42 @@ INLINE vec NAME(load_at)(View3 view, int64_t b, int64_t row, int64_t d, int coun
 }
 #define load_at NAME(load_at)
 
+INLINE void NAME(unpack_states)(REAL *to, const elem *from, int64_t states) {
+  int64_t n = 0;
+  for (; n + LANES <= states; n += LANES) store_real(to + n, load(from + n, LANES));
+  for (; n < states; n++) to[n] = NAME(widen_one)(from[n]);
+}
+
+/* `next`: where the chunk that comes after this one starts. No hardware prefetcher follows rows that are kilobytes apart, so
+ * the kernels ask for its rows, one line at a time between their exponentials: a core has a dozen requests under way at most,
+ * and one more would wait. */
+INLINE void NAME(open_chunk)(chunk_t *chunk, const ScanArgs *a, int64_t b, int64_t first, int64_t next) {
+  const int64_t *index = a->index ? a->index + b * a->kept : NULL;
+  chunk->count = (int)(a->kept - first < CHUNK ? a->kept - first : CHUNK);
+  chunk->lines = 0;
+  for (int i = 0; i < chunk->count; i++) {
+    int64_t row = index ? index[first + i] : first + i;
+    chunk->x[i] = line_of(a->x, b, row, 0);
+    chunk->dt[i] = line_of(a->dt, b, row, 0);
+    chunk->z[i] = line_of(a->z, b, first + i, 0);
+    chunk->out[i] = line_of(a->out, b, first + i, 0);
+    NAME(unpack_states)(chunk->B + i * a->states, line_of(a->B, b, row, 0), a->states);
+    NAME(unpack_states)(chunk->C + i * a->states, line_of(a->C, b, row, 0), a->states);
+  }
+  for (int64_t t = next; t >= 0 && t < next + CHUNK && t < a->kept; t++) {
+    int64_t row = index ? index[t] : t;
+    chunk->ask[chunk->lines++] = line_of(a->x, b, row, 0);
+    chunk->ask[chunk->lines++] = line_of(a->dt, b, row, 0);
+    if (a->z.data) chunk->ask[chunk->lines++] = line_of(a->z, b, t, 0);
+    if (a->out.data) chunk->ask[chunk->lines++] = line_of(a->out, b, t, 0);
+  }
+}
+#define open_chunk NAME(open_chunk)
+
 /* Δ of a chunk's tokens. */
-INLINE void NAME(step_sizes)(vec *delta, const chunk_t *chunk, View3 dt, const REAL *bias, int softplus, int64_t b, int64_t d,
-                             int count) {
+INLINE void NAME(step_sizes)(vec *delta, const chunk_t *chunk, const REAL *bias, int softplus, int64_t d, int count) {
   vec add = bias ? load_real_some(bias + d, count) : splat((REAL)-0.0);
-  for (int t = 0; t < chunk->count; t++) delta[t] = load_at(dt, b, chunk->row[t], d, count) + add;
+  for (int t = 0; t < chunk->count; t++) delta[t] = load(chunk->dt[t] + d, count) + add;
   if (softplus) softplus_all(delta, chunk->count);
 }
 #define step_sizes NAME(step_sizes)
@@ -72,22 +88,22 @@ INLINE vec NAME(farther)(vec a, vec b) { b = absolute(b); return select(a < b, b
 INLINE int NAME(is_tame)(vec a, vec b) { return !any_lane(~(a * b < (REAL)1e5)); }
 #define is_tame NAME(is_tame)
 
-/* `size` states of LANES channels through one chunk, h and A in registers. `tame`: see exp2_tame. At each token it asks for
- * one of the lines in `ask`, if that is not null. */
-INLINE void NAME(scan_states)(const vec *A, vec *state, const REAL *B, const REAL *C, const vec *delta, const vec *input,
-                              vec *y, int T, const int size, const int tame, const void *const *ask) {
+/* `size` states of LANES channels through one chunk, h and A in registers; B and C are those of the chunk's first token.
+ * `tame`: see exp2_tame. At each token it asks for channel d of one of the rows in `ask`, if that is not null. */
+INLINE void NAME(scan_states)(const vec *A, vec *state, const REAL *B, const REAL *C, int64_t states, const vec *delta,
+                              const vec *input, vec *y, int T, const int size, const int tame, const elem *const *ask, int64_t d) {
   vec h[GROUP], decay[GROUP];
   for (int n = 0; n < size; n++) {
     h[n] = state[n];
     decay[n] = A[n];
   }
-  for (int t = 0; t < T; t++) {
+  for (int t = 0; t < T; t++, B += states, C += states) {
     vec step = delta[t], in = input[t], out = y[t];
-    if (ask) __builtin_prefetch(ask[t]);
+    if (ask) __builtin_prefetch(ask[t] + d);
     for (int n = 0; n < size; n++) {
       vec kept = tame ? exp2_tame(step, decay[n]) : exp2v(step * decay[n]);
-      h[n] = kept * h[n] + in * B[n * CHUNK + t];
-      out += h[n] * C[n * CHUNK + t];
+      h[n] = kept * h[n] + in * B[n];
+      out += h[n] * C[n];
     }
     y[t] = out;
   }
@@ -95,46 +111,37 @@ INLINE void NAME(scan_states)(const vec *A, vec *state, const REAL *B, const REA
 }
 
 /* LANES channels through one chunk. What does not depend on the token before stands in loops of its own. */
-INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t b, int64_t first,
-                             int64_t d, int count) {
+INLINE void NAME(scan_lanes)(const ScanArgs *a, const chunk_t *chunk, const vec *A, vec *state, int64_t d, int count) {
   const int N = (int)a->states, T = chunk->count;
   vec skip = a->D ? load_real_some((REAL *)a->D + d, count) : splat(0), longest = splat(0), steepest = splat(0);
   vec delta[CHUNK], input[CHUNK], y[CHUNK];
-  step_sizes(delta, chunk, a->dt, a->dt_bias, (int)a->softplus, b, d, count);
+  step_sizes(delta, chunk, a->dt_bias, (int)a->softplus, d, count);
   for (int t = 0; t < T; t++) {
-    vec x = load_at(a->x, b, chunk->row[t], d, count);
+    vec x = load(chunk->x[t] + d, count);
     longest = farther(longest, delta[t]);
     input[t] = delta[t] * x;
     y[t] = skip * x;
   }
   for (int n = 0; n < N; n++) steepest = farther(steepest, A[n]);
 
-  const void *ask[4 * CHUNK];
-  int lines = 0, asked = 0, tame = is_tame(longest, steepest);
-  for (int t = 0; t < CHUNK && first + CHUNK + t < a->kept; t++) {
-    int64_t next = first + CHUNK + t, row = a->index ? a->index[b * a->kept + next] : next;
-    ask[lines++] = line_of(a->x, b, row, d);
-    ask[lines++] = line_of(a->dt, b, row, d);
-    if (a->z.data) ask[lines++] = line_of(a->z, b, next, d);
-    if (a->out.data) ask[lines++] = line_of(a->out, b, next, d);
-  }
-  for (int n = 0; n < N; n += GROUP) {
-    const REAL *B = chunk->B + n * CHUNK, *C = chunk->C + n * CHUNK;
+  const int tame = is_tame(longest, steepest);
+  for (int n = 0, asked = 0; n < N; n += GROUP) {
+    const REAL *B = chunk->B + n, *C = chunk->C + n;
     if (n + GROUP > N || !tame) {
       for (int m = 0; m < GROUP && n + m < N; m++)
-        NAME(scan_states)(A + n + m, state + n + m, B + m * CHUNK, C + m * CHUNK, delta, input, y, T, 1, 0, NULL);
+        NAME(scan_states)(A + n + m, state + n + m, B + m, C + m, N, delta, input, y, T, 1, 0, NULL, d);
       continue;
     }
-    const int more = asked + T <= lines;
-    NAME(scan_states)(A + n, state + n, B, C, delta, input, y, T, GROUP, 1, more ? ask + asked : NULL);
+    const int more = asked + T <= chunk->lines;
+    NAME(scan_states)(A + n, state + n, B, C, N, delta, input, y, T, GROUP, 1, more ? chunk->ask + asked : NULL, d);
     asked += more ? T : 0;
   }
   if (!a->out.data) return;
   if (a->z.data) {
-    for (int t = 0; t < T; t++) input[t] = load_at(a->z, b, first + t, d, count);
+    for (int t = 0; t < T; t++) input[t] = load(chunk->z[t] + d, count);
     times_silu(y, input, T);
   }
-  for (int t = 0; t < T; t++) store((elem *)a->out.data + b * a->out.batch + (first + t) * a->out.token + d, y[t], count);
+  for (int t = 0; t < T; t++) store(chunk->out[t] + d, y[t], count);
 }
 #define scan_lanes NAME(scan_lanes)
 
@@ -156,7 +163,7 @@ int NAME(selective_scan)(const ScanArgs *a, int threads) {
     pack_A(A, a->A, first, size, N);
     memset(state, 0, blocks * N * sizeof(vec));
     for (int64_t c = 0; c < chunks; c++) {
-      open_chunk(&chunk, a, b, c * CHUNK);
+      open_chunk(&chunk, a, b, c * CHUNK, (c + 1) * CHUNK);
       for (int64_t d = 0; d < size; d += LANES) {
         int64_t block = d / LANES;
         int count = (int)(size - d < LANES ? size - d : LANES);
@@ -164,7 +171,7 @@ int NAME(selective_scan)(const ScanArgs *a, int threads) {
           vec *saved = (vec *)a->checkpoints + ((b * chunks + c) * slices + first / a->slice) * blocks * N + block * N;
           memcpy(saved, state + block * N, N * sizeof(vec));
         }
-        scan_lanes(a, &chunk, A + block * N, state + block * N, b, c * CHUNK, first + d, count);
+        scan_lanes(a, &chunk, A + block * N, state + block * N, first + d, count);
       }
     }
     if (a->state)

@@ -13,39 +13,34 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
   const int N = (int)f->states, T = chunk->count;
   vec skip = f->D ? load_real_some((REAL *)f->D + d, count) : splat(0);
   vec x[CHUNK], raw[CHUNK], delta[CHUNK], input[CHUNK], grad[CHUNK], y[CHUNK], from_A[CHUNK], from_B[CHUNK];
-  step_sizes(raw, chunk, f->dt, f->dt_bias, 0, b, d, count);
+  step_sizes(raw, chunk, f->dt_bias, 0, d, count);
   memcpy(delta, raw, sizeof raw);
   if (f->softplus) softplus_all(delta, T);
   for (int t = 0; t < T; t++) {
-    x[t] = load_at(f->x, b, first + t, d, count);
+    x[t] = load(chunk->x[t] + d, count);
     input[t] = delta[t] * x[t];
     y[t] = skip * x[t];
     from_A[t] = from_B[t] = splat(0);
-    grad[t] = load_at(f->out, b, first + t, d, count);
+    grad[t] = load(chunk->out[t] + d, count);
     if (f->z.data) {
-      vec z = load_at(f->z, b, first + t, d, count);
+      vec z = load(chunk->z[t] + d, count);
       grad[t] *= z * sigmoidv(z);
     }
   }
   for (int n = 0; n < N; n++) { /* one state through the chunk and back: what it needs stays in the first-level cache */
     vec h[CHUNK + 1], decay[CHUNK], l = lambda[n], sum = dA[n];
-    for (int64_t row = first - CHUNK + CHUNK * n / N; row >= 0 && row < first - CHUNK + CHUNK * (n + 1) / N; row++) {
-      __builtin_prefetch(line_of(f->x, b, row, d));
-      __builtin_prefetch(line_of(f->dt, b, row, d));
-      __builtin_prefetch(line_of(f->out, b, row, d));
-      if (f->z.data) __builtin_prefetch(line_of(f->z, b, row, d));
-    }
+    for (int i = chunk->lines * n / N; i < chunk->lines * (n + 1) / N; i++) __builtin_prefetch(chunk->ask[i] + d);
     h[0] = start[n]; /* h[t + 1] is that after token t */
     for (int t = 0; t < T; t++) {
       decay[t] = exp2v(delta[t] * A[n]);
-      h[t + 1] = decay[t] * h[t] + input[t] * chunk->B[n * CHUNK + t];
-      y[t] += h[t + 1] * chunk->C[n * CHUNK + t];
+      h[t + 1] = decay[t] * h[t] + input[t] * chunk->B[t * N + n];
+      y[t] += h[t + 1] * chunk->C[t * N + n];
     }
     for (int t = T - 1; t >= 0; t--) {
-      l += grad[t] * chunk->C[n * CHUNK + t];
+      l += grad[t] * chunk->C[t * N + n];
       dC[n * CHUNK + t] += grad[t] * h[t + 1];
       dB[n * CHUNK + t] += l * input[t];
-      from_B[t] += l * chunk->B[n * CHUNK + t];
+      from_B[t] += l * chunk->B[t * N + n];
       l *= decay[t]; /* now exp(Δ_t A) λ_t, what the token before receives */
       vec through = l * h[t];
       from_A[t] += through * A[n];
@@ -63,8 +58,8 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
     store((elem *)a->dx.data + b * a->dx.batch + (first + t) * a->dx.token + d, dx, count);
     store((elem *)a->ddt.data + b * a->ddt.batch + (first + t) * a->ddt.token + d, ddelta, count);
     if (f->z.data) {
-      vec z = load_at(f->z, b, first + t, d, count), gate = sigmoidv(z);
-      vec dz = load_at(f->out, b, first + t, d, count) * y[t] * (gate + z * gate * (1 - gate));
+      vec z = load(chunk->z[t] + d, count), gate = sigmoidv(z);
+      vec dz = load(chunk->out[t] + d, count) * y[t] * (gate + z * gate * (1 - gate));
       store((elem *)a->dz.data + b * a->dz.batch + (first + t) * a->dz.token + d, dz, count);
     }
   }
@@ -99,7 +94,7 @@ int NAME(selective_scan_backward)(const ScanBackwardArgs *a, int threads) {
         for (int64_t n = 0; n < N; n++)
           lambda[d / LANES * N + n][d % LANES] = ((REAL *)a->grad_state)[(b * f->channels + first + d) * N + n];
     for (int64_t c = chunks - 1; c >= 0; c--) {
-      open_chunk(&chunk, f, b, c * CHUNK);
+      open_chunk(&chunk, f, b, c * CHUNK, (c - 1) * CHUNK);
       memset(dB, 0, 2 * CHUNK * N * sizeof(vec));
       for (int64_t d = 0; d < size; d += LANES) {
         int64_t k = d / LANES;

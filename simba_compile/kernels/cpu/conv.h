@@ -2,56 +2,67 @@
  *
  *     out_t = silu(bias + Σ_k weight_k x_{t - width + 1 + k})
  *
- * A task is a run of tokens: every row is read and written from its start to its end, and the lines of the next one are
- * asked for meanwhile. */
+ * A task is a run of tokens: rows are read and written from their start to their end, a few tokens at a time, and the
+ * lines of the next ones are asked for meanwhile. */
 
 #define CONV_RUN 32
+#define TOGETHER 4 /* tokens at a time: they share the weights, and the rows that each of them reads */
 
 INLINE int NAME(lanes_left)(int64_t channels) { return channels < LANES ? (int)channels : LANES; }
 
-/* The rows that out_t reads, where they exist: weight k meets rows[k]. Gives the first k that has one. */
-INLINE int NAME(conv_rows)(const elem **rows, const ConvArgs *a, int64_t b, int64_t t) {
+/* The rows that the outputs of `tokens` tokens from t on read, where they exist: weight k of token t + j meets rows[k + j].
+ * Gives the first that exists. */
+INLINE int NAME(conv_rows)(const elem **rows, const ConvArgs *a, int64_t b, int64_t t, int tokens) {
   int64_t from = t < a->width - 1 ? a->width - 1 - t : 0;
-  for (int64_t k = from; k < a->width; k++) rows[k] = line_of(a->x, b, t - a->width + 1 + k, 0);
+  for (int64_t i = from; i < a->width + tokens - 1; i++) rows[i] = line_of(a->x, b, t - a->width + 1 + i, 0);
   return (int)from;
 }
 
-INLINE vec NAME(conv_at)(const ConvArgs *a, const elem *const *rows, int from, int64_t d, int count) {
-  vec y = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
-  for (int k = from; k < (int)a->width; k++)
-    y += load_real_some((REAL *)a->weight + k * a->channels + d, count) * load(rows[k] + d, count);
-  return y;
+/* Their outputs before SiLU, from channel d on. Several tokens at a time all have all their rows. */
+INLINE void NAME(conv_at)(vec *y, const ConvArgs *a, const elem *const *rows, int from, int64_t d, int count, const int width,
+                          const int tokens) {
+  vec x[MAX_WIDTH + TOGETHER], bias = a->bias ? load_real_some((REAL *)a->bias + d, count) : splat(0);
+  for (int i = from; i < width + tokens - 1; i++) x[i] = load(rows[i] + d, count);
+  for (int j = 0; j < tokens; j++) y[j] = bias;
+  for (int k = from; k < width; k++) {
+    vec weight = load_real_some((REAL *)a->weight + k * a->channels + d, count);
+    for (int j = 0; j < tokens; j++) y[j] += weight * x[k + j];
+  }
 }
+#define conv_at NAME(conv_at)
 
 int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
   int64_t runs = (a->tokens + CONV_RUN - 1) / CONV_RUN;
+  const int width = (int)a->width;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < a->batch * runs; task++) {
     int64_t b = task / runs, first = task % runs * CONV_RUN;
     int64_t last = first + CONV_RUN < a->tokens ? first + CONV_RUN : a->tokens;
-    for (int64_t t = first; t < last; t++) {
-      const elem *rows[MAX_WIDTH];
-      int from = NAME(conv_rows)(rows, a, b, t);
-      elem *out = (elem *)a->out.data + b * a->out.batch + t * a->out.token;
-      const elem *ahead = t + 1 < last ? line_of(a->x, b, t + 1, 0) : NULL;
-      for (int64_t d = 0; d < a->channels; d += RUN * LANES) {
+    for (int64_t t = first, tokens; t < last; t += tokens) {
+      const elem *rows[MAX_WIDTH + TOGETHER];
+      tokens = t >= width - 1 && t + TOGETHER <= last ? TOGETHER : 1;
+      int from = NAME(conv_rows)(rows, a, b, t, (int)tokens), more = (int)(last - t - tokens < tokens ? last - t - tokens : tokens);
+      const elem *ahead = line_of(a->x, b, t + tokens, 0);
+      elem *out = line_of(a->out, b, t, 0);
+      for (int64_t d = 0; d < a->channels;) {
         vec y[RUN], one[RUN];
-        int blocks = 0;
-        for (; blocks < RUN && d + (blocks + 1) * LANES <= a->channels; blocks++) {
-          if (ahead) {
-            __builtin_prefetch(ahead + d + blocks * LANES);
-            __builtin_prefetch(out + a->out.token + d + blocks * LANES, 1);
+        int64_t at = d;
+        int outputs = 0;
+        for (; outputs < RUN && d < a->channels; d += LANES, outputs += (int)tokens) {
+          int count = NAME(lanes_left)(a->channels - d);
+          for (int j = 0; j < more; j++) {
+            __builtin_prefetch(ahead + j * a->x.token + d);
+            __builtin_prefetch(out + (tokens + j) * a->out.token + d, 1);
           }
-          y[blocks] = NAME(conv_at)(a, rows, from, d + blocks * LANES, LANES);
+          if (tokens == 1) conv_at(y + outputs, a, rows, from, d, count, width, 1);
+          else if (width == 4 && count == LANES) conv_at(y + outputs, a, rows, 0, d, LANES, 4, TOGETHER);
+          else conv_at(y + outputs, a, rows, 0, d, count, width, TOGETHER);
         }
-        if (blocks < RUN && d + blocks * LANES < a->channels) {
-          y[blocks] = NAME(conv_at)(a, rows, from, d + blocks * LANES, (int)(a->channels - d - blocks * LANES));
-          blocks++;
-        }
-        for (int k = 0; k < blocks; k++) one[k] = splat(1);
-        if (a->silu) times_silu(one, y, blocks);
-        for (int k = 0; k < blocks; k++)
-          store(out + d + k * LANES, a->silu ? one[k] : y[k], NAME(lanes_left)(a->channels - d - k * LANES));
+        for (int k = 0; k < outputs; k++) one[k] = splat(1);
+        if (a->silu) times_silu(one, y, outputs);
+        const vec *result = a->silu ? one : y;
+        for (int k = 0; k < outputs; at += LANES)
+          for (int j = 0; j < tokens; j++) store(out + j * a->out.token + at, result[k++], NAME(lanes_left)(a->channels - at));
       }
     }
   }
@@ -79,8 +90,10 @@ int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
         if (t == f->tokens - 1) memset(grads, 0, width * sizeof(vec));
         vec g = load_at(f->out, b, t, d, count), dx = splat(0);
         if (f->silu) {
-          const elem *rows[MAX_WIDTH];
-          vec y = NAME(conv_at)(f, rows, NAME(conv_rows)(rows, f, b, t), d, count), s = sigmoidv(y);
+          const elem *rows[MAX_WIDTH + TOGETHER];
+          vec y, s;
+          conv_at(&y, f, rows, NAME(conv_rows)(rows, f, b, t, 1), d, count, (int)width, 1);
+          s = sigmoidv(y);
           g *= s + y * s * (1 - s);
         }
         *dbias += g;

@@ -61,6 +61,7 @@
 #undef pack_A
 #undef line_of
 #undef scan_lanes
+#undef conv_at
 #undef adjoint_lanes
 #undef decay_t
 #undef pool_t

@@ -46,8 +46,8 @@ INLINE void NAME(open_chunk)(chunk_t *chunk, const ScanArgs *a, int64_t b, int64
     int64_t row = index ? index[first + i] : first + i;
     chunk->x[i] = line_of(a->x, b, row, 0);
     chunk->dt[i] = line_of(a->dt, b, row, 0);
-    chunk->z[i] = line_of(a->z, b, first + i, 0);
-    chunk->out[i] = line_of(a->out, b, first + i, 0);
+    chunk->z[i] = a->z.data ? line_of(a->z, b, first + i, 0) : NULL;
+    chunk->out[i] = a->out.data ? line_of(a->out, b, first + i, 0) : NULL;
     NAME(unpack_states)(chunk->B + i * a->states, line_of(a->B, b, row, 0), a->states);
     NAME(unpack_states)(chunk->C + i * a->states, line_of(a->C, b, row, 0), a->states);
   }

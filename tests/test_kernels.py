@@ -186,7 +186,8 @@ def test_gated_norm(level: int, dtype: torch.dtype, data: st.DataObject) -> None
     groups = data.draw(st.integers(1, 4))
     shape = (data.draw(batches), data.draw(tokens_), groups * data.draw(channels_))
     weight = source.normal(shape[-1]) if data.draw(st.booleans()) else None
-    x, gate = source.laid_out(*shape), source.laid_out(*shape).to(data.draw(st.sampled_from([dtype, torch.bfloat16])))
+    other = data.draw(st.sampled_from([dtype, torch.bfloat16, torch.float16]))
+    x, gate = source.laid_out(*shape), source.laid_out(*shape).to(other)
     with at_level(level):
         out = OPS.gated_norm(x, gate, weight, 1e-5, groups)
     assert out.dtype == dtype

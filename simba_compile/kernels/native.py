@@ -324,13 +324,14 @@ def gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float
     if groups < 1 or channels % groups or channels // groups > MAX_GROUP:
         raise ValueError(f"groups is {groups}; expected a divisor of {channels} channels, with at most {MAX_GROUP} in each.")
     kind = compute_dtype(x.dtype)
-    flat, gates = _flat(x), None if gate is None else _flat(gate.to(x.dtype))
+    full = gate is not None and gate.dtype in DTYPES and compute_dtype(gate.dtype) == x.dtype  # the gate is read as it is
+    flat, gates = _flat(x), None if gate is None else _flat(gate if full else gate.to(x.dtype))
     weight = _constant(weight, kind)
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.numel():
         words = [flat.shape[0], channels, _bits(eps), _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
-        words += [_pointer(gates), 0 if gates is None else gates.stride(0), channels // groups]
-        _call("rms_norm", x.dtype, words)
+        words += [_pointer(gates), 0 if gates is None else gates.stride(0), channels // groups, full]
+        _call("rms_norm", x.dtype if gates is None else gates.dtype, words)
     return out
 
 

@@ -1,4 +1,5 @@
-/* RMS norm of rows, group by group: out = weight * y / sqrt(mean(y²) + eps) with y = x, or x * silu(gate). */
+/* RMS norm of rows, group by group: out = weight * y / sqrt(mean(y²) + eps) with y = x, or x * silu(gate). The elements are
+ * those of the gate; x and the output may be of the compute type beside it (`full`), as Mamba-2's scan leaves them. */
 
 int NAME(rms_norm)(const NormArgs *a, int threads) {
   const int64_t groups = a->group ? a->channels / a->group : 0, blocks = (a->group + LANES - 1) / LANES;
@@ -6,12 +7,12 @@ int NAME(rms_norm)(const NormArgs *a, int threads) {
   for (int64_t row = 0; row < a->rows; row++) {
     vec y[blocks];
     for (int64_t first = 0; first < groups * a->group; first += a->group) {
-      const elem *x = (elem *)a->x + row * a->x_row + first;
+      const int64_t x = row * a->x_row + first, out = row * a->channels + first;
       const elem *gate = (elem *)a->gate + row * a->gate_row + first;
       vec sums[2] = {splat(0), splat(0)};
       for (int64_t k = 0; k < blocks; k++) {
         int count = NAME(lanes_left)(a->group - k * LANES);
-        vec p = load(x + k * LANES, count);
+        vec p = a->full ? load_real_some((REAL *)a->x + x + k * LANES, count) : load((elem *)a->x + x + k * LANES, count);
         if (a->gate) {
           vec g = load(gate + k * LANES, count);
           p *= g * sigmoidv(g);
@@ -23,10 +24,10 @@ int NAME(rms_norm)(const NormArgs *a, int threads) {
       REAL scale = (REAL)(1 / sqrt((double)mean + a->eps));
       for (int64_t k = 0; k < blocks; k++) {
         int count = NAME(lanes_left)(a->group - k * LANES);
-        int64_t d = first + k * LANES;
         vec p = y[k] * scale;
-        if (a->weight) p *= load_real_some((REAL *)a->weight + d, count);
-        store((elem *)a->out + row * a->channels + d, p, count);
+        if (a->weight) p *= load_real_some((REAL *)a->weight + first + k * LANES, count);
+        if (a->full) store_real_some((REAL *)a->out + out + k * LANES, p, count);
+        else store((elem *)a->out + out + k * LANES, p, count);
       }
     }
   }

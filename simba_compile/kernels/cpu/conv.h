@@ -41,7 +41,8 @@ int NAME(causal_conv1d)(const ConvArgs *a, int threads) {
     for (int64_t t = first, tokens; t < last; t += tokens) {
       const elem *rows[MAX_WIDTH + TOGETHER];
       tokens = t >= width - 1 && t + TOGETHER <= last ? TOGETHER : 1;
-      int from = NAME(conv_rows)(rows, a, b, t, (int)tokens), more = (int)(last - t - tokens < tokens ? last - t - tokens : tokens);
+      const int from = NAME(conv_rows)(rows, a, b, t, (int)tokens);
+      const int64_t left = last - t - tokens, more = left < tokens ? left : tokens; /* tokens to ask for */
       const elem *ahead = line_of(a->x, b, t + tokens, 0);
       elem *out = line_of(a->out, b, t, 0);
       for (int64_t d = 0; d < a->channels;) {

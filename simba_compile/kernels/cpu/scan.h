@@ -91,7 +91,8 @@ INLINE int NAME(is_tame)(vec a, vec b) { return !any_lane(~(a * b < (REAL)1e5));
 /* `size` states of LANES channels through one chunk, h and A in registers; B and C are those of the chunk's first token.
  * `tame`: see exp2_tame. At each token it asks for channel d of one of the rows in `ask`, if that is not null. */
 INLINE void NAME(scan_states)(const vec *A, vec *state, const REAL *B, const REAL *C, int64_t states, const vec *delta,
-                              const vec *input, vec *y, int T, const int size, const int tame, const elem *const *ask, int64_t d) {
+                              const vec *input, vec *y, int T, const int size, const int tame, const elem *const *ask,
+                              int64_t d) {
   vec h[GROUP], decay[GROUP];
   for (int n = 0; n < size; n++) {
     h[n] = state[n];

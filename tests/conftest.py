@@ -31,7 +31,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("simba")
 
 # Most of the suite's time goes into Dynamo's tracing. What it spends on logs that nobody reads, and on a cache of what
-# torch's own operators return (it takes longer than asking them where lengths are symbols), is left out: together a fifth.
+# torch's own operators return (it takes longer than asking them where lengths are symbols), is left out: together a quarter.
 torch._dynamo.config.side_effect_replay_policy = "silent"
 torch._dynamo.config.fake_tensor_cache_enabled = False
 _TRACE = logging.getLogger("torch.__trace")

@@ -7,7 +7,7 @@ schedule anew, at full length, and drop at once what the whole model drops step 
 
 import sys
 from types import FrameType
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.subgraphs import with_subgraphs
 
-_parted: WeakSet[nn.Module] = WeakSet()  # lists of layers that were found in several graphs
+_parted: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()  # lists found in several graphs of a module
 
 
 def why_partial(gm: GraphModule) -> str | None:
@@ -36,12 +36,13 @@ def why_partial(gm: GraphModule) -> str | None:
     ]
     kinds = tuple({kind for *_, (_, (_, kind)) in calls})
     here = {key.partition("@")[0] for call in calls for key, _ in call}  # Dynamo names a module id, id@1, … by the call
+    parted = _parted.setdefault(module, WeakSet())
     for path, layers in module.named_modules():
         if isinstance(layers, nn.ModuleList | nn.Sequential):
             mixers = [part for part in layers.modules() if isinstance(part, kinds)]
             inside = sum(str(id(mixer)) in here for mixer in mixers)
-            if 0 < inside < len(mixers) and (goes_on or layers in _parted):
-                _parted.add(layers)
+            if 0 < inside < len(mixers) and (goes_on or layers in parted):
+                parted.add(layers)
                 return (
                     f"Dynamo broke the graph between the {len(mixers)} mixers of {type(module).__name__}.{path}, and has "
                     f"{inside} in this one (TORCH_LOGS=graph_breaks shows where)"

@@ -178,6 +178,28 @@ def test_a_model_that_leaves_layers_out_behind_a_break(model: MambaForCausalLM, 
     assert [len(graph.mixers) for graph in graphs if graph.plan] == [2]
 
 
+class Broken(nn.Module):
+    """A break between its layers."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.layers[0](h)
+        torch._dynamo.graph_break()
+        return self.layers[2](self.layers[1](h))
+
+
+def test_a_model_that_shares_layers_with_a_broken_one(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
+    x = torch.randn(2, LENGTH, model.config.hidden_size)
+    with torch.no_grad():
+        compiled(Broken(model.backbone.layers))(x)
+        assert not any(graph.plan for graph in graphs)
+        compiled(FirstTwo(model.backbone.layers))(x)
+    assert [len(graph.mixers) for graph in graphs if graph.plan] == [2]
+
+
 def test_a_layer_that_is_compiled_alone(model: MambaForCausalLM, graphs: list[Transformed]) -> None:
     """What was asked for is a schedule for this layer."""
     model.backbone.layers[1].compile(backend="simba", options=KEEP_FEW)

@@ -148,7 +148,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         scores = torch.randn(batch, tokens, dtype=torch.float64).masked_fill_(torch.rand(batch, tokens) < 0.2, torch.nan)
         weight = parameter(dtype, channels, width)
         held = chance.choice([dtype, torch.float32, torch.float64])
-        normed, halves = chance.choice([x, x.to(held)]), chance.choice([1, 2]) if channels % 2 == 0 else 1
+        normed, parts = chance.choice([x, x.to(held)]), chance.choice([1, 2]) if channels % 2 == 0 else 1
         cases = {
             "selective_scan": (x, dt, A, B, C, D, gate, bias, softplus, index),
             "selective_scan_backward": (grad, grad_state, x, dt, A, B, C, D, z, bias, softplus),
@@ -161,7 +161,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             ),
             "conv_update": (torch.randn(batch, channels, width, dtype=held), one(channels), weight, bias, softplus),
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
-            "gated_norm": (normed, z, parameter(dtype, channels), 1e-5, halves),
+            "gated_norm": (normed, z, parameter(dtype, channels), 1e-5, parts),
             "select": (scores, k, first, chance.randint(0, k - first)),
             "linear": linear_case(),
             "mixer_update": mixer_case(),

@@ -91,7 +91,7 @@ int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
         if (t == f->tokens - 1) memset(grads, 0, width * sizeof(vec));
         vec g = load_at(f->out, b, t, d, count), dx = splat(0);
         if (f->silu) {
-          const elem *rows[MAX_WIDTH + TOGETHER];
+          const elem *rows[MAX_WIDTH];
           vec y, s;
           conv_at(&y, f, rows, NAME(conv_rows)(rows, f, b, t, 1), d, count, (int)width, 1);
           s = sigmoidv(y);
@@ -105,7 +105,7 @@ int NAME(causal_conv1d_backward)(const ConvBackwardArgs *a, int threads) {
           if (row >= 0) dweight[k] += g * load_at(f->x, b, row, d, count);
           dx += grads[width - 1 - k] * load_real_some((REAL *)f->weight + k * f->channels + d, count);
         }
-        store((elem *)a->dx.data + b * a->dx.batch + t * a->dx.token + d, dx, count);
+        store(line_of(a->dx, b, t, d), dx, count);
       }
     for (int64_t d = first; d < last; d += LANES) {
       int count = (int)(last - d < LANES ? last - d : LANES);

@@ -55,12 +55,12 @@ INLINE void NAME(adjoint_lanes)(const ScanBackwardArgs *a, const chunk_t *chunk,
     *dbias += ddelta;
     *dD += grad[t] * x[t];
     vec dx = delta[t] * from_B[t] + grad[t] * skip;
-    store((elem *)a->dx.data + b * a->dx.batch + (first + t) * a->dx.token + d, dx, count);
-    store((elem *)a->ddt.data + b * a->ddt.batch + (first + t) * a->ddt.token + d, ddelta, count);
+    store(line_of(a->dx, b, first + t, d), dx, count);
+    store(line_of(a->ddt, b, first + t, d), ddelta, count);
     if (f->z.data) {
       vec z = load(chunk->z[t] + d, count), gate = sigmoidv(z);
       vec dz = load(chunk->out[t] + d, count) * y[t] * (gate + z * gate * (1 - gate));
-      store((elem *)a->dz.data + b * a->dz.batch + (first + t) * a->dz.token + d, dz, count);
+      store(line_of(a->dz, b, first + t, d), dz, count);
     }
   }
 }

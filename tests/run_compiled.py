@@ -90,6 +90,7 @@ def odd_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield "rms_norm", (odd(batch, tokens, channels), single(channels), 1e-5)
         yield "rms_norm", (turned(batch, tokens, channels), None, 1e-5)
     yield "gated_norm", (odd(2, 3, 24), odd(2, 3, 24), single(24), 1e-5, 3)
+    yield "gated_norm", (single(2, 3, 24), odd(2, 3, 24), single(24), 1e-5, 3, torch.bfloat16)
     yield "gather", (odd(3, 9, 5), torch.randint(0, 9, (3, 4)), 1)
     yield "gather", (turned(1, 9, 40), torch.randint(0, 9, (1, 4)), 1)
     yield "gather", (odd(2, 9), torch.randint(0, 9, (2, 5)), 1)

@@ -161,7 +161,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             ),
             "conv_update": (torch.randn(batch, channels, width, dtype=held), one(channels), weight, bias, softplus),
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
-            "gated_norm": (normed, z, parameter(dtype, channels), 1e-5, parts),
+            "gated_norm": (normed, z, parameter(dtype, channels), 1e-5, parts, chance.choice([None, dtype, torch.float32])),
             "select": (scores, k, first, chance.randint(0, k - first)),
             "linear": linear_case(),
             "mixer_update": mixer_case(),

@@ -27,7 +27,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "state_update": (torch.randn(2, 7, 3), ONE, ONE, A, NARROW, NARROW, V, ONE, V, True),
     "conv_update": (torch.randn(2, 7, 4), ONE, W, V, True),
     "rms_norm": (X, V, 1e-5),
-    "gated_norm": (X, X, V, 1e-5, 1),
+    "gated_norm": (X, X, V, 1e-5, 1, None),
     "gather": (X, INDEX),
     "select": (torch.randn(2, 5), 3, 1, 1),
 }

@@ -184,7 +184,7 @@ def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.Mo
         limits = (0.01, float("inf"))
         kept = OPS.select(OPS.ssd_influence(x, dt, A, B, C, None, True, *limits, "l2", True), k, 0, 1)
         y, last = OPS.ssd_scan(x, dt, A, B, C, A, None, True, *limits, None, kept)
-        normed = OPS.gated_norm(y.flatten(2), OPS.gather(z, kept, 1), None, 1e-5, 2)
+        normed = OPS.gated_norm(y.flatten(2), OPS.gather(z, kept, 1), None, 1e-5, 2, torch.float64)
         step = OPS.ssd_state_update(state, x[:, -1], dt[:, -1], A, B[:, -1], C[:, -1], None, None, True)
         return normed, last, step
 

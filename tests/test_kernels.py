@@ -188,11 +188,16 @@ def test_gated_norm(level: int, dtype: torch.dtype, data: st.DataObject) -> None
     weight = source.normal(shape[-1]) if data.draw(st.booleans()) else None
     other = data.draw(st.sampled_from([dtype, torch.bfloat16, torch.float16]))
     x, gate = source.laid_out(*shape), source.laid_out(*shape).to(other)
+    rounded = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]))
     with at_level(level):
         out = OPS.gated_norm(x, gate, weight, 1e-5, groups)
+        to_that = OPS.gated_norm(x, gate, weight, 1e-5, groups, rounded)
     assert out.dtype == dtype
     wide = None if weight is None else weight.double()
-    assert_near(out, reference.gated_norm(x.double(), gate.to(dtype).double(), wide, 1e-5, groups))
+    exact = reference.gated_norm(x.double(), gate.to(dtype).double(), wide, 1e-5, groups)
+    assert_near(out, exact)
+    assert to_that.dtype == (rounded or dtype)
+    assert_near(to_that, exact)
 
 
 @needs_native

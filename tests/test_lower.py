@@ -20,7 +20,7 @@ from simba_compile.passes.lower import linear_onto
 from simba_compile.passes.match import match
 from simba_compile.passes.plan import make_plan
 from simba_compile.passes.rows import make_rows
-from simba_compile.passes.tokens import value_of
+from simba_compile.passes.tokens import CASTS, value_of
 
 
 def test_lower_fuses_a_layer() -> None:
@@ -434,3 +434,24 @@ def gated(h: Tensor, z: Tensor, groups: int) -> Tensor:
 def test_fuse_gated_norm(case: str) -> None:
     function, count = GATED[case]
     assert Captured(function, tokens()).lowered().count(OPS.gated_norm) == count
+
+
+ROUNDED: dict[str, tuple[Callable, int]] = {  # and how many casts are left
+    "to halves": (lambda h: gated(h, h + 1, 2).to(torch.bfloat16), 0),
+    "as another value": (lambda h: gated(h, h + 1, 2).type_as(weight.half()), 0),
+    "twice": (lambda h: gated(h, h + 1, 2).half().bfloat16(), 1),
+    "read as it is, too": (lambda h: (lambda y: y.half() + y)(gated(h, h + 1, 2)), 1),
+    "to whole numbers": (lambda h: gated(h, h + 1, 2).to(torch.int64), 1),
+    "a gate written between": (
+        lambda h: (lambda z, n: (lambda y, _: y.half() + z.half())(gated(n, z, 2), z.mul_(2)))(h.clone(), h + 1),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_the_gated_norm_rounds_itself(case: str) -> None:
+    function, left = ROUNDED[case]
+    after = Captured(function, tokens()).lowered()
+    assert after.count(OPS.gated_norm) == 1
+    assert sum(target in CASTS for target in after) == left

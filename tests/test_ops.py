@@ -72,6 +72,11 @@ def test_gradients_of_gated_norm() -> None:
     inputs = (leaf(2, 3, 6), leaf(2, 3, 6, seed=1), leaf(6))
     torch.autograd.gradcheck(lambda *v: OPS.gated_norm(*v, 1e-3, 2), inputs)
     torch.autograd.gradcheck(lambda *v: OPS.gated_norm(*v, None, 1e-3, 3), inputs[:2])
+    rounded = torch.autograd.grad(OPS.gated_norm(*inputs, 1e-3, 2, torch.bfloat16).square().sum(), inputs)
+    exact = torch.autograd.grad(OPS.gated_norm(*inputs, 1e-3, 2).square().sum(), inputs)
+    for grad, expected in zip(rounded, exact, strict=True):
+        assert grad.dtype == torch.float64
+        torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.05)
 
 
 def test_gradients_of_what_moves_tokens() -> None:
@@ -146,7 +151,8 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
             (n(5, 3), n(4, 3), None, None, None),
         ],
         "rms_norm": [(n(2, 5, 3, grad=True), n(3, grad=True), 1e-5), (n(2, 5, 3), None, 1e-5)],
-        "gated_norm": [(n(2, 5, 6, grad=True), n(2, 5, 6, grad=True), w, 1e-5, 2) for w in (n(6, grad=True), None)],
+        "gated_norm": [(n(2, 5, 6, grad=True), n(2, 5, 6, grad=True), w, 1e-5, 2) for w in (n(6, grad=True), None)]
+        + [(n(2, 5, 6, grad=True), n(2, 5, 6), None, 1e-5, 2, torch.bfloat16)],
         "state_update": [(n(2, 7, 3), n(2, 7), n(2, 7), n(7, 3), n(2, 3), n(2, 3), n(7), n(2, 7), n(7), True)],
         "conv_update": [(n(2, 7, 4), n(2, 7), n(7, 4), n(7), True), (n(2, 7, 4), n(2, 7), n(7, 4), None, False)],
         "mixer_update": [

@@ -140,6 +140,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "norm-2560": ("rms_norm", lambda: (empty(BATCH, TOKENS, 2560), empty(2560), 1e-5)),
     "norm-16": ("rms_norm", lambda: (empty(BATCH, TOKENS, 16), None, 1e-5)),
     "gated-norm": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1)),
+    "gated-norm-rounded": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1, BF16)),
     "gated-norm-groups": ("gated_norm", lambda: (empty(BATCH, TOKENS, 4096), *normed(4096), 1e-5, 8)),
 }
 

@@ -378,12 +378,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (y if weight is None else y * weight.to(kind)).to(x.dtype)
 
 
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+def gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """See `simba_compile.kernels.ops.norm.gated_norm`."""
     kind = compute_dtype(x.dtype)
     grouped = (x.to(kind) * F.silu(gate.to(kind))).unflatten(-1, (groups, -1))
     y = (grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
-    return (y if weight is None else y * weight.to(kind)).to(x.dtype)
+    return (y if weight is None else y * weight.to(kind)).to(dtype or x.dtype)
 
 
 def ssd_step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool, limits: tuple[float, float]) -> Tensor:

@@ -28,7 +28,7 @@ POW, RSQRT, MEAN = (
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
     plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
-    fusions = (fuse_gated_norm, fuse_norm, fuse_gather, fuse_residual, fuse_linear, fuse_step)
+    fusions = (fuse_gated_norm, fuse_cast, fuse_norm, fuse_gather, fuse_residual, fuse_linear, fuse_step)
     for rewrite in (*plainer, *fusions, drop_widening, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
@@ -246,6 +246,19 @@ def fuse_gated_norm(node: Node) -> None:
         if sizes(x) == sizes(gate) == sizes(y) and not _stale(b, node, x, gate):
             replace(node, insert(node, OPS.gated_norm, x, gate, weight, eps, int(sizes(grouped)[-2])))
         return
+
+
+def fuse_cast(node: Node) -> None:
+    """``gated_norm(…).to(dtype)``: a norm that rounds to that type itself, as out_proj of half a precision wants it."""
+    if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
+        return
+    norm, dtype = node.args[0], _dtype(node)
+    if norm.target is not OPS.gated_norm or len(norm.args) > 5 or len(norm.users) > 1 or node.kwargs.get("memory_format"):
+        return
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or value_of(norm).device != value_of(node).device:
+        return
+    if may_move(norm, node, *norm.all_input_nodes):
+        replace(node, insert(node, OPS.gated_norm, *norm.args, dtype))
 
 
 def _through_cast(node: Node) -> Node:

@@ -285,9 +285,11 @@ def test_gated_norm(
     x, gate = source.pair(shape[:-1], shape[-1] // groups * groups, shape[-1] // groups * groups)
     x = x if wider is None else x.to(wider)
     weight = source.normal(x.shape[-1], dtype=torch.float32) if weighted else None
-    y = norm.gated_norm(x, gate, weight, 1e-5, groups)
-    assert y.dtype == x.dtype
-    assert_near(y, reference.gated_norm(*wide([x, gate, weight]), 1e-5, groups))
+    exact = reference.gated_norm(*wide([x, gate, weight]), 1e-5, groups)
+    for rounded in (None, dtype):
+        y = norm.gated_norm(x, gate, weight, 1e-5, groups, rounded)
+        assert y.dtype == (rounded or x.dtype)
+        assert_near(y, exact)
 
 
 def test_norms_of_rows_longer_than_a_block() -> None:

@@ -1,5 +1,5 @@
 /* RMS norm of rows, group by group: out = weight * y / sqrt(mean(y²) + eps) with y = x, or x * silu(gate). The elements are
- * those of the gate; x and the output may be of the compute type beside it (`full`), as Mamba-2's scan leaves them. */
+ * those of the gate; x may be of the compute type beside it (`full_x`), as Mamba-2's scan leaves it, and so may the output. */
 
 int NAME(rms_norm)(const NormArgs *a, int threads) {
   const int64_t groups = a->group ? a->channels / a->group : 0, blocks = (a->group + LANES - 1) / LANES;
@@ -12,7 +12,7 @@ int NAME(rms_norm)(const NormArgs *a, int threads) {
       vec sums[2] = {splat(0), splat(0)};
       for (int64_t k = 0; k < blocks; k++) {
         int count = NAME(lanes_left)(a->group - k * LANES);
-        vec p = a->full ? load_real_some((REAL *)a->x + x + k * LANES, count) : load((elem *)a->x + x + k * LANES, count);
+        vec p = a->full_x ? load_real_some((REAL *)a->x + x + k * LANES, count) : load((elem *)a->x + x + k * LANES, count);
         if (a->gate) {
           vec g = load(gate + k * LANES, count);
           p *= g * sigmoidv(g);
@@ -26,7 +26,7 @@ int NAME(rms_norm)(const NormArgs *a, int threads) {
         int count = NAME(lanes_left)(a->group - k * LANES);
         vec p = y[k] * scale;
         if (a->weight) p *= load_real_some((REAL *)a->weight + first + k * LANES, count);
-        if (a->full) store_real_some((REAL *)a->out + out + k * LANES, p, count);
+        if (a->full_out) store_real_some((REAL *)a->out + out + k * LANES, p, count);
         else store((elem *)a->out + out + k * LANES, p, count);
       }
     }

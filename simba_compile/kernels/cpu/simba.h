@@ -117,7 +117,7 @@ typedef struct {
   void *out;                                                      /* (rows, channels) */
   const void *gate;                                               /* (rows, channels), or null */
   int64_t gate_row, group;                                        /* each so many channels are normalised by themselves */
-  int64_t full;                                                   /* x and out are of the compute type */
+  int64_t full_x, full_out;                                       /* they are of the compute type */
 } NormArgs;
 
 typedef struct {

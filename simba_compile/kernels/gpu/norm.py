@@ -1,5 +1,6 @@
 """The RMS norms over the last axis: `simba_compile.kernels.ops.norm.rms_norm` and `gated_norm`."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,20 +46,24 @@ def _rms_norm(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.norm.rms_norm`."""
-    return _norm(x, None, weight, eps, 1)
+    return _norm(x, None, weight, eps, 1, None)
 
 
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+def gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """See `simba_compile.kernels.ops.norm.gated_norm`."""
     runtime.expect(gate=(gate, tuple(x.shape)))
-    return _norm(x, gate, weight, eps, groups)
+    return _norm(x, gate, weight, eps, groups, dtype)
 
 
-def _norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+def _norm(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None
+) -> Tensor:
     runtime.expect(weight=(weight, (x.shape[-1],)))
     if x.shape[-1] % groups:
         raise ValueError(f"there are {x.shape[-1]} channels; expected a multiple of {groups} (the groups).")
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
         rows, gates = _rows(x), None if gate is None else _rows(gate)
         count, size = rows.shape[0] * rows.shape[1] * groups, rows.shape[2] // groups

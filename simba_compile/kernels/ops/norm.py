@@ -55,8 +55,10 @@ def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
 differentiable("rms_norm", _norm_backward, _norm_setup)
 
 
-@operator("(Tensor x, Tensor gate, Tensor? weight, float eps, SymInt groups) -> Tensor")
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
+@operator("(Tensor x, Tensor gate, Tensor? weight, float eps, SymInt groups, ScalarType? dtype=None) -> Tensor")
+def gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """The norm after the scan of Mamba-2: `rms_norm` of ``x silu(gate)``, each of so many groups of channels by itself.
 
     Parameters
@@ -69,22 +71,26 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, group
         Is added to the mean of the squares.
     groups : int
         Divides the number of channels.
+    dtype : torch.dtype, optional
+        What the result is rounded to; none: as `x`.
 
     Returns
     -------
     Tensor
-        As `x`.
+        As `x`, in `dtype`.
     """
-    return implementation("gated_norm", x, gate, weight)(x, gate, weight, eps, groups)
+    return implementation("gated_norm", x, gate, weight)(x, gate, weight, eps, groups, dtype)
 
 
 @fake("gated_norm")
-def _(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _gated_norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.groups = inputs
+    *tensors, ctx.eps, ctx.groups, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -100,7 +106,7 @@ def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
     g = (g if weight is None else g * weight.to(kind)).unflatten(-1, (ctx.groups, -1))
     dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).flatten(-2)
     dgate = dy * u * (sigmoid + z * sigmoid * (1 - sigmoid))
-    return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None
+    return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None, None
 
 
 differentiable("gated_norm", _gated_norm_backward, _gated_norm_setup)

@@ -22,6 +22,7 @@ from simba_compile.passes.scans import SCANS
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 OPERATORS = {
     "rms_norm": "norm",
+    "add_norm": "norm",
     "causal_conv1d": "conv",
     "influence": "score",
     "select": "select",

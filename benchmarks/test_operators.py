@@ -125,6 +125,17 @@ def rms_norm() -> dict[str, Call]:
     }
 
 
+def add_norm() -> dict[str, Call]:
+    residual, x, weight = rows(TOKENS, HIDDEN), rows(TOKENS, HIDDEN).bfloat16(), torch.randn(HIDDEN).bfloat16()
+    index = torch.arange(0, TOKENS, 2)[None]
+    x = x[:, : TOKENS // 2].contiguous()
+
+    def apart() -> Tensor:
+        return OPS.rms_norm((OPS.gather(residual, index, 1) + x).bfloat16(), weight, 1e-5)
+
+    return {"simba": lambda: OPS.add_norm(residual, x, weight, 1e-5, index), "simba, its parts": apart}
+
+
 def select() -> dict[str, Call]:
     scores = torch.randn(1, TOKENS, dtype=torch.float64)
     return {
@@ -261,6 +272,7 @@ OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     linear_of_a_step: ("simba", "torch"),
     linear_of_eight_steps: ("simba", "torch"),
     rms_norm: ("simba", "torch"),
+    add_norm: ("simba", "simba, its parts"),
     select: ("simba", "torch"),
     gather: ("simba", "torch"),
     restore: ("simba", "torch"),

@@ -89,6 +89,9 @@ def odd_calls(dtype: torch.dtype) -> Iterator[Call]:
     for batch, tokens, channels in ((3, 5, 7), (2, 3, 1), (1, 2, 4100)):
         yield "rms_norm", (odd(batch, tokens, channels), single(channels), 1e-5)
         yield "rms_norm", (turned(batch, tokens, channels), None, 1e-5)
+    index = torch.tensor([[0, 3], [2, 4], [1, 2]])
+    yield "add_norm", (single(3, 5, 7), odd(3, 2, 7), single(7), 1e-5, index)
+    yield "add_norm", (turned(2, 3, 4100), odd(2, 3, 4100), None, 1e-5, None)
     yield "gated_norm", (odd(2, 3, 24), odd(2, 3, 24), single(24), 1e-5, 3)
     yield "gated_norm", (single(2, 3, 24), odd(2, 3, 24), single(24), 1e-5, 3, torch.bfloat16)
     yield "gather", (odd(3, 9, 5), torch.randint(0, 9, (3, 4)), 1)

@@ -40,8 +40,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
     import torch
     from torch import Tensor
 
-    from simba_compile.kernels import native, native_linear, native_mixer, native_ssd
-    from simba_compile.kernels.reference import POOLS
+    from simba_compile.kernels import native, native_linear, native_mixer, native_norm, native_ssd, reference
 
     library = ctypes.CDLL(path)
     native.library = functools.cache(lambda: library)
@@ -72,7 +71,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
     def kernel_of(name: str) -> Callable:
-        modules = (native, native_ssd, native_linear, native_mixer)
+        modules = (native, native_norm, native_ssd, native_linear, native_mixer)
         return next(getattr(kernels, name) for kernels in modules if hasattr(kernels, name))
 
     def ssd_cases() -> dict[str, tuple[object, ...]]:
@@ -91,7 +90,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         initial, grad_state = (maybe(view(batch, heads, channels, states, dtype=held)) for _ in range(2))
         softplus, limits = chance.random() < 0.5, chance.choice([(0.0, math.inf), (0.1, 0.7)])
         index = maybe(torch.randint(0, max(tokens, 1), (batch, chance.randint(0, 2 * tokens))))
-        pool, in_decay = chance.choice(POOLS), chance.random() < 0.5
+        pool, in_decay = chance.choice(reference.POOLS), chance.random() < 0.5
         step = (one(heads, channels), view(batch, heads, dtype=dtype), A, one(groups, states), one(groups, states))
         state = torch.randn(batch, heads, channels, states, dtype=held)
         return {
@@ -152,7 +151,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         cases = {
             "selective_scan": (x, dt, A, B, C, D, gate, bias, softplus, index),
             "selective_scan_backward": (grad, grad_state, x, dt, A, B, C, D, z, bias, softplus),
-            "influence": (x, dt, A, B, C, bias, softplus, chance.choice(POOLS), chance.random() < 0.5),
+            "influence": (x, dt, A, B, C, bias, softplus, chance.choice(reference.POOLS), chance.random() < 0.5),
             "causal_conv1d": (x, weight, bias, softplus),
             "causal_conv1d_backward": (grad, x, weight, bias, softplus),
             "state_update": (
@@ -162,6 +161,10 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "conv_update": (torch.randn(batch, channels, width, dtype=held), one(channels), weight, bias, softplus),
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),
             "gated_norm": (normed, z, parameter(dtype, channels), 1e-5, parts, chance.choice([None, dtype, torch.float32])),
+            "add_norm": (
+                x.to(chance.choice([dtype, reference.compute_dtype(dtype)])),
+                make(batch, tokens if index is None else index.shape[1], channels), D, 1e-5, index,
+            ),
             "select": (scores, k, first, chance.randint(0, k - first)),
             "linear": linear_case(),
             "mixer_update": mixer_case(),
@@ -175,7 +178,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in results), strict=True):
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{name}: strides change the result (seed {seed})"
             calls += 2
-        for name in ("selective_scan", "gather", "ssd_scan", "linear"):
+        for name in ("selective_scan", "gather", "add_norm", "ssd_scan", "linear"):
             *args, index = cases.get(name, [None])
             if index is None or not index.numel() or chance.random() > 0.2:
                 continue

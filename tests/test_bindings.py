@@ -10,7 +10,7 @@ import torch
 from kernel_inputs import spoiled
 from torch import Tensor
 
-from simba_compile.kernels import native
+from simba_compile.kernels import native, native_norm
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -28,6 +28,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "conv_update": (torch.randn(2, 7, 4), ONE, W, V, True),
     "rms_norm": (X, V, 1e-5),
     "gated_norm": (X, X, V, 1e-5, 1, None),
+    "add_norm": (X, X[:, :3], V, 1e-5, INDEX),
     "gather": (X, INDEX),
     "select": (torch.randn(2, 5), 3, 1, 1),
 }
@@ -40,7 +41,7 @@ FINE = {  # what these take all the same
     *(("gather", 0, "axis 1 too long"), ("gather", 0, "axis 2 too long"), ("gather", 0, "another rank")),
     *(("gather", 0, "whole numbers"), ("select", 0, "whole numbers"), ("rms_norm", 0, "another rank")),
     *(("select", 0, "axis 0 too long"), ("select", 0, "axis 1 too long")),
-    ("gated_norm", 0, "another rank"),
+    *(("gated_norm", 0, "another rank"), ("add_norm", 0, "axis 1 too long")),
     *(("rms_norm", 0, "axis 0 too long"), ("rms_norm", 0, "axis 1 too long")),
 }
 
@@ -56,6 +57,10 @@ CASES = [
 ]
 
 
+def kernel_of(name: str) -> Callable:
+    return next(getattr(kernels, name) for kernels in (native, native_norm) if hasattr(kernels, name))
+
+
 @pytest.fixture
 def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
     """C is not called."""
@@ -63,7 +68,8 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(name: str, *_: Any) -> None:
         raise AssertionError(f"{name} was called")
 
-    monkeypatch.setattr(native, "_call", call)
+    for kernels in (native, native_norm):
+        monkeypatch.setattr(kernels, "_call", call)
 
 
 @pytest.mark.parametrize(("name", "place", "what"), CASES)
@@ -71,12 +77,12 @@ def test_a_spoiled_argument_is_refused(name: str, place: int, what: str, unreach
     args = list(CALLS[name])
     args[place] = dict(spoiled(args[place]))[what]
     with pytest.raises((ValueError, IndexError)):
-        getattr(native, name)(*args)
+        kernel_of(name)(*args)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_arguments_that_are_spoiled_are_right(name: str) -> None:
-    getattr(native, name)(*(value.clone() if isinstance(value, Tensor) else value for value in CALLS[name]))
+    kernel_of(name)(*(value.clone() if isinstance(value, Tensor) else value for value in CALLS[name]))
 
 
 NUMBERS: dict[str, Callable[[], Any]] = {
@@ -100,9 +106,9 @@ def test_a_number_out_of_range_is_refused(case: str, unreached: None) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 5, 2**62, -(2**63)])
-@pytest.mark.parametrize("name", ["selective_scan", "gather"])
+@pytest.mark.parametrize("name", ["selective_scan", "gather", "add_norm"])
 def test_an_index_out_of_range_is_refused(name: str, bad: int) -> None:
     index = INDEX.clone()
     index[1, 1] = bad
     with pytest.raises(IndexError, match=r"outside 0\.\.4"):
-        getattr(native, name)(*CALLS[name][:-1], index)
+        kernel_of(name)(*CALLS[name][:-1], index)

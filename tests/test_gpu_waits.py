@@ -119,6 +119,23 @@ def test_neither_prompt_nor_step_waits(family: str, called: list, launched: list
         assert kernels <= set(launched)
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_halves_add_and_norm_at_once(family: str, called: list, launched: list[str]) -> None:
+    """Between two layers of a model whose residual stream is wider than they are, in a prompt as in a step."""
+    model, ids = tiny_model(family, torch.bfloat16), random_ids(2, 40)
+    compiled = simba(model, **OPTIONS)
+    with torch.no_grad():
+        out = compiled(ids, logits_to_keep=1, use_cache=True)
+        compiled(ids[:, :1], **going_on(out), use_cache=True)
+    layers = model.config.num_hidden_layers
+    for graph, args in called:
+        launched.clear()
+        run_on_fake_gpu(graph, args)
+        assert launched.count("_add_norm") == layers - 1
+        casts = [node for node in graph.graph.nodes if node.target in ("to", "float") and node.meta["example_value"].dim() > 2]
+        assert len(casts) == 3  # the stream at first, the last norm's output for the head, and the logits
+
+
 @pytest.mark.parametrize("criterion", ["uniform", "recent"])
 def test_other_criteria_do_not_wait(criterion: str, called: list, launched: list[str]) -> None:
     with torch.no_grad():

@@ -201,6 +201,27 @@ def test_gated_norm(level: int, dtype: torch.dtype, data: st.DataObject) -> None
 
 
 @needs_native
+@each_level
+@each_dtype
+@given(data=st.data())
+def test_add_norm(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    """The sum, and the norm of what it is when rounded; both of the residual's kept tokens, where some are."""
+    source = Source(data.draw(seeds), dtype, data.draw(layouts))
+    batch, tokens, channels = data.draw(batches), data.draw(tokens_), data.draw(channels_)
+    weight = source.normal(channels) if data.draw(st.booleans()) else None
+    kind = data.draw(st.sampled_from([dtype, reference.compute_dtype(dtype)]))
+    index = source.kept(batch, tokens, data.draw(st.integers(1, tokens))) if data.draw(st.booleans()) else None
+    residual = source.laid_out(batch, tokens, channels).to(kind)
+    x = source.laid_out(batch, tokens if index is None else index.shape[1], channels)
+    with at_level(level):
+        total, normed = OPS.add_norm(residual, x, weight, 1e-5, index)
+    assert total.dtype == kind and normed.dtype == dtype
+    assert_near(total, reference.add_norm(residual.double(), x.double(), None, 1e-5, index)[0])
+    wide = None if weight is None else weight.double()
+    assert_near(normed, reference.rms_norm(total.to(dtype).double(), wide, 1e-5))
+
+
+@needs_native
 def test_gated_norm_refuses_groups_of_different_sizes() -> None:
     with pytest.raises(ValueError, match="groups is 4; expected a divisor of 6 channels"):
         OPS.gated_norm(torch.ones(2, 6), torch.ones(2, 6), None, 1e-5, 4)
@@ -326,6 +347,7 @@ def test_threads_do_not_change_results(data: st.DataObject) -> None:
     for count in (1, 2):
         with threads(count):
             outputs = [*OPS.selective_scan(*args), OPS.causal_conv1d(*conv), OPS.rms_norm(x, None, 1e-5)]
+            outputs += OPS.add_norm(x, x, None, 1e-5, None)
             outputs += [OPS.influence(x, dt, A, B, C, dt_bias, softplus, pool, True) for pool in ("max", "absmax")]
             outputs += [*OPS.causal_conv1d_backward(conv[0], *conv)]
             summed = [*OPS.selective_scan_backward(*backward)]  # sums over slices of channels
@@ -368,6 +390,7 @@ def test_empty_batch(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert OPS.select(torch.zeros(0, 5), 3, 0, 1).shape == (0, 3)
     assert OPS.gather(x, torch.zeros(0, 3, dtype=torch.int64), 1).shape == (0, 3, 6)
     assert OPS.rms_norm(x, torch.ones(6), 1e-5).shape == (0, 5, 6)
+    assert OPS.add_norm(x, x[:, :3], None, 1e-5, torch.zeros(0, 3, dtype=torch.int64))[1].shape == (0, 3, 6)
     assert OPS.state_update(
         torch.zeros(0, 6, 3), x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], None, None, None, True
     ).shape == (0, 6)
@@ -386,3 +409,4 @@ def test_no_tokens_at_all(with_native: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert out.shape == (2, 0, 6) and not state.any()
     assert OPS.causal_conv1d(x, torch.ones(6, 4), None, True).shape == (2, 0, 6)
     assert OPS.rms_norm(x, None, 1e-5).shape == (2, 0, 6)
+    assert OPS.add_norm(x, x, None, 1e-5, None)[0].shape == (2, 0, 6)

@@ -436,6 +436,88 @@ def test_fuse_gated_norm(case: str) -> None:
     assert Captured(function, tokens()).lowered().count(OPS.gated_norm) == count
 
 
+def some(h: Tensor, batch: int) -> Tensor:
+    """Four of the tokens, the same of each sequence."""
+    return OPS.gather(h, torch.tensor([[0, 3, 4, 19]]).expand(batch, -1), 1)
+
+
+def norm_of_sum(stream: Tensor, x: Tensor) -> Tensor:
+    """What the layers of a model in halves do between one another, its stream in float32."""
+    total = stream + x
+    return normed(total.half().float()).half() + total
+
+
+def _sum_read_first(h: Tensor) -> Tensor:
+    total = h + h.half()
+    return total.sum() + normed(total.half().float()).half()
+
+
+def _rounded_read_twice(h: Tensor) -> Tensor:
+    rounded = (h + h.half()).half()
+    return normed(rounded.float()).half() + rounded.float()
+
+
+def _stream_written(h: Tensor) -> Tensor:
+    stream = h.clone()
+    total = stream + h.half()
+    stream.mul_(2)
+    return normed(total.half().float()).half() + stream
+
+
+def _sum_written(h: Tensor) -> Tensor:
+    total = h + h.half()
+    rounded = total.half()
+    total.mul_(2)
+    return normed(rounded.float()).half() + total
+
+
+def _source_written(h: Tensor) -> Tensor:
+    source = h.clone()
+    stream = some(source, len(h))
+    source.mul_(2)
+    return norm_of_sum(stream, h[:, :4].half()) + source.mean()
+
+
+def _channels_turned(h: Tensor) -> Tensor:
+    order = torch.arange(HIDDEN).flip(0).expand(len(h), -1)
+    return norm_of_sum(OPS.gather(h, order, 2), h.half())
+
+
+SUMS: dict[str, tuple[Callable, list[bool]]] = {  # for each that is fused, whether it gathers the stream, too
+    "a wider stream": (lambda h: norm_of_sum(h, h.half()), [False]),
+    "the stream last": (lambda h: norm_of_sum(h.half(), h), [False]),
+    "kept tokens": (lambda h: norm_of_sum(some(h, len(h)), h[:, :4].half()), [True]),
+    "kept tokens, the stream last": (lambda h: norm_of_sum(h[:, :4].half(), some(h, len(h))), [True]),
+    "kept tokens of one stream": (lambda h: norm_of_sum(some(h[:1], len(h)), h[:, :4].half()), [False]),
+    "kept tokens that are read again": (
+        lambda h: (lambda k: norm_of_sum(k, h[:, :4].half()) + k)(some(h, len(h))),
+        [False],
+    ),
+    "kept tokens whose source is written": (_source_written, [False]),
+    "channels that are gathered": (_channels_turned, [False]),
+    "one type": (lambda h: (lambda y: weight * normed(y) + y)(h + h.sin()), [False]),
+    "nothing but the norm is read": (lambda h: weight * normed(h + h.sin()), [False]),
+    "the norm in float32": (lambda h: weight * normed(h + h.half()), []),
+    "a stream in float64": (lambda h: norm_of_sum(h.double(), h.half()), []),
+    "one row for all": (lambda h: weight * normed(h + weight), []),
+    "a number": (lambda h: weight * normed(h + 1), []),
+    "a share": (lambda h: weight * normed(torch.add(h, h.sin(), alpha=2)), []),
+    "a sum that is read first": (_sum_read_first, []),
+    "a rounded sum that is read twice": (_rounded_read_twice, []),
+    "a stream written between": (_stream_written, []),
+    "a sum written between": (_sum_written, []),
+}
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_fuse_add_norm(case: str) -> None:
+    function, gathers = SUMS[case]
+    captured = Captured(function, tokens())
+    captured.lowered(2e-3)  # of halves, one may be rounded the other way
+    fused = [node for node in captured.gm.graph.nodes if node.target is OPS.add_norm]
+    assert [node.args[4] is not None for node in fused] == gathers
+
+
 ROUNDED: dict[str, tuple[Callable, int]] = {  # and how many casts are left
     "to halves": (lambda h: gated(h, h + 1, 2).to(torch.bfloat16), 0),
     "as another value": (lambda h: gated(h, h + 1, 2).type_as(weight.half()), 0),

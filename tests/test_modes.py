@@ -40,6 +40,19 @@ def gated_norm(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return v * y
 
 
+def norm_of_sum(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x + x.sin()
+    return v * normed(y) + y
+
+
+def sum_of_norm(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    y = x + x.sin()
+    with torch.no_grad():
+        z = v * normed(y)
+    return z + y
+
+
 def transposes(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
         y = x.transpose(1, 2)
@@ -101,7 +114,8 @@ def written_product(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
 
 
 REGIONS = [
-    *(residual, residual_within, norm, gated_norm, transposes, product_of_columns, gathered_gate, scan, convolution, write),
+    *(residual, residual_within, norm, gated_norm, norm_of_sum, sum_of_norm, transposes, product_of_columns),
+    *(gathered_gate, scan, convolution, write),
     *(autocast_off, autocast_on, written_product),
 ]
 

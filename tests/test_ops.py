@@ -79,6 +79,24 @@ def test_gradients_of_gated_norm() -> None:
         torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.05)
 
 
+def test_gradients_of_add_norm() -> None:
+    residual, x, weight, few = leaf(2, 5, 3), leaf(2, 5, 3, seed=1), leaf(3), leaf(2, 2, 3, seed=2)
+    index = torch.tensor([[0, 3], [2, 4]])
+    torch.autograd.gradcheck(lambda *v: OPS.add_norm(*v, 1e-3, None), (residual, x, weight))
+    torch.autograd.gradcheck(lambda *v: OPS.add_norm(*v, None, 1e-3, index), (residual, few))
+    torch.autograd.gradcheck(lambda *v: OPS.add_norm(*v, 1e-3, index)[1], (residual, few, weight))
+    halves = few.detach().bfloat16().requires_grad_()
+    stream = residual.detach().float().requires_grad_()
+    sum(value.float().square().sum() for value in OPS.add_norm(stream, halves, None, 1e-3, index)).backward()  # type: ignore
+    exact = torch.autograd.grad(
+        sum(value.square().sum() for value in OPS.add_norm(residual, few, None, 1e-3, index)),  # type: ignore[arg-type]
+        (residual, few),
+    )
+    for grad, expected, dtype in zip((stream.grad, halves.grad), exact, (torch.float32, torch.bfloat16), strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), expected, rtol=0.05, atol=0.05)
+
+
 def test_gradients_of_what_moves_tokens() -> None:
     index, later = torch.tensor([[0, 2, 3], [1, 2, 4]]), torch.tensor([[0, 3], [2, 4]])
     torch.autograd.gradcheck(lambda x: OPS.gather(x, index, 1), (leaf(2, 5, 3),))
@@ -153,6 +171,10 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
         "rms_norm": [(n(2, 5, 3, grad=True), n(3, grad=True), 1e-5), (n(2, 5, 3), None, 1e-5)],
         "gated_norm": [(n(2, 5, 6, grad=True), n(2, 5, 6, grad=True), w, 1e-5, 2) for w in (n(6, grad=True), None)]
         + [(n(2, 5, 6, grad=True), n(2, 5, 6), None, 1e-5, 2, torch.bfloat16)],
+        "add_norm": [
+            (n(2, 5, 3, grad=True), n(2, 5, 3, grad=True), n(3, grad=True), 1e-5, None),
+            (n(2, 5, 3, grad=True), n(2, 3, 3, dtype=torch.bfloat16), None, 1e-5, index),
+        ],
         "state_update": [(n(2, 7, 3), n(2, 7), n(2, 7), n(7, 3), n(2, 3), n(2, 3), n(7), n(2, 7), n(7), True)],
         "conv_update": [(n(2, 7, 4), n(2, 7), n(7, 4), n(7), True), (n(2, 7, 4), n(2, 7), n(7, 4), None, False)],
         "mixer_update": [
@@ -195,13 +217,14 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "name", ["selective_scan", "influence", "causal_conv1d", "rms_norm", "state_update", "conv_update"]
+    "name",
+    ["selective_scan", "influence", "causal_conv1d", "rms_norm", "gated_norm", "add_norm", "state_update", "conv_update"],
 )
 def test_without_native_kernels_the_definitions_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.available():
         expected = getattr(OPS, name)(*samples()[name][0])
     monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(native, name, None)
+    monkeypatch.setattr(dispatch._native_module(name), name, None)
     actual = getattr(OPS, name)(*samples()[name][0])
     if native.library() is not None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -67,6 +67,12 @@ def normed(channels: int) -> tuple[Tensor, Tensor]:
     return empty(BATCH, TOKENS, 2 * channels)[..., :channels], empty(channels, dtype=F32)
 
 
+def added(stream: torch.dtype, kept: int | None) -> tuple[Any, ...]:
+    """The arguments of `add_norm` but its index: a residual in its own dtype, what is added, weight and eps."""
+    x = empty(BATCH, TOKENS if kept is None else kept, 2560)
+    return empty(BATCH, TOKENS, 2560, dtype=stream), x, empty(2560), 1e-5
+
+
 def conv(dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments of `causal_conv1d`."""
     return empty(BATCH, TOKENS, CHANNELS, dtype=dtype), empty(CHANNELS, 4, dtype=dtype), empty(CHANNELS, dtype=dtype), True
@@ -140,8 +146,14 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "norm-2560": ("rms_norm", lambda: (empty(BATCH, TOKENS, 2560), empty(2560), 1e-5)),
     "norm-16": ("rms_norm", lambda: (empty(BATCH, TOKENS, 16), None, 1e-5)),
     "gated-norm": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1)),
-    "gated-norm-rounded": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1, BF16)),
+    "gated-norm-rounded": (
+        "gated_norm",
+        lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1, BF16),
+    ),
     "gated-norm-groups": ("gated_norm", lambda: (empty(BATCH, TOKENS, 4096), *normed(4096), 1e-5, 8)),
+    "add-norm": ("add_norm", lambda: (*added(F32, None), None)),
+    "add-norm-kept": ("add_norm", lambda: (*added(F32, 512), empty(BATCH, 512, dtype=torch.int64))),
+    "add-norm-halves": ("add_norm", lambda: (*added(BF16, None), None)),
 }
 
 
@@ -272,6 +284,7 @@ ONES: dict[str, tuple[Any, ...]] = {
     "conv_update": (empty(1, 1, 1), empty(1, 1), empty(1, 1), empty(1), True),
     "rms_norm": (empty(1, 1, 1), empty(1), 1e-5),
     "gated_norm": (empty(1, 1, 1), empty(1, 1, 1), empty(1), 1e-5, 1),
+    "add_norm": (empty(1, 1, 1, dtype=F32), empty(1, 1, 1), empty(1), 1e-5, empty(1, 1, dtype=torch.int64)),
 }  # fmt: skip
 
 
@@ -394,7 +407,7 @@ WRITTEN = {
     "_chunk_states": "sums held", "_carry": "held", "_outputs": "y",
     "_to_x": "dx", "_to_B_and_C": "dB dC from_start to_end through", "_to_dt": "ddt dA dD",
     "_conv": "out", "_conv_through_silu": "inner dweight dbias", "_conv_to_input": "dx", "_conv_step": "state out",
-    "_state_step": "state out", "_ssd_step": "state out", "_rms_norm": "out",
+    "_state_step": "state out", "_ssd_step": "state out", "_rms_norm": "out", "_add_norm": "total out",
 }  # fmt: skip
 
 

@@ -160,6 +160,13 @@ def rms_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
     return Case("rms_norm", (x, weight, 1e-5), 2 * size_of(x) + size_of(weight))
 
 
+def add_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """The residual stream of a model in halves, in float32: a mixer's output is added, and the sum normed."""
+    x, weight = torch.randn(batch, tokens, channels // 2, dtype=torch.bfloat16), torch.randn(channels // 2)
+    residual = torch.randn(x.shape)
+    return Case("add_norm", (residual, x, weight, 1e-5, None), 2 * size_of(x, residual) + size_of(weight))
+
+
 def state_update(batch: int, tokens: int, channels: int, states: int) -> Case:
     """One decoding step of the scan."""
     x, dt, A, B, C, D, z, bias = (value[:, -1] if value.dim() == 3 else value for value in _scan(batch, 2, channels, states))
@@ -238,23 +245,23 @@ def gated_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
     """The norm after the scan of Mamba-2."""
     x, gate = torch.randn(batch, tokens, channels), torch.randn(batch, tokens, channels, dtype=torch.bfloat16)
     weight = torch.randn(channels)
-    return Case("gated_norm", (x, gate, weight, 1e-5, 1), 2 * size_of(x) + size_of(gate, weight))
+    return Case("gated_norm", (x, gate, weight, 1e-5, 1, torch.bfloat16), size_of(x, gate, gate, weight))
 
 
 CASES: dict[str, Callable[..., Case]] = {
     maker.__name__: maker
     for maker in (
-        selective_scan, kept_scan, influence, select, gather, causal_conv1d, rms_norm,
+        selective_scan, kept_scan, influence, select, gather, causal_conv1d, rms_norm, add_norm,
         state_update, conv_update, mixer_update,
         ssd_scan, ssd_influence, ssd_state_update, gated_norm,
         selective_scan_backward, causal_conv1d_backward, ssd_scan_backward,
     )
 }  # fmt: skip
 OF_PROMPTS = (
-    "selective_scan", "kept_scan", "influence", "gather", "causal_conv1d", "rms_norm",
+    "selective_scan", "kept_scan", "influence", "gather", "causal_conv1d", "rms_norm", "add_norm",
     "ssd_scan", "ssd_influence", "gated_norm",
 )  # fmt: skip
-HALF_AS_WIDE = ("gather", "rms_norm")  # they work on the residual stream
+HALF_AS_WIDE = ("gather", "rms_norm", "add_norm")  # they work on the residual stream
 
 
 def copy_bandwidth(device: Device, megabytes: int) -> float:
@@ -281,8 +288,7 @@ def error(name: str, device: Device, dtype: str) -> float:
     torch.manual_seed(0)
     with device.on():
         case = CASES[name](**SMALL)
-    halves = [isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in case.args]
-    args = [value.to(TYPES[dtype]) if half else value for half, value in zip(halves, case.args, strict=True)]
+    args = [_instead(value, TYPES[dtype]) for value in case.args]
     exact_args = [_exact(value) for value in args]
     actual, exact = dataclasses.replace(case, args=tuple(args)).run(), getattr(reference, case.operator)(*exact_args)
     held = [(one, other) for one, other in zip(args, exact_args, strict=True) if isinstance(one, Tensor)]
@@ -332,7 +338,16 @@ def most(dtype: str) -> float:
     return max(LEAST, 8 * torch.finfo(TYPES[dtype]).eps)
 
 
+def _instead(value: Any, dtype: torch.dtype) -> Any:
+    """An argument with another type in bfloat16's place."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype == torch.bfloat16 else value
+    return dtype if value == torch.bfloat16 else value
+
+
 def _exact(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64
     if not isinstance(value, Tensor):
         return value
     return value.cpu().double() if value.is_floating_point() else value.cpu().clone()

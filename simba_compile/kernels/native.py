@@ -303,42 +303,6 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
     return out
 
 
-MAX_GROUP = 1 << 16  # channels that the norm keeps on its stack
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """See `simba_compile.kernels.ops.norm.rms_norm`."""
-    return gated_norm(x, None, weight, eps, 1)
-
-
-def gated_norm(
-    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None
-) -> Tensor:
-    """See `simba_compile.kernels.ops.norm.gated_norm`."""
-    if x.dtype not in DTYPES or x.dim() == 0:
-        raise ValueError(
-            f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16."
-        )
-    _expect_on_cpu("x", x)
-    channels = x.shape[-1]
-    _expect("gate", gate, tuple(x.shape), None)
-    _expect("weight", weight, (channels,), None)
-    if groups < 1 or channels % groups or channels // groups > MAX_GROUP:
-        raise ValueError(f"groups is {groups}; expected a divisor of {channels} channels, with at most {MAX_GROUP} in each.")
-    kind = compute_dtype(x.dtype)
-    dtype = dtype or x.dtype
-    full = gate is not None and gate.dtype in DTYPES and compute_dtype(gate.dtype) == x.dtype  # the gate is read as it is
-    flat, gates = _flat(x), None if gate is None else _flat(gate if full else gate.to(x.dtype))
-    elements = x.dtype if gates is None else gates.dtype
-    weight = _constant(weight, kind)
-    out = torch.empty(x.shape, dtype=dtype if dtype in (elements, kind) else kind)
-    if x.numel():
-        words = [flat.shape[0], channels, _bits(eps), _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
-        words += [_pointer(gates), 0 if gates is None else gates.stride(0), channels // groups, full, out.dtype == kind]
-        _call("rms_norm", elements, words)
-    return out.to(dtype)
-
-
 def _flat(x: Tensor) -> Tensor:
     """The rows of a tensor as (row, channel), without a copy where it can be."""
     rows = _rows(x)

@@ -52,3 +52,25 @@ def erase(node: Node) -> None:
 def may_move(first: Node, last: Node, *sources: Node) -> bool:
     """Whether the last of two nodes may compute from these sources what the first one computes from them."""
     return not mode_changes(first, last) and not written_between(first, last, *sources)
+
+
+def rank_of(node: object) -> int:
+    value = value_of(node)
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    value = value_of(node)
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def is_stale(value: Node, node: Node, *sources: Node) -> bool:
+    """Whether sources of a value, the value or one on the way to it is written in place before a node, or modes change.
+
+    The node then cannot compute from the sources what it computes from the value.
+    """
+    way = [value]
+    for step in way:  # grows while it is walked
+        if step not in sources:
+            way += [source for source in step.all_input_nodes if source not in way and rank_of(source) >= 0]
+    return any(written_between(step, node, step) or (step not in sources and mode_changes(step, node)) for step in way)

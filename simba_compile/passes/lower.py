@@ -3,48 +3,34 @@
 import operator
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
-from simba_compile.passes.edit import erase, insert, is_swap, may_move, replace, sizes
+from simba_compile.passes.edit import dtype_of, erase, insert, is_stale, is_swap, may_move, rank_of, replace, sizes
 from simba_compile.passes.effects import is_inplace, written_between
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.modes import mode_changes
+from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm, fuse_rounding
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fuse_step
-from simba_compile.passes.tokens import CASTS, LINEAR, MUL, POINTWISE, PRODUCTS, RESHAPES, SPLITS, is_simba, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, POINTWISE, PRODUCTS, SPLITS, is_simba, value_of
 
 OPS = torch.ops.simba
 WIDENED = ("A_log", "D", "dt_bias")  # what operators take in any type
-POW, RSQRT, MEAN = (
-    {"pow", torch.pow, operator.pow},
-    {torch.rsqrt, "rsqrt"},
-    {"mean", torch.mean},
-)
 
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
     plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
-    fusions = (fuse_gated_norm, fuse_cast, fuse_norm, fuse_gather, fuse_residual, fuse_linear, fuse_step)
-    for rewrite in (*plainer, *fusions, drop_widening, read_cache):
+    norms = (fuse_gated_norm, fuse_rounding, fuse_norm)
+    fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear, fuse_step)
+    for rewrite in (*plainer, *norms, *fusions, drop_widening, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
     gm.graph.lint()
     gm.recompile()
-
-
-def _rank(node: object) -> int:
-    value = value_of(node)
-    return value.dim() if isinstance(value, torch.Tensor) else -1
-
-
-def _dtype(node: object) -> torch.dtype | None:
-    value = value_of(node)
-    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def drop_marks(node: Node) -> None:
@@ -56,24 +42,12 @@ def drop_marks(node: Node) -> None:
             replace(taken, node.args[0][taken.args[1]])  # type: ignore[index, arg-type]
 
 
-def _stale(value: Node, node: Node, *sources: Node) -> bool:
-    """Whether sources of a value, the value or one on the way to it is written in place before a node, or modes change.
-
-    The node then cannot compute from the sources what it computes from the value.
-    """
-    way = [value]
-    for step in way:  # grows while it is walked
-        if step not in sources:
-            way += [source for source in step.all_input_nodes if source not in way and _rank(source) >= 0]
-    return any(written_between(step, node, step) or (step not in sources and mode_changes(step, node)) for step in way)
-
-
 def drop_casts(node: Node) -> None:
     """``x.to(dtype)`` where x has the dtype: x."""
     if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
         return
     source, value, given = node.args[0], value_of(node), value_of(node.args[0])
-    if _dtype(node) is None or _dtype(source) != _dtype(node) or given.device != value.device:
+    if dtype_of(node) is None or dtype_of(source) != dtype_of(node) or given.device != value.device:
         return
     if node.kwargs.get("copy") or node.kwargs.get("memory_format") or len(node.args) > 2:
         return
@@ -93,7 +67,7 @@ def drop_widening(node: Node) -> None:
         if argument.name not in WIDENED or not isinstance(cast, Node) or cast.target not in CASTS - {"contiguous", "clone"}:
             continue
         bias: Node = cast.args[0]  # type: ignore[assignment]
-        widens = _dtype(cast) == torch.float32 and _dtype(bias) in (torch.bfloat16, torch.float16)
+        widens = dtype_of(cast) == torch.float32 and dtype_of(bias) in (torch.bfloat16, torch.float16)
         if widens and value_of(bias).device == value_of(cast).device and may_move(cast, node, bias):
             node.update_arg(i, bias)
             erase(cast)
@@ -106,7 +80,7 @@ def untranspose_product(node: Node) -> None:
     weight, across = node.args
     if not isinstance(weight, Node) or not isinstance(across, Node) or not is_swap(across):
         return
-    if _rank(weight) != 2 or _rank(across) != 3 or mode_changes(across, node):
+    if rank_of(weight) != 2 or rank_of(across) != 3 or mode_changes(across, node):
         return
     rows = insert(node, torch.nn.functional.linear, across.args[0], weight)
     rows.meta["example_value"] = value_of(node).transpose(1, 2)
@@ -155,7 +129,7 @@ def project_kept(node: Node) -> None:
         return
     split: Node = node.args[0].args[0]  # type: ignore[assignment, union-attr]
     projection = split.args[0] if split.target in SPLITS else None
-    if not isinstance(projection, Node) or projection.target not in LINEAR or _rank(projection) != 3:
+    if not isinstance(projection, Node) or projection.target not in LINEAR or rank_of(projection) != 3:
         return
     if not is_plain(projection) or not _has_rows(projection):
         return
@@ -195,104 +169,6 @@ def _project(projection: Node, x: Node, first: int, last: int, before: Node) -> 
     return new
 
 
-def fuse_norm(node: Node) -> None:
-    """``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)`` of h = x.float(): rms_norm(x, weight, eps).
-
-    The product with the weight is optional: with none, the inner product is what is replaced.
-    """
-    weight, inner = None, node
-    if node.target in MUL:
-        for a, b in (node.args, reversed(node.args)):
-            if isinstance(b, Node) and _rank(a) == 1 and _norm_of(_through_cast(b)):
-                weight, inner = a, b
-    found = _norm_of(_through_cast(inner))
-    if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
-        return
-    h, eps = found
-    if weight is not None and sizes(weight) != sizes(h)[-1:]:  # type: ignore[arg-type]
-        return
-    x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
-    if _stale(inner, node, x):  # type: ignore[arg-type]
-        return
-    if _dtype(node) != _dtype(x):
-        return  # without a weight, the cast back comes later and is where this is fused
-    replace(node, insert(node, OPS.rms_norm, x, weight, eps))
-
-
-def fuse_gated_norm(node: Node) -> None:
-    """The norm after the scan of Mamba-2: gated_norm(x, z, weight, eps, groups).
-
-    ``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).view(y.shape)`` of ``h = y.view(..., groups, -1)`` and
-    ``y = x * silu(z)``.
-    """
-    if node.target not in MUL or len(node.args) != 2:
-        return
-    for weight, b in (node.args, reversed(node.args)):
-        if not isinstance(weight, Node) or not isinstance(b, Node) or _rank(weight) != 1:
-            continue
-        flat = _through_cast(b)
-        found = _norm_of(flat.args[0]) if flat.target in RESHAPES and isinstance(flat.args[0], Node) else None
-        if found is None or found[0].target not in RESHAPES or not isinstance(found[0].args[0], Node):
-            continue
-        (grouped, eps), y = found, found[0].args[0]
-        if y.target not in MUL or len(y.all_input_nodes) != 2 or sizes(y) != sizes(node):
-            continue
-        if sizes(grouped)[:-2] != sizes(y)[:-1]:
-            continue
-        x, gate = (_through_cast(arg) for arg in y.args)  # type: ignore[arg-type]
-        if gate.target is not F.silu or _dtype(node) != _dtype(x) or sizes(weight) != sizes(y)[-1:]:
-            continue
-        gate = _through_cast(gate.args[0])  # type: ignore[arg-type]
-        if sizes(x) == sizes(gate) == sizes(y) and not _stale(b, node, x, gate):
-            replace(node, insert(node, OPS.gated_norm, x, gate, weight, eps, int(sizes(grouped)[-2])))
-        return
-
-
-def fuse_cast(node: Node) -> None:
-    """``gated_norm(…).to(dtype)``: a norm that rounds to that type itself, as out_proj of half a precision wants it."""
-    if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
-        return
-    norm, dtype = node.args[0], _dtype(node)
-    if norm.target is not OPS.gated_norm or len(norm.args) > 5 or len(norm.users) > 1 or node.kwargs.get("memory_format"):
-        return
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or value_of(norm).device != value_of(node).device:
-        return
-    if may_move(norm, node, *norm.all_input_nodes):
-        replace(node, insert(node, OPS.gated_norm, *norm.args, dtype))
-
-
-def _through_cast(node: Node) -> Node:
-    return node.args[0] if node.target in CASTS and isinstance(node.args[0], Node) else node
-
-
-def _users_through_casts(node: Node) -> list[Node]:
-    users = list(node.users)
-    return users + [far for user in users if user.target in CASTS for far in user.users]
-
-
-def _takes_weight(node: Node) -> bool:
-    return node.target in MUL and any(_rank(arg) == 1 for arg in node.args)
-
-
-def _norm_of(node: Node) -> tuple[Node, float] | None:
-    """(h, eps) where the node is ``h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)``."""
-    if node.target not in MUL or not all(isinstance(arg, Node) for arg in node.args):
-        return None
-    h, root = node.args
-    if root.target not in RSQRT:  # type: ignore[union-attr]
-        return None
-    shifted: Node = root.args[0]  # type: ignore[assignment, union-attr]
-    if shifted.target not in ADDS or shifted.kwargs or not isinstance(shifted.args[1], float):
-        return None
-    mean: Node = shifted.args[0]  # type: ignore[assignment]
-    if mean.target not in MEAN or mean.args[1:] not in ((-1,), ((-1,),), ([-1],)) or mean.kwargs != {"keepdim": True}:
-        return None
-    square: Node = mean.args[0]  # type: ignore[assignment]
-    if square.target not in POW or square.args != (h, 2):
-        return None
-    return h, shifted.args[1]  # type: ignore[return-value]
-
-
 def fuse_gather(node: Node) -> None:
     """A scan of gathered tokens: a scan with an index, which gathers as it loads."""
     if node.target not in SCANS:
@@ -304,7 +180,7 @@ def fuse_gather(node: Node) -> None:
         return
     if len({g.args[1] for g in gathers}) != 1:  # type: ignore[union-attr]
         return
-    if any(_stale(g, node, *g.all_input_nodes) for g in gathers):  # type: ignore[arg-type, union-attr]
+    if any(is_stale(g, node, *g.all_input_nodes) for g in gathers):  # type: ignore[arg-type, union-attr]
         return
     args |= {name: args[name].args[0] for name in kind.along_tokens}  # type: ignore[union-attr]
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
@@ -331,9 +207,9 @@ def fuse_residual(node: Node) -> None:
         if not isinstance(residual, Node) or not isinstance(product, Node) or product.target not in LINEAR:
             continue
         x, weight, bias = linear_arguments(product)
-        if sizes(residual) != sizes(product) or _dtype(residual) != _dtype(product):  # one of them is broadcast or widened
+        if sizes(residual) != sizes(product) or dtype_of(residual) != dtype_of(product):  # one is broadcast or widened
             continue
-        if bias is not None or len(product.users) != 1 or _rank(product) != 3 or not is_of_one_type(product):
+        if bias is not None or len(product.users) != 1 or rank_of(product) != 3 or not is_of_one_type(product):
             continue
         if not may_move(product, node, *product.all_input_nodes):
             continue
@@ -362,4 +238,4 @@ def _is_ours(product: Node) -> bool:
 def _has_rows(product: Node) -> bool:
     """Whether each channel that a linear layer gives has a row of the weight, and a bias of its own if there is one."""
     _, weight, bias = linear_arguments(product)
-    return _rank(weight) == 2 and (bias is None or sizes(bias) == sizes(weight)[:1])
+    return rank_of(weight) == 2 and (bias is None or sizes(bias) == sizes(weight)[:1])

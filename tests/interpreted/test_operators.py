@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import Source, assert_influence_near, assert_near, layouts, seeds, wide
+from kernel_inputs import DEVICE, Source, assert_influence_near, assert_near, layouts, seeds, wide
 from torch import Tensor
 
 from simba_compile.kernels import reference
@@ -292,10 +292,43 @@ def test_gated_norm(
         assert_near(y, exact)
 
 
+@few
+@given(
+    seeds, dtypes, layouts, st.integers(1, 20), st.sampled_from([1, 16, 36, 160]), flags, flags,
+    st.sampled_from([None, torch.float32]),
+)  # fmt: skip
+def test_add_norm(
+    seed: int, dtype: torch.dtype, layout: str, tokens: int, channels: int,
+    weighted: bool, gathers: bool, wider: torch.dtype | None,
+) -> None:  # fmt: skip
+    """The sum, and the norm of what it is when rounded; both of the residual's kept tokens, where some are."""
+    source = Source(seed, dtype, layout)
+    index = source.kept(2, tokens, (tokens + 1) // 2) if gathers else None
+    residual = source.laid_out(2, tokens, channels).to(wider or dtype)
+    x = source.laid_out(2, tokens if index is None else index.shape[1], channels)
+    weight = source.normal(channels, dtype=torch.float32) if weighted else None
+    total, normed = norm.add_norm(residual, x, weight, 1e-5, index)
+    assert total.dtype == residual.dtype and normed.dtype == dtype
+    assert_near(total, reference.add_norm(*wide([residual, x]), None, 1e-5, index)[0])
+    held = total.to(dtype)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts float32 where a GPU rounds it
+        held = total.float().view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32)
+    assert_near(normed, reference.rms_norm(*wide([held, weight]), 1e-5))
+
+
+def test_a_position_outside_of_the_residual_counts_as_zeros() -> None:
+    x, index = Source(0, torch.float32, "plain").normal(1, 3, 5), torch.tensor([[0, 9, -1]], device=DEVICE)
+    total, _ = norm.add_norm(torch.ones(1, 4, 5, device=DEVICE), x, None, 1e-5, index)
+    assert torch.equal(total, x + torch.tensor([1.0, 0, 0], device=DEVICE)[None, :, None])
+
+
 def test_norms_of_rows_longer_than_a_block() -> None:
     """5000 entries: two rounds over the row."""
     x, gate = Source(0, torch.float32, "plain").normal(2, 2, 5000)
     assert_near(norm.rms_norm(x, None, 1e-5), reference.rms_norm(x.double(), None, 1e-5))
+    total, normed = norm.add_norm(x, gate, None, 1e-5, None)
+    assert_near(total, x.double() + gate.double())
+    assert_near(normed, reference.rms_norm(total.double(), None, 1e-5))
     assert_near(norm.gated_norm(x, gate, None, 1e-5, 1), reference.gated_norm(x.double(), gate.double(), None, 1e-5, 1))
 
 

@@ -8,6 +8,7 @@ typedef REAL NAME(elem);
 INLINE vec NAME(widen)(const elem *p) { return load_real(p); }
 INLINE void NAME(narrow)(elem *p, vec v) { store_real(p, v); }
 INLINE REAL NAME(widen_one)(elem e) { return e; }
+INLINE vec NAME(rounded)(vec v) { return v; }
 
 #else
 
@@ -64,6 +65,12 @@ INLINE void NAME(narrow)(elem *p, vec v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 #endif
+/* What numbers are once an element has held them. */
+INLINE vec NAME(rounded)(vec v) {
+  elem held[LANES];
+  NAME(narrow)(held, v);
+  return NAME(widen)(held);
+}
 #endif
 
 /* Up to LANES elements; the lanes past count read as zero and are not written. */

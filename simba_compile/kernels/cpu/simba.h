@@ -121,6 +121,19 @@ typedef struct {
 } NormArgs;
 
 typedef struct {
+  int64_t rows, tokens, kept, channels;                           /* rows: batch * kept; tokens: of the residual */
+  double eps;
+  const void *residual;                                           /* (rows, channels) or, with an index, (batch, tokens, channels) */
+  int64_t residual_batch, residual_row;
+  const int64_t *index;                                           /* (batch, kept), or null */
+  const void *x;                                                  /* (rows, channels) */
+  int64_t x_row;
+  const void *weight;                                             /* (channels), compute type, or null */
+  void *sum, *out;                                                /* (rows, channels) */
+  int64_t full;                                                   /* residual and sum are of the compute type */
+} AddNormArgs;
+
+typedef struct {
   int64_t rows, tokens, kept, depth, columns;                     /* rows: batch * kept; tokens: of `add` */
   const void *x, *weight;                                         /* (rows, depth), (columns, depth) */
   int64_t x_row, weight_row;

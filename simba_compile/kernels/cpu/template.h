@@ -62,6 +62,7 @@
 #undef line_of
 #undef scan_lanes
 #undef conv_at
+#undef put_normed
 #undef adjoint_lanes
 #undef decay_t
 #undef pool_t

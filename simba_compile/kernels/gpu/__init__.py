@@ -41,5 +41,6 @@ KERNELS: dict[str, Callable] = {
         ssd_state.ssd_state_update,
         norm.rms_norm,
         norm.gated_norm,
+        norm.add_norm,
     )
 }

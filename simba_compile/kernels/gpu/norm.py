@@ -1,4 +1,4 @@
-"""The RMS norms over the last axis: `simba_compile.kernels.ops.norm.rms_norm` and `gated_norm`."""
+"""The RMS norms over the last axis: `simba_compile.kernels.ops.norm.rms_norm`, `gated_norm` and `add_norm`."""
 
 import torch
 import triton
@@ -76,6 +76,69 @@ def _norm(
             count, rows.shape[1], size, groups, eps, BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def _sums(residual, is_there, x, known):
+    """residual + x, in float32."""
+    return tl.load(residual, mask=is_there, other=0.0).to(tl.float32) + tl.load(x, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=runtime.LENGTHS)
+def _add_norm(
+    residual, residual_outer, residual_inner, residual_entry, index, index_batch, index_kept, x, x_outer, x_inner, x_entry,
+    weight, total, out, rows, inner_rows, tokens, size, eps,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R rows at once, BLOCK_N entries at a time: total = residual + x, and the norm of it as rounded to out's type."""
+    r = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    outer, t = r // inner_rows, r % inner_rows
+    x += outer * x_outer + t * x_inner
+    if index is not None:
+        t = tl.load(index + outer * index_batch + t * index_kept, mask=r < rows, other=0)
+    is_token = (r < rows) & (t >= 0) & (t < tokens)
+    residual += outer * residual_outer + t * residual_inner
+    squares = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for start in range(0, size, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
+        known = (r < rows) & (n < size)
+        y = _sums(residual + n * residual_entry, is_token & (n < size), x + n * x_entry, known)
+        tl.store(total + r * size + n, y, mask=known)
+        y = y.to(out.dtype.element_ty).to(tl.float32)
+        squares += y * y
+    scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / size + tl.cast(eps, tl.float32))  # Inductor passes it as double
+    for start in range(0, size, BLOCK_N):  # the second time from the cache
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
+        known = (r < rows) & (n < size)
+        y = _sums(residual + n * residual_entry, is_token & (n < size), x + n * x_entry, known)
+        y = y.to(out.dtype.element_ty).to(tl.float32) * scale
+        if weight is not None:
+            y *= tl.load(weight + n, mask=n < size, other=0.0).to(tl.float32)
+        tl.store(out + r * size + n, y, mask=known)
+
+
+def add_norm(
+    residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `simba_compile.kernels.ops.norm.add_norm`. A position outside the residual counts as zeros."""
+    runtime.expect(weight=(weight, (x.shape[-1],)))
+    if index is None:
+        runtime.expect(residual=(residual, tuple(x.shape)))
+    else:
+        runtime.expect(index=(index, tuple(x.shape[:2])), residual=(residual, (x.shape[0], residual.shape[1], x.shape[2])))
+    total, out = x.new_empty(x.shape, dtype=residual.dtype), x.new_empty(x.shape)
+    if x.numel():
+        stream, rows = _rows(residual), _rows(x)
+        count, size = rows.shape[0] * rows.shape[1], rows.shape[2]
+        block = min(runtime.power_of_two(size), 4096)
+        group = max(1, 1024 // block)
+        runtime.launch(
+            _add_norm, (runtime.blocks_of(count, group),),
+            stream, *stream.stride(), index, *((0, 0) if index is None else index.stride()), rows, *rows.stride(),
+            runtime.flat(weight), total, out, count, rows.shape[1], stream.shape[1], size, eps,
+            BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
+        )  # fmt: skip
+    return total, out
 
 
 def _rows(x: Tensor) -> Tensor:

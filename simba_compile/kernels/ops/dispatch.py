@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_compile.kernels import native, native_linear, native_mixer, native_ssd, reference
+from simba_compile.kernels import native, native_linear, native_mixer, native_norm, native_ssd, reference
 
 log = logging.getLogger("simba_compile")
 
 LIBRARY = torch.library.Library("simba", "DEF")
 GPU = "cuda"  # the device type of AMD's GPUs too
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE = (native, native_norm, native_ssd, native_linear, native_mixer)
 COPIES = ("select", "gather")  # whose Triton kernels take every dtype
 
 
@@ -87,7 +88,7 @@ def _open_to_inductor(function: Callable) -> None:
 @cache
 def _native_module(name: str) -> ModuleType | None:
     """Where the operator's native kernel stands, if it has one."""
-    return next((kernels for kernels in (native, native_ssd, native_linear, native_mixer) if hasattr(kernels, name)), None)
+    return next((kernels for kernels in NATIVE if hasattr(kernels, name)), None)
 
 
 def implementation(name: str, *tensors: Tensor | None) -> Callable:

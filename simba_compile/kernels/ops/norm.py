@@ -1,4 +1,4 @@
-"""The RMS norms, with and without the gate of Mamba-2."""
+"""The RMS norms: plain, with the gate of Mamba-2, and of a residual stream that a layer's output is added to."""
 
 from typing import Any
 
@@ -42,14 +42,19 @@ def _norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
+    return *_through_norm(grad, x, weight, ctx.eps), None
+
+
+def _through_norm(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `rms_norm` with respect to x and the weight."""
     kind = compute_dtype(x.dtype)
     u, g = x.to(kind), grad.to(kind)
-    inverse = torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + ctx.eps)
+    inverse = torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
     normed = u * inverse
     dweight = None if weight is None else (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
     g = g if weight is None else g * weight.to(kind)
     dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype), dweight, None
+    return dx.to(x.dtype), dweight
 
 
 differentiable("rms_norm", _norm_backward, _norm_setup)
@@ -110,3 +115,56 @@ def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 differentiable("gated_norm", _gated_norm_backward, _gated_norm_setup)
+
+
+@operator("(Tensor residual, Tensor x, Tensor? weight, float eps, Tensor? index) -> (Tensor, Tensor)")
+def add_norm(
+    residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A residual stream with a layer's output added, and the next layer's norm of it.
+
+    Parameters
+    ----------
+    residual : Tensor
+        (..., channel), in x's dtype or in float32.
+    x : Tensor
+        (..., channel).
+    weight : Tensor, optional
+        (channel).
+    eps : float
+        Is added to the mean of the squares.
+    index : Tensor, optional
+        (batch, kept) int64: x is (batch, kept, channel), and of `residual`, (batch, token, channel), these tokens are taken.
+
+    Returns
+    -------
+    Tensor
+        ``residual + x``, in residual's dtype.
+    Tensor
+        `rms_norm` of it, after it is rounded to x's dtype.
+    """
+    return implementation("add_norm", residual, x, weight, index)(residual, x, weight, eps, index)
+
+
+@fake("add_norm")
+def _(residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=residual.dtype), x.new_empty(x.shape)
+
+
+def _add_norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    residual, x, weight, ctx.eps, index = inputs
+    ctx.save_for_backward(output[0], weight, index)
+    ctx.stream, ctx.dtype = residual.shape, x.dtype
+
+
+def _add_norm_backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple:
+    total, weight, index = ctx.saved_tensors
+    through, dweight = _through_norm(grad, total.to(ctx.dtype), weight, ctx.eps)
+    dtotal = grad_total + through
+    dresidual = dtotal
+    if index is not None:
+        dresidual = torch.ops.simba.scatter(dtotal.new_zeros(ctx.stream), index, dtotal, 1)
+    return dresidual, dtotal.to(ctx.dtype), dweight, None, None
+
+
+differentiable("add_norm", _add_norm_backward, _add_norm_setup)

@@ -108,10 +108,11 @@ def mamba2_selective_state_update(  # type: ignore[no-untyped-def]
     state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
 ):
     """One step of the scan of Mamba-2."""
-    if z is not None or A.stride()[1:] != (0, 0) or dt.stride(2) != 0:  # a head's numbers come repeated for its channels
+    if A.stride()[1:] != (0, 0) or dt.stride(2) != 0:  # a head's numbers come repeated for its channels
         return NotImplemented
     skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
-    return torch.ops.simba.ssd_state_update(state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus)
+    y = torch.ops.simba.ssd_state_update(state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus)
+    return y if z is None else y * F.silu(z)
 
 
 # --- causal_conv1d -----------------------------------------------------------------------------------------------------
@@ -195,8 +196,7 @@ def selective_state_update(  # type: ignore[no-untyped-def]
         return NotImplemented
     if state.dim() == 3:
         return torch.ops.simba.state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    y = mamba2_selective_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
-    return y if z is None or y is NotImplemented else y * F.silu(z)
+    return mamba2_selective_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, z)
 
 
 def mamba_chunk_scan_combined(  # type: ignore[no-untyped-def]

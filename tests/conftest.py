@@ -24,6 +24,7 @@ import simba_compile.backend
 from simba_compile.cli.models import going_on
 from simba_compile.kernels import native, ops, reference
 from simba_compile.passes import Transformed
+from simba_compile.passes.scans import SCANS
 
 hypothesis.settings.register_profile(
     "simba", deadline=None, derandomize=True, max_examples=15, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -240,6 +241,14 @@ def pruned_exactly(model: nn.Module, *args: Any, **kwargs: Any) -> Reference:
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     """Token ids, (batch, length), none of them padding."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_steps_with_our_operators(prompt: Transformed, step: Transformed) -> None:
+    """Where the graph of a prompt has a scan, that of a step has its update."""
+    ops = torch.ops.simba
+    updates = {ops.state_update, ops.ssd_state_update, ops.mixer_update}
+    scans = sum(node.target in SCANS for node in prompt.dense.graph.nodes)
+    assert sum(node.target in updates for node in step.dense.graph.nodes) == scans > 0
 
 
 def left_padding(batch: int, length: int) -> Tensor:

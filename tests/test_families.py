@@ -15,7 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import KEEP_FEW, VOCABULARY, cache_of, close, left_padding, original_places, random_ids, simba
+from conftest import (
+    KEEP_FEW,
+    VOCABULARY,
+    assert_steps_with_our_operators,
+    cache_of,
+    close,
+    left_padding,
+    original_places,
+    random_ids,
+    simba,
+)
 from eager_reference import counts
 from families import FAMILIES, exact, tiny_model
 from family_reference import LayerState, Pass, n_mixers, pruned_forward, reference_generate
@@ -180,6 +190,7 @@ def test_generate_after_a_pruned_prefill(family: str, selected: list[Tensor], gr
     written, logits = generate(model, ids, mask)
     assert len(selected) == n_mixers(model) - 1  # decoding prunes nothing
     assert len(graphs) == 2  # of the prompt, and of all steps, although the cache grows
+    assert_steps_with_our_operators(*graphs)
     with torch.no_grad(), exact(other):
         expected, their_logits = reference_generate(other, ids, mask, NEW_TOKENS, **PRUNED)
     close(logits, their_logits, 1e-6)
@@ -232,15 +243,15 @@ def test_keep_everything_is_hugging_face(family: str, selected: list[Tensor]) ->
 
 
 @each_family
-def test_bfloat16(family: str, selected: list[Tensor]) -> None:
+def test_bfloat16(family: str, selected: list[Tensor], graphs: list[Transformed]) -> None:
     """About as near to the float64 reference as eager bfloat16 is."""
     model = tiny_model(family, torch.bfloat16)
     precise = tiny_model(family, torch.float64)
     precise.load_state_dict(model.state_dict())
     ids = random_ids(2, LENGTH)
+    with torch.no_grad():
+        output, dense = simba(model, **PRUNED)(ids).logits, model(ids).logits
     with torch.no_grad(), exact(precise):
-        output = simba(model, **PRUNED)(ids).logits
-        dense = model(ids).logits
         expected = pruned_forward(precise, ids, **PRUNED)
         exactly = pruned_forward(precise, ids, keep=1.0).logits
     assert output.shape == (2, LENGTH, VOCABULARY) and output.isfinite().all()
@@ -249,6 +260,8 @@ def test_bfloat16(family: str, selected: list[Tensor]) -> None:
     assert common >= 0.75  # scores that are near each other change places
     rounding = (dense.double() - exactly).norm(dim=-1).median()
     assert (output.double() - expected.logits).norm(dim=-1).median() <= 2 * rounding
+    left = [node for node in graphs[0].pruned.graph.nodes if node.target in (torch.rsqrt, "rsqrt")]  # type: ignore[union-attr]
+    assert not left, "a norm is in parts"
 
 
 def test_the_table_has_every_family() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import (
     KEEP_FEW,
+    assert_steps_with_our_operators,
     cache_of,
     close,
     each_family,
@@ -21,6 +22,7 @@ from conftest import (
 from torch import Tensor, nn
 
 from simba_compile.cli.models import going_on
+from simba_compile.passes import Transformed
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -60,7 +62,9 @@ def continued(model: nn.Module, ids: Tensor, mask: Tensor | None, following: Ten
 
 @each_family
 @pytest.mark.parametrize("padded", [False, True])
-def test_decoding_goes_on_from_the_pruned_states(family: str, padded: bool, selected: list[Tensor]) -> None:
+def test_decoding_goes_on_from_the_pruned_states(
+    family: str, padded: bool, selected: list[Tensor], graphs: list[Transformed]
+) -> None:
     model = tiny_model(family, torch.float64, layers=2)
     ids, following = random_ids(3, 50), random_ids(3, 5, seed=1)
     mask = left_padding(3, 50) if padded else None
@@ -76,6 +80,7 @@ def test_decoding_goes_on_from_the_pruned_states(family: str, padded: bool, sele
     assert prunings > 0 and len(selected) == prunings  # decoding prunes nothing
     for ours, theirs in zip(actual, expected, strict=True):
         close(ours, theirs, 1e-5)  # Hugging Face's step rounds its activations to float32
+    assert_steps_with_our_operators(graphs[0], graphs[-1])
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -148,6 +148,14 @@ NORMS: dict[str, tuple[Callable, int]] = {
     "weight last": (lambda h: normed(h) * weight, 1),
     "no weight": (lambda h: normed(h), 1),
     "in halves": (lambda h: (weight.half() * normed(h.half().float()).half()).float(), 1),
+    "in halves, with a weight in float32": (
+        lambda h: (weight.half().float() * normed(h.half().float())).half().float(),
+        1,
+    ),
+    "rounded after the weight, and read before": (
+        lambda h: (lambda y: y.half() + y)(weight * normed(h.half().float())),
+        0,
+    ),
     "over tokens": (lambda h: weight * normed(h, 1), 0),
     "over a list of one": (lambda h: weight * normed(h, [-1]), 1),
     "over a tuple of one": (lambda h: weight * normed(h, (-1,)), 1),
@@ -409,9 +417,17 @@ GATED: dict[str, tuple[Callable, int]] = {
     "a gate of one channel": (lambda h: gated(h, h[..., :1], 2), 0),
     "one token": (lambda h: gated(h[:, 0], h[:, 0] + 1, 2), 1),
     "a write elsewhere": (lambda h: (lambda x, _: gated(h, h + 1, 2) + x)(*half_written(h.clone())), 1),
+    "an update reads what the gate is a part of": (lambda h: _updated(h), 1),
     "a gate written": (lambda h: (lambda z, y, _: weight * groups_normed(h * y, 2))(*silu_written(h.clone())), 0),
     "a product written": (lambda h: (lambda y, _: weight * groups_normed(y, 2))(*half_written(h * F.silu(h + 1))), 0),
 }
+
+
+def _updated(h: Tensor) -> Tensor:
+    """A step of Mamba-2: what reads the projection writes to a window, not to the projection."""
+    x, z, _ = F.linear(h, wide).chunk(3, -1)
+    step = OPS.conv_update(torch.zeros(len(h), HIDDEN, 4), x[:, 0], torch.ones(HIDDEN, 4), None, True)
+    return gated(x + step[:, None], z, 2)
 
 
 def silu_written(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

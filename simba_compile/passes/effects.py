@@ -65,13 +65,30 @@ def is_inplace(node: Node) -> bool:
 
 
 def written(node: Node) -> list[Node]:
-    """What a node that `is_inplace` may write into: its first argument and ``out``; else anything that it reads."""
-    custom = isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.OpOverload)
-    if custom or not node.args or not isinstance(node.args[0], Node) or subgraphs(node):
-        return node.all_input_nodes  # of a custom operator, by name, of a list of values, by a graph inside
+    """What a node that `is_inplace` may write into.
+
+    What an operator's schema names; else the first argument and ``out``, or, where that is no value, anything that is read.
+    """
+    if isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        return [value for value in tree_leaves(_written_by_schema(node)) if isinstance(value, Node)]
+    if not node.args or not isinstance(node.args[0], Node) or subgraphs(node):
+        return node.all_input_nodes  # by name, of a list of values, by a graph inside
     out = node.kwargs.get("out")
     values = [node.args[0], *(out if isinstance(out, list | tuple) else [out])]
     return [value for value in values if isinstance(value, Node)]
+
+
+def _written_by_schema(node: Node) -> list[Any]:
+    """The arguments that an operator says it writes to; of a packet, those that any of its overloads does."""
+    target: Any = node.target
+    overloads = [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, n) for n in target.overloads()]
+    found = []
+    for overload in overloads:
+        for place, argument in enumerate(overload._schema.arguments):
+            if argument.is_write:
+                by_place = place < len(node.args) and not argument.kwarg_only
+                found.append(node.args[place] if by_place else node.kwargs.get(argument.name))
+    return found
 
 
 def storage_of(node: Node) -> int | None:

@@ -21,13 +21,13 @@ POW, RSQRT, MEAN = (
 def fuse_norm(node: Node) -> None:
     """``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)`` of h = x.float(): rms_norm(x, weight, eps).
 
-    The product with the weight is optional: with none, the inner product is what is replaced.
+    The product with the weight is optional: with none, the inner product is what is replaced. Some families round after it.
     """
-    weight, inner = None, node
-    if node.target in MUL:
-        for a, b in (node.args, reversed(node.args)):
-            if isinstance(b, Node) and rank_of(a) == 1 and _norm_of(_through_cast(b)):
-                weight, inner = a, b
+    weight, inner, product = None, node, _through_cast(node)
+    if product.target in MUL and (product is node or len(product.users) == 1):
+        for a, b in (product.args, reversed(product.args)):
+            if isinstance(a, Node) and isinstance(b, Node) and rank_of(a) == 1 and _norm_of(_through_cast(b)):
+                weight, inner = _unwidened(a, node), b
     found = _norm_of(_through_cast(inner))
     if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
         return
@@ -86,6 +86,13 @@ def fuse_rounding(node: Node) -> None:
 
 def _through_cast(node: Node) -> Node:
     return node.args[0] if node.target in CASTS and isinstance(node.args[0], Node) else node
+
+
+def _unwidened(weight: Node, node: Node) -> Node:
+    """A weight as it was before it was made float32, where a node may read that: the norms widen it themselves."""
+    source = _through_cast(weight)
+    halves = dtype_of(weight) == torch.float32 and dtype_of(source) in (torch.bfloat16, torch.float16)
+    return source if halves and may_move(weight, node, source) else weight
 
 
 def _users_through_casts(node: Node) -> list[Node]:

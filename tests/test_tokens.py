@@ -190,7 +190,11 @@ WRITES: dict[str, tuple[Callable[[Tensor], Any], list[str] | None]] = {  # what 
     "by option": (lambda h: F.relu(h, inplace=True), ["h"]),
     "by option and by name": (lambda h: F.dropout(input=h, p=0.0, inplace=True), ["h"]),
     "a part": (writes_into_a_part, ["h"]),
-    "an overload": (lambda h: torch.ops.aten.mul_.Tensor(h, h.detach()), ["h", "detach"]),
+    "an overload": (lambda h: torch.ops.aten.mul_.Tensor(h, h.detach()), ["h"]),
+    "an overload, by name": (lambda h: torch.ops.aten.mul_.Tensor(other=h.sin(), self=h), ["h"]),
+    "an overload's out": (lambda h: torch.ops.aten.mul.out(h.sin(), h.cos(), out=h), ["h"]),
+    "an overload's list": (lambda h: torch.ops.aten._foreach_mul_.List([h], [h.detach()]), ["h"]),
+    "an update of ours": (lambda h: OPS.conv_update(h.mT, h[:, 0], h[0].mT, None, True), ["getattr"]),  # h.mT
     "an overload that does not write": (lambda h: torch.ops.aten.mul.Tensor(h, h), None),
     "an operator of ours": (lambda h: OPS.gather(h, torch.zeros(2, 1, dtype=torch.int64), 1), None),
     "a list": (writes_into_a_list, ["h", "column"]),

@@ -67,13 +67,11 @@ def _norm(
     if x.numel():
         rows, gates = _rows(x), None if gate is None else _rows(gate)
         count, size = rows.shape[0] * rows.shape[1] * groups, rows.shape[2] // groups
-        # A long row is one program's; of short ones (FalconMamba norms 16 numbers) it takes as many as make 1024 entries.
-        block = min(runtime.power_of_two(size), 4096)
-        group = max(1, 1024 // block)
+        shape = _shape(size)
         runtime.launch(
-            _rms_norm, (runtime.blocks_of(count, group),),
+            _rms_norm, (runtime.blocks_of(count, shape["BLOCK_R"]),),
             rows, *rows.stride(), gates, *((0, 0, 0) if gates is None else gates.stride()), runtime.flat(weight), out,
-            count, rows.shape[1], size, groups, eps, BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
+            count, rows.shape[1], size, groups, eps, **shape,
         )  # fmt: skip
     return out
 
@@ -130,15 +128,19 @@ def add_norm(
     if x.numel():
         stream, rows = _rows(residual), _rows(x)
         count, size = rows.shape[0] * rows.shape[1], rows.shape[2]
-        block = min(runtime.power_of_two(size), 4096)
-        group = max(1, 1024 // block)
+        shape = _shape(size)
         runtime.launch(
-            _add_norm, (runtime.blocks_of(count, group),),
+            _add_norm, (runtime.blocks_of(count, shape["BLOCK_R"]),),
             stream, *stream.stride(), index, *((0, 0) if index is None else index.stride()), rows, *rows.stride(),
-            runtime.flat(weight), total, out, count, rows.shape[1], stream.shape[1], size, eps,
-            BLOCK_R=group, BLOCK_N=block, num_warps=max(4, block // 512),
+            runtime.flat(weight), total, out, count, rows.shape[1], stream.shape[1], size, eps, **shape,
         )  # fmt: skip
     return total, out
+
+
+def _shape(size: int) -> dict[str, int]:
+    """A long row is one program's; of short ones (FalconMamba norms 16 numbers) it takes as many as make 1024 entries."""
+    block = min(runtime.power_of_two(size), 4096)
+    return {"BLOCK_R": max(1, 1024 // block), "BLOCK_N": block, "num_warps": max(4, block // 512)}
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _written_by_schema(node: Node) -> list[Any]:
     found = []
     for overload in overloads:
         for place, argument in enumerate(overload._schema.arguments):
-            if argument.is_write:
+            if argument.alias_info is not None and argument.alias_info.is_write:
                 by_place = place < len(node.args) and not argument.kwarg_only
                 found.append(node.args[place] if by_place else node.kwargs.get(argument.name))
     return found

@@ -410,6 +410,12 @@ def test_gathers_go_before_what_is_computed_from_one_value() -> None:
 GATED: dict[str, tuple[Callable, int]] = {
     "two groups": (lambda h: gated(h, h + 1, 2), 1),
     "one group": (lambda h: gated(h, h + 1, 1), 1),
+    "not grouped": (lambda h: weight * normed(h * F.silu(h + 1)), 1),
+    "not grouped, and the product is written": (
+        lambda h: (lambda y, _: weight * normed(y))(*half_written(h * F.silu(h + 1))),
+        0,
+    ),
+    "not grouped, over tokens": (lambda h: weight * normed(h * F.silu(h + 1), 1), 0),
     "in float32": (lambda h: weight * groups_normed(h.float() * F.silu((h + 1).float()), 2).to(h.dtype), 1),
     "no gate": (lambda h: weight * groups_normed(h * torch.sigmoid(h), 2), 0),
     "no product": (lambda h: weight * groups_normed(h.sin(), 2), 0),

@@ -46,7 +46,7 @@ def fuse_gated_norm(node: Node) -> None:
     """The norm after the scan of Mamba-2: gated_norm(x, z, weight, eps, groups).
 
     ``weight * (h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).view(y.shape)`` of ``h = y.view(..., groups, -1)`` and
-    ``y = x * silu(z)``.
+    ``y = x * silu(z)``, or without the views.
     """
     if node.target not in MUL or len(node.args) != 2:
         return
@@ -54,20 +54,25 @@ def fuse_gated_norm(node: Node) -> None:
         if not isinstance(weight, Node) or not isinstance(b, Node) or rank_of(weight) != 1:
             continue
         flat = _through_cast(b)
-        found = _norm_of(flat.args[0]) if flat.target in RESHAPES and isinstance(flat.args[0], Node) else None
-        if found is None or found[0].target not in RESHAPES or not isinstance(found[0].args[0], Node):
+        grouped = flat.args[0] if flat.target in RESHAPES and isinstance(flat.args[0], Node) else None
+        found = _norm_of(grouped or flat)
+        if found is None:
             continue
-        (grouped, eps), y = found, found[0].args[0]
+        (y, eps), groups = found, 1
+        if grouped is not None:
+            if y.target not in RESHAPES or not isinstance(y.args[0], Node):
+                continue
+            y, groups = y.args[0], sizes(grouped)[-2]
+            if sizes(grouped)[:-2] != sizes(y)[:-1]:
+                continue
         if y.target not in MUL or len(y.all_input_nodes) != 2 or sizes(y) != sizes(node):
-            continue
-        if sizes(grouped)[:-2] != sizes(y)[:-1]:
             continue
         x, gate = (_through_cast(arg) for arg in y.args)  # type: ignore[arg-type]
         if gate.target is not F.silu or dtype_of(node) != dtype_of(x) or sizes(weight) != sizes(y)[-1:]:
             continue
         gate = _through_cast(gate.args[0])  # type: ignore[arg-type]
         if sizes(x) == sizes(gate) == sizes(y) and not is_stale(b, node, x, gate):
-            replace(node, insert(node, OPS.gated_norm, x, gate, weight, eps, int(sizes(grouped)[-2])))
+            replace(node, insert(node, OPS.gated_norm, x, gate, weight, eps, int(groups)))
         return
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_as_eager, have_products_of_torch
-from test_lower import normed
 from torch import Tensor
+from toys import normed
 
 OPS = torch.ops.simba
 SIZE = 6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,16 @@ def toys(layers: int) -> nn.Module:
 def tokens(length: int = 20) -> Tensor:
     """A batch of two sequences."""
     return torch.randn(2, length, HIDDEN, generator=torch.Generator().manual_seed(length))
+
+
+def normed(x: Tensor, dim: int | Sequence[int] = -1, eps: float = 1e-5) -> Tensor:
+    """An RMS norm over some axis."""
+    return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
+
+
+def half_written(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The value, and what it was multiplied through: a view, so that the write stays one."""
+    return x, x.transpose(1, 2)[:, :3].mul_(2)
 
 
 matrix = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))

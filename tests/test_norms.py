@@ -184,7 +184,7 @@ SUMS: dict[str, tuple[Callable, list[bool]]] = {  # for each that is fused, whet
 def test_fuse_add_norm(case: str) -> None:
     function, gathers = SUMS[case]
     captured = Captured(function, tokens())
-    captured.lowered(2e-3)  # of halves, one may be rounded the other way
+    captured.lowered(2e-2)  # of halves, one may be rounded the other way
     fused = [node for node in captured.gm.graph.nodes if node.target is OPS.add_norm]
     assert [node.args[4] is not None for node in fused] == gathers
 
@@ -205,6 +205,6 @@ ROUNDED: dict[str, tuple[Callable, int]] = {  # and how many casts are left
 @pytest.mark.parametrize("case", ROUNDED)
 def test_the_gated_norm_rounds_itself(case: str) -> None:
     function, left = ROUNDED[case]
-    after = Captured(function, tokens()).lowered(1e-2)  # of halves, one may be rounded the other way
+    after = Captured(function, tokens()).lowered(2e-2)  # of halves, one may be rounded the other way
     assert after.count(OPS.gated_norm) == 1
     assert sum(target in CASTS for target in after) == left

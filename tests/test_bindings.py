@@ -10,7 +10,8 @@ import torch
 from kernel_inputs import spoiled
 from torch import Tensor
 
-from simba_compile.kernels import native, native_norm
+from simba_compile.kernels import native
+from simba_compile.kernels.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -58,7 +59,7 @@ CASES = [
 
 
 def kernel_of(name: str) -> Callable:
-    return next(getattr(kernels, name) for kernels in (native, native_norm) if hasattr(kernels, name))
+    return getattr(dispatch._native_module(name), name)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(name: str, *_: Any) -> None:
         raise AssertionError(f"{name} was called")
 
-    for kernels in (native, native_norm):
+    for kernels in dispatch.NATIVE:
         monkeypatch.setattr(kernels, "_call", call)
 
 

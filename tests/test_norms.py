@@ -11,7 +11,7 @@ from torch import Tensor
 from toys import HIDDEN, OPS, Captured, half_written, normed, tokens
 
 from simba_compile.passes import lower
-from simba_compile.passes.tokens import CASTS
+from simba_compile.passes.tokens import CASTS, value_of
 
 weight = torch.rand(HIDDEN) + 0.5
 NORMS: dict[str, tuple[Callable, int]] = {
@@ -52,6 +52,8 @@ def test_lower_fuses_norms_and_only_norms(case: str) -> None:
         with torch.no_grad():
             torch.testing.assert_close(captured.gm(*captured.args)[0], captured.result, rtol=2e-3, atol=2e-3)
         assert captured.targets().count(OPS.rms_norm) == count
+        weights = [value_of(node.args[1]).dtype for node in captured.gm.graph.nodes if node.target is OPS.rms_norm]
+        assert weights == [torch.float16]  # as it was given
     else:
         assert captured.lowered().count(OPS.rms_norm) == count
 

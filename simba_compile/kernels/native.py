@@ -309,6 +309,29 @@ def _flat(x: Tensor) -> Tensor:
     return rows if rows.dim() == 2 else rows.flatten(0, -2) if rows.dim() > 2 else rows[None]
 
 
+def _stream(
+    name: str, stream: Tensor, index: Tensor | None, shape: torch.Size, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, list[int], list[int]]:
+    """A residual stream, or its tokens at an index, that something of this shape is added to, as C wants it.
+
+    Returns memory, index, the numbers of its tokens and of kept ones, and the strides of batch and row.
+    """
+    if index is None:
+        _expect(name, stream, tuple(shape), dtype)
+        rows = _flat(stream)
+        return rows, None, [rows.shape[0], rows.shape[0]], [0, rows.stride(0)]
+    if len(shape) != 3 or stream.dim() != 3 or index.shape != shape[:2]:
+        raise ValueError(
+            f"index is {tuple(index.shape)}, {name} {tuple(stream.shape)} and what is added {tuple(shape)}; expected "
+            f"an index (batch, kept), {name} (batch, token, channel) and (batch, kept, channel)."
+        )
+    tokens = stream.shape[1]
+    _expect(name, stream, (shape[0], tokens, shape[2]), dtype)
+    _expect("index", index, tuple(shape[:2]), torch.int64)
+    rows = _rows(stream)
+    return rows, index.contiguous(), [tokens, shape[1]], [rows.stride(0), rows.stride(1)]
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """See `simba_compile.kernels.ops.tokens.gather`: tokens in axis 1, everything behind them contiguous."""
     if x.dim() < 2 or index.dim() != 2 or (x.numel() and not x[0, 0].is_contiguous()):

@@ -15,6 +15,7 @@ from simba_compile.kernels.native import (
     _flat,
     _pointer,
     _rows,
+    _stream,
     library,
 )
 from simba_compile.kernels.reference import compute_dtype
@@ -79,23 +80,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
     _expect("bias", bias, (columns,), None)
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
     rows, weight, bias = _flat(x), _rows(weight), _constant(bias, compute_dtype(x.dtype))
-    tokens, kept, strides = rows.shape[0], rows.shape[0], [0, 0]
-    if index is not None:
-        if add is None or add.dim() != 3 or index.shape != x.shape[:-1]:
-            raise ValueError(
-                f"index is {tuple(index.shape)} and x {tuple(x.shape)}; expected an index (batch, kept), "
-                "x (batch, kept, depth) and add (batch, token, column)."
-            )
-        _expect("add", add, (index.shape[0], add.shape[1], columns), x.dtype)
-        _expect("index", index, tuple(index.shape), torch.int64)
-        index, add, tokens, kept = index.contiguous(), _rows(add), add.shape[1], index.shape[1]
-        strides = [add.stride(0), add.stride(1)]
-    elif add is not None:
-        _expect("add", add, tuple(out.shape), x.dtype)
-        add = _flat(add)
-        strides = [0, add.stride(0)]
+    counts, strides = [rows.shape[0], rows.shape[0]], [0, 0]
+    if add is not None:
+        add, index, counts, strides = _stream("add", add, index, out.shape, x.dtype)
+    elif index is not None:
+        raise ValueError(f"index is {tuple(index.shape)}; expected none, or an `add` (batch, token, column) that it is of.")
     if out.numel():
-        words = [rows.shape[0], tokens, kept, depth, columns]
+        words = [rows.shape[0], *counts, depth, columns]
         words += [_pointer(rows), _pointer(weight), rows.stride(0), weight.stride(0)]
         _call("linear", x.dtype, [*words, _pointer(bias), _pointer(add), *strides, _pointer(index), _pointer(out)])
     return out

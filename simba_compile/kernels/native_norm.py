@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.native import DTYPES, _bits, _call, _constant, _expect, _expect_on_cpu, _flat, _pointer, _rows
+from simba_compile.kernels.native import DTYPES, _bits, _call, _constant, _expect, _expect_on_cpu, _flat, _pointer, _stream
 from simba_compile.kernels.reference import compute_dtype
 
 MAX_GROUP = 1 << 16  # channels that the norm keeps on its stack
@@ -56,26 +56,11 @@ def add_norm(
     channels = x.shape[-1]
     _expect_on_cpu("x", x)
     _expect("weight", weight, (channels,), None)
-    if index is None:
-        _expect("residual", residual, tuple(x.shape), None)
-        stream = _flat(residual)
-        tokens = kept = x.numel() // max(1, channels)
-        strides = [0, stream.stride(0)]
-    else:
-        if x.dim() != 3 or residual.dim() != 3 or index.shape != x.shape[:2]:
-            raise ValueError(
-                f"index is {tuple(index.shape)}, x {tuple(x.shape)} and residual {tuple(residual.shape)}; expected an index "
-                "(batch, kept), x (batch, kept, channel) and a residual (batch, token, channel)."
-            )
-        tokens, kept = residual.shape[1], index.shape[1]
-        _expect("residual", residual, (x.shape[0], tokens, channels), None)
-        _expect("index", index, tuple(index.shape), torch.int64)
-        index, stream = index.contiguous(), _rows(residual)
-        strides = [stream.stride(0), stream.stride(1)]
+    stream, index, counts, strides = _stream("residual", residual, index, x.shape, None)
     rows, weight = _flat(x), _constant(weight, kind)
     total, out = torch.empty(x.shape, dtype=residual.dtype), torch.empty(x.shape, dtype=x.dtype)
     if x.numel():
-        words = [rows.shape[0], tokens, kept, channels, _bits(eps), _pointer(stream), *strides, _pointer(index)]
+        words = [rows.shape[0], *counts, channels, _bits(eps), _pointer(stream), *strides, _pointer(index)]
         words += [_pointer(rows), rows.stride(0), _pointer(weight), _pointer(total), _pointer(out), residual.dtype == kind]
         _call("add_norm", x.dtype, words)
     return total, out

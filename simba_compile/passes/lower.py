@@ -17,7 +17,8 @@ from simba_compile.passes.step import fuse_step
 from simba_compile.passes.tokens import CASTS, LINEAR, POINTWISE, PRODUCTS, SPLITS, is_simba, value_of
 
 OPS = torch.ops.simba
-WIDENED = ("A_log", "D", "dt_bias")  # what operators take in any type
+WIDENED = ("A_log", "D", "dt_bias")  # what operators take in any type, as norms take their weights
+NORMS = {OPS.rms_norm, OPS.gated_norm, OPS.add_norm}
 
 
 def lower(gm: GraphModule) -> None:
@@ -64,7 +65,8 @@ def drop_widening(node: Node) -> None:
         return
     for i, argument in enumerate(node.target.default._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
         cast = node.args[i]
-        if argument.name not in WIDENED or not isinstance(cast, Node) or cast.target not in CASTS - {"contiguous", "clone"}:
+        takes = argument.name in WIDENED or (argument.name == "weight" and node.target in NORMS)
+        if not takes or not isinstance(cast, Node) or cast.target not in CASTS - {"contiguous", "clone"}:
             continue
         bias: Node = cast.args[0]  # type: ignore[assignment]
         widens = dtype_of(cast) == torch.float32 and dtype_of(bias) in (torch.bfloat16, torch.float16)

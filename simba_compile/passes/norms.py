@@ -26,15 +26,15 @@ def fuse_norm(node: Node) -> None:
     weight, inner, product = None, node, _through_cast(node)
     if product.target in MUL and (product is node or len(product.users) == 1):
         for a, b in (product.args, reversed(product.args)):
-            if isinstance(a, Node) and isinstance(b, Node) and rank_of(a) == 1 and _norm_of(_through_cast(b)):
-                weight, inner = _unwidened(a, node), b
+            if isinstance(b, Node) and rank_of(a) == 1 and _norm_of(_through_cast(b)):
+                weight, inner = a, b
     found = _norm_of(_through_cast(inner))
     if found is None or (weight is None and any(_takes_weight(user) for user in _users_through_casts(node))):
         return
     h, eps = found
     if weight is not None and sizes(weight) != sizes(h)[-1:]:  # type: ignore[arg-type]
         return
-    x = h.args[0] if h.target in CASTS and isinstance(h.args[0], Node) else h
+    x = _through_cast(h)
     if is_stale(inner, node, x):  # type: ignore[arg-type]
         return
     if dtype_of(node) != dtype_of(x):
@@ -91,13 +91,6 @@ def fuse_rounding(node: Node) -> None:
 
 def _through_cast(node: Node) -> Node:
     return node.args[0] if node.target in CASTS and isinstance(node.args[0], Node) else node
-
-
-def _unwidened(weight: Node, node: Node) -> Node:
-    """A weight as it was before it was made float32, where a node may read that: the norms widen it themselves."""
-    source = _through_cast(weight)
-    halves = dtype_of(weight) == torch.float32 and dtype_of(source) in (torch.bfloat16, torch.float16)
-    return source if halves and may_move(weight, node, source) else weight
 
 
 def _users_through_casts(node: Node) -> list[Node]:

@@ -65,14 +65,14 @@ def odd_calls(dtype: torch.dtype) -> Iterator[Call]:
     for channels, states in ((1, 1), (5, 3), (33, 16), (7, 200)):
         x, dt, z, B, C = odd(2, channels), odd(2, channels), odd(2, channels), odd(2, states), odd(2, states)
         A, D = falling(channels, states), single(channels)
-        yield "state_update", (single(2, channels, states), x, dt, A, B, C, D, z, D, True)
+        yield "state_update", (single(2, channels, states), x, dt, A, B, C, D, z, D, True, True)
         yield "state_update", (turned(2, channels, states), x, dt.abs(), A, B, C, None, None, None, False)
     for channels, width in ((1, 4), (130, 4), (65, 2), (3, 1)):
         yield "conv_update", (odd(2, channels, width), odd(2, channels), odd(channels, width), odd(channels), True)
         yield "conv_update", (turned(2, channels, width), odd(2, channels), odd(channels, width), None, False)
     for heads, size, states, groups in ((1, 1, 1, 1), (4, 4, 16, 2), (2, 5, 3, 1), (2, 3, 200, 1), (2, 8, 8, 2)):
         step = odd(2, heads, size), odd(2, heads).abs(), falling(heads), odd(2, groups, states), odd(2, groups, states)
-        yield "ssd_state_update", (single(2, heads, size, states), *step, single(heads), single(heads), True)
+        yield "ssd_state_update", (single(2, heads, size, states), *step, single(heads), single(heads), True, True)
         yield "ssd_state_update", (single(2, heads, states, size).mT, *step, None, None, False)
     for batch, tokens, channels, states in ((1, 1, 1, 1), (1, 37, 33, 3), (2, 20, 5, 40), (1, 9, 2, 256)):
         x, dt, z = odd(batch, tokens, channels), odd(batch, tokens, channels), odd(batch, tokens, channels)

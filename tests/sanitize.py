@@ -97,7 +97,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "ssd_scan": (x, dt, A, B, C, D, bias, softplus, *limits, initial, index),
             "ssd_scan_backward": (grad, grad_state, x, dt, A, B, C, D, bias, softplus, *limits, initial),
             "ssd_influence": (x, dt, A, B, C, bias, softplus, *limits, pool, in_decay),
-            "ssd_state_update": (state, *step, D, bias, softplus),
+            "ssd_state_update": (state, *step, D, bias, softplus, chance.random() < 0.5),
         }
 
     SIZES = (0, 1, 2), (1, 2, 4, 30, 90), (0, 1, 17, 90), (1, 17, 90)  # batch, tokens, depth, columns
@@ -156,7 +156,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "causal_conv1d_backward": (grad, x, weight, bias, softplus),
             "state_update": (
                 *(torch.randn(batch, channels, states, dtype=held), one(channels), one(channels), A, one(states)),
-                *(one(states), D, maybe(one(channels)), bias, softplus),
+                *(one(states), D, maybe(one(channels)), bias, softplus, chance.random() < 0.5),
             ),
             "conv_update": (torch.randn(batch, channels, width, dtype=held), one(channels), weight, bias, softplus),
             "rms_norm": (chance.choice([x, one(channels), make(channels)]) if channels else x, bias, 1e-5),

@@ -146,7 +146,7 @@ def test_a_mixer_and_a_step_of_mamba(started: list[str], monkeypatch: pytest.Mon
         y, last = OPS.selective_scan(x, dt, A, B, C, None, OPS.gather(z, kept, 1), None, True, kept)
         stream, normed = OPS.add_norm(hidden, y, None, 1e-5, kept)
         u = OPS.conv_update(window, z[:, -1], weight, None, True)
-        step = OPS.state_update(state, u, dt[:, -1], A, B[:, -1], C[:, -1], None, None, None, True)
+        step = OPS.state_update(state, u, dt[:, -1], A, B[:, -1], C[:, -1], None, None, None, True, True)
         return stream, OPS.rms_norm(normed, None, 1e-5), last, step
 
     calls = []
@@ -185,7 +185,7 @@ def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.Mo
         kept = OPS.select(OPS.ssd_influence(x, dt, A, B, C, None, True, *limits, "l2", True), k, 0, 1)
         y, last = OPS.ssd_scan(x, dt, A, B, C, A, None, True, *limits, None, kept)
         normed = OPS.gated_norm(y.flatten(2), OPS.gather(z, kept, 1), None, 1e-5, 2, torch.float64)
-        step = OPS.ssd_state_update(state, x[:, -1], dt[:, -1], A, B[:, -1], C[:, -1], None, None, True)
+        step = OPS.ssd_state_update(state, x[:, -1], dt[:, -1], A, B[:, -1], C[:, -1], None, None, True, True)
         return normed, last, step
 
     calls = [

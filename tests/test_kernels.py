@@ -239,8 +239,8 @@ def test_state_update(level: int, dtype: torch.dtype, held_in: str, data: st.Dat
     kind = reference.compute_dtype(dtype)
     shape = (x.shape[0], *A.shape)
     source = Source(2, dtype if held_in == "own" else kind, "strided" if held_in == "strided" else "plain")
-    state = source.laid_out(*shape)
-    args = [state.clone() if held_in != "strided" else state, x, dt, A, B, C, D, z, dt_bias, softplus]
+    state, log_of_A = source.laid_out(*shape), data.draw(st.booleans())
+    args = [state.clone() if held_in != "strided" else state, x, dt, A, B, C, D, z, dt_bias, softplus, log_of_A]
     exact_args = wide(args)
     exact_args[0] = state.double().clone()
     with at_level(level):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
+from toys import Captured
 
 from simba_compile.cli.models import going_on
 from simba_compile.kernels import native, native_linear, native_mixer, reference
@@ -303,6 +304,38 @@ def test_other_steps_stay_in_parts(module: type[Step], batch: int) -> None:
     assert OPS.mixer_update not in targets and targets.count(OPS.state_update) == targets.count(OPS.conv_update) == 1
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+LAID = {  # whether it is a view, and how many views the graph then has of A_log
+    "as it is": (lambda A: A, True, 0),
+    "repeated as Mamba-2 does": (lambda A: A[:, None, None].expand(-1, 5, 6)[:, 0, 0], True, 0),
+    "other heads": (lambda A: A[[3, 2, 1, 0]], False, 1),
+    "one head for all": (lambda A: A[:1].expand(4), True, 2),
+    "the later heads": (lambda A: A[1:], True, 1),
+}
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("laid", LAID)
+def test_the_update_makes_A_of_its_logarithm(laid: str, kind: torch.dtype, written: bool) -> None:
+    """Where it is a view, unchanged; of halves it may be the copy that was made in time."""
+    A_log, (lay, is_view, views) = torch.rand(4).to(kind), LAID[laid]
+
+    def step(x: Tensor) -> Tensor:
+        parameter = A_log * 1
+        A = lay(-torch.exp(parameter.float()))
+        if written:
+            parameter.add_(1)
+        heads = x.unflatten(-1, (A.shape[0], -1))
+        B = heads[:, :1]
+        state = heads[..., None] * B[:, :, None]
+        return OPS.ssd_state_update(state, heads, x[:, : A.shape[0]], A, B, B, None, None, True)
+
+    after = Captured(step, Source(0, torch.float32, "plain").normal(2, 12)).lowered()
+    halves = kind == torch.bfloat16
+    assert after.count(torch.exp) == (not is_view or (written and not halves))
+    assert after.count("float") == (halves and (written or views > 0))
 
 
 def test_weights_of_another_kind_meet_torchs_products() -> None:

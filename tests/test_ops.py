@@ -175,7 +175,10 @@ def samples() -> dict[str, list[tuple[Callable[[], tuple]]]]:
             (n(2, 5, 3, grad=True), n(2, 5, 3, grad=True), n(3, grad=True), 1e-5, None),
             (n(2, 5, 3, grad=True), n(2, 3, 3, dtype=torch.bfloat16), None, 1e-5, index),
         ],
-        "state_update": [(n(2, 7, 3), n(2, 7), n(2, 7), n(7, 3), n(2, 3), n(2, 3), n(7), n(2, 7), n(7), True)],
+        "state_update": [
+            (n(2, 7, 3), n(2, 7), n(2, 7), n(7, 3), n(2, 3), n(2, 3), n(7), n(2, 7), n(7), True, log_of_A)
+            for log_of_A in (False, True)
+        ],
         "conv_update": [(n(2, 7, 4), n(2, 7), n(7, 4), n(7), True), (n(2, 7, 4), n(2, 7), n(7, 4), None, False)],
         "mixer_update": [
             (n(2, 7, 3), n(2, 7, 4), n(2, *one, 14), n(7, 4), bias, n(8, 7), n(7, 2), bias, n(7, 3), bias)

@@ -166,7 +166,7 @@ def test_ssd_state_update(level: int, dtype: torch.dtype, held_in: str, data: st
     x, dt, B, C = (scan[name][:, -1] for name in ("x", "dt", "B", "C"))
     source = Source(2, dtype if held_in == "own" else kind, "strided" if held_in == "strided" else "plain")
     state = source.laid_out(*x.shape, B.shape[-1])
-    args = [state, x, dt, scan["A"], B, C, scan["D"], scan["dt_bias"], scan["softplus"]]
+    args = [state, x, dt, scan["A"], B, C, scan["D"], scan["dt_bias"], scan["softplus"], data.draw(st.booleans())]
     exact_args = wide(args)
     exact_args[0] = state.double().clone()
     with at_level(level):
@@ -280,7 +280,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "ssd_scan": [tuple(case.values()) for case in (scan, rich | grads, some(torch.bfloat16, 5))],
         "ssd_scan_backward": [(grad, None, *backward[0].values()), (grad, grad_state, *backward[1].values())],
         "ssd_influence": [tuple(scored(scan)), tuple(scored(rich, "l2", False))],
-        "ssd_state_update": [(torch.randn(2, 4, 5, 3), *one, rich["D"], rich["dt_bias"], True)],
+        "ssd_state_update": [
+            (torch.randn(2, 4, 5, 3), *one, rich["D"], rich["dt_bias"], True, log_of_A) for log_of_A in (False, True)
+        ],
     }
 
 

@@ -43,7 +43,7 @@ def step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
     """The arguments of `state_update`."""
     x, B, D = empty(BATCH, CHANNELS, dtype=dtype), empty(BATCH, states, dtype=dtype), empty(CHANNELS, dtype=dtype)
     state, A = empty(BATCH, CHANNELS, states, dtype=F32), empty(CHANNELS, states, dtype=F32)
-    return state, x, x, A, B, B, D, x, D, True
+    return state, x, x, A, B, B, D, x, D, True, states == 16
 
 
 def mixer_step(dtype: torch.dtype, states: int, rank: int, batch: int = 1) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ def ssd_backward(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
 def ssd_step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
     """The arguments of `ssd_state_update`."""
     x, dt, B, head = empty(BATCH, 80, 64, dtype=dtype), empty(BATCH, 80), empty(BATCH, 1, states, dtype=dtype), empty(80)
-    return empty(BATCH, 80, 64, states, dtype=F32), x, dt, head, B, B, head, head, True
+    return empty(BATCH, 80, 64, states, dtype=F32), x, dt, head, B, B, head, head, True, states == 128
 
 
 # Each operator with arguments that reach each of its configurations.

@@ -263,6 +263,7 @@ def state_update(
     z: Tensor | None,
     dt_bias: Tensor | None,
     softplus: bool,
+    log_of_A: bool = False,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.state_update`."""
     _check_scan(x, dt, A, B, C, D, dt_bias, ROW)
@@ -276,7 +277,7 @@ def state_update(
     A, D, dt_bias = (_constant(value, kind) for value in (A, D, dt_bias))  # type: ignore[assignment]
     out = torch.empty(batch, channels, dtype=x.dtype)
     if x.numel():
-        words = [batch, channels, A.shape[1], softplus, _pointer(h)]
+        words = [batch, channels, A.shape[1], softplus, log_of_A, _pointer(h)]
         words += [_pointer(value) for value in (x, dt, B, C, z)]
         words += [0 if value is None else value.stride(0) for value in (x, dt, B, C, z)]
         _call("state_update", x.dtype, [*words, _pointer(A), _pointer(D), _pointer(dt_bias), _pointer(out)])

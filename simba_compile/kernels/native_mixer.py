@@ -78,7 +78,7 @@ def mixer_update(
     words = [batch, channels, width, True, held.data_ptr(), x, row, conv_weight.data_ptr(), _pointer(conv_bias), u]
     words += [batch, batch, batch, channels, columns, u, x_proj.data_ptr(), channels, x_proj.stride(0), *unused, pieces]
     words += [batch, batch, batch, rank, channels, step, dt_proj.data_ptr(), columns, dt_proj.stride(0), *unused, dt]
-    words += [batch, channels, states, True, h.data_ptr(), u, dt, B, C, x + size * channels]
+    words += [batch, channels, states, True, True, h.data_ptr(), u, dt, B, C, x + size * channels]
     words += [channels, channels, columns, columns, row, A_log.data_ptr(), _pointer(D), _pointer(dt_bias), out.data_ptr()]
     _call("mixer_update", dtype, words)
     if held is not window:

@@ -172,6 +172,7 @@ def ssd_state_update(
     D: Tensor | None,
     dt_bias: Tensor | None,
     softplus: bool,
+    log_of_A: bool = False,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
     batch, _, heads, channels, groups, states = _check(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, dt_bias)
@@ -183,7 +184,7 @@ def ssd_state_update(
     A, D, dt_bias = (_constant(value, kind) for value in (A, D, dt_bias))  # type: ignore[assignment]
     out = torch.empty(x.shape, dtype=x.dtype)
     if x.numel():
-        words = [batch, heads, channels, groups, states, softplus, _pointer(h)]
+        words = [batch, heads, channels, groups, states, softplus, log_of_A, _pointer(h)]
         words += [_pointer(value) for value in (x, dt, B, C)]
         words += [x.stride(0), x.stride(1), dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1)]
         _call("ssd_state_update", x.dtype, [*words, *(_pointer(value) for value in (A, D, dt_bias, out))])

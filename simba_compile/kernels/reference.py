@@ -325,10 +325,13 @@ def state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     softplus: bool = True,
+    log_of_A: bool = False,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.state_update`."""
     delta = step_size(dt, dt_bias, softplus)
     u, A, B, C = (value.to(delta.dtype) for value in (x, A, B, C))
+    if log_of_A:
+        A = -torch.exp(A)
     new = torch.exp(delta[..., None] * A) * state.to(delta.dtype) + (delta * u)[..., None] * B[:, None]
     state.copy_(new)
     y = (new * C[:, None]).sum(-1)
@@ -365,8 +368,7 @@ def mixer_update(
     x, z = projected.reshape(-1, projected.shape[-1]).chunk(2, -1)
     u = conv_update(window, x, conv_weight, conv_bias)
     dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], state.shape[2], state.shape[2]], -1)
-    A = -torch.exp(A_log.to(compute_dtype(x.dtype)))
-    y = state_update(state, u, F.linear(dt, dt_proj), A, B, C, D, z, dt_bias)
+    y = state_update(state, u, F.linear(dt, dt_proj), A_log, B, C, D, z, dt_bias, log_of_A=True)
     return y.reshape(*projected.shape[:-1], y.shape[-1])
 
 
@@ -563,8 +565,11 @@ def ssd_state_update(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     softplus: bool = True,
+    log_of_A: bool = False,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
+    if log_of_A:
+        A = -torch.exp(A.to(compute_dtype(x.dtype)))
     one, step, b, c = (value[:, None] for value in (x, dt, B, C))  # a sequence of one token
     y, new = ssd_scan(one, step, A, b, c, D, dt_bias, softplus, -math.inf, math.inf, state)
     state.copy_(new)

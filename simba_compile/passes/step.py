@@ -1,4 +1,4 @@
-"""A decoding step of a Mamba-1 mixer: one operator in place of its parts."""
+"""Decoding steps: fewer calls, each of which costs more than what it computes."""
 
 import operator
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from simba_compile.passes.edit import erase, insert, replace, sizes
-from simba_compile.passes.effects import is_inplace, shares_memory, storage_of, written_between
+from simba_compile.passes.edit import erase, insert, is_stale, replace, sizes
+from simba_compile.passes.effects import is_inplace, shares_memory, storage_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments
 from simba_compile.passes.tokens import LINEAR, SAME_MEMORY, expression, value_of
@@ -18,22 +18,34 @@ from simba_compile.passes.tokens import LINEAR, SAME_MEMORY, expression, value_o
 OPS = torch.ops.simba
 EXP: set[Any] = {torch.exp, "exp"}
 NEG: set[Any] = {operator.neg, torch.neg, "neg"}
+UPDATES = {OPS.state_update: 10, OPS.ssd_state_update: 9}  # how many arguments stand before `log_of_A`
+
+
+def take_logarithm(node: Node) -> None:
+    """A state's update by ``A = -exp(A_log)``, or by a view of it: by A_log, or by that view, of which it makes A itself."""
+    if node.target not in UPDATES or len(node.args) != UPDATES[node.target]:  # type: ignore[index]
+        return
+    A: Node = node.args[3]  # type: ignore[assignment]
+    minus = _made(A)
+    A_log = _log_of_minus(minus)
+    if minus is None or A_log is None or storage_of(A) != storage_of(minus) or is_stale(A, node, A_log):
+        return
+    if _layout(minus) not in (_layout(A), _layout(A_log)):
+        return
+    node.args = (*node.args[:3], _viewed(A, minus, A_log), *node.args[4:], True)
+    erase(A)
 
 
 def fuse_step(node: Node) -> None:
-    """``conv_update``, x_proj, dt_proj and ``state_update``, where nothing else reads what is between: ``mixer_update``.
-
-    A step computes little, and each call costs it: there are some thirty in a mixer without this.
-    """
-    if node.target is not OPS.state_update:
+    """``conv_update``, x_proj, dt_proj and ``state_update``, where nothing else reads what is between: ``mixer_update``."""
+    if node.target is not OPS.state_update or len(node.args) == UPDATES[node.target]:
         return
-    state, x, dt, A, B, C, D, gate, dt_bias, softplus = node.args
+    state, x, dt, A_log, B, C, D, gate, dt_bias, softplus, _ = node.args
     conv, x_proj, dt_proj, projected = (_made(value) for value in (x, B, dt, gate))
     if conv is None or conv.target is not OPS.conv_update or not _is_product(x_proj) or not _is_product(dt_proj):
         return
     window, entering, conv_weight, conv_bias, silu = conv.args
-    A_log = _log_of_minus(A)
-    if not silu or not softplus or projected is None or A_log is None:
+    if not silu or not softplus or projected is None:
         return
     channels, states = sizes(state)[1:]
     rank = sizes(dt_proj.args[1])[1]  # type: ignore[union-attr]
@@ -53,7 +65,7 @@ def fuse_step(node: Node) -> None:
     if any(reader not in inside for made in (conv, x_proj, dt_proj) for reader in _readers(made)):  # type: ignore[arg-type]
         return
     end = _end(node, [*sizes(projected)[:-1], channels])
-    if end is None or _is_disturbed(conv, node, window) or written_between(A_log, node, A_log):  # type: ignore[arg-type]
+    if end is None or _is_disturbed(conv, node, window):  # type: ignore[arg-type]
         return
     weights = (conv_weight, conv_bias, x_proj.args[1], dt_proj.args[1], dt_bias)  # type: ignore[union-attr]
     replace(end, insert(node, OPS.mixer_update, state, window, projected, *weights, A_log, D))
@@ -87,6 +99,20 @@ def _is_product(node: Node | None) -> bool:
     if node.target is OPS.linear:
         return not any(node.args[2:])
     return node.target in LINEAR and linear_arguments(node)[2] is None and is_of_one_type(node)
+
+
+def _viewed(view: Node, whole: Node, other: Node) -> Node:
+    """What a view of one value is of another that lies as it does; itself, where the view is all there is."""
+    if _layout(view) == _layout(whole):
+        return other
+    source = _viewed(view.args[0], whole, other)  # type: ignore[arg-type]
+    with view.graph.inserting_after(view):
+        return view.graph.node_copy(view, lambda read: source if read is view.args[0] else read)
+
+
+def _layout(node: Node) -> tuple[Any, ...]:
+    value = value_of(node)
+    return sizes(node), [expression(step) for step in value.stride()], expression(value.storage_offset())
 
 
 def _log_of_minus(A: Any) -> Node | None:

@@ -338,10 +338,10 @@ def test_norm_wants_whole_groups() -> None:
 
 
 @few
-@given(seeds, dtypes, layouts, st.integers(1, 140), st.sampled_from([1, 4, 5, 16, 256]), flags, flags, flags, flags)
+@given(seeds, dtypes, layouts, st.integers(1, 140), st.sampled_from([1, 4, 5, 16, 256]), flags, flags, flags, flags, flags)
 def test_state_update(
     seed: int, dtype: torch.dtype, layout: str, channels: int, states: int,
-    skip: bool, gate: bool, bias: bool, softplus: bool,
+    skip: bool, gate: bool, bias: bool, softplus: bool, log_of_A: bool,
 ) -> None:  # fmt: skip
     """The output, and the state moved on in place."""
     source = Source(seed, dtype, layout)
@@ -350,7 +350,8 @@ def test_state_update(
     B, C = source.pair((2,), states, states)
     A = -source.normal(channels, states, dtype=torch.float32).exp()
     D, fixed = (source.normal(channels, dtype=torch.float32) if have else None for have in (skip, bias))
-    args = [x, dt if softplus else dt.abs(), A, B, C, D, z if gate else None, fixed if softplus else None, softplus]
+    rest = (D, z if gate else None, fixed if softplus else None, softplus, log_of_A)
+    args = [x, dt if softplus else dt.abs(), A, B, C, *rest]
     held = source.laid_out(2, channels, states).float()
     exact = held.double()
     y = state.state_update(held, *args)
@@ -396,11 +397,11 @@ def test_mixer_update(
 @few
 @given(
     seeds, dtypes, layouts, st.sampled_from([(1, 1), (2, 1), (6, 2)]), st.integers(1, 40), st.sampled_from([1, 4, 5, 128]),
-    flags, flags, flags,
+    flags, flags, flags, flags,
 )  # fmt: skip
 def test_ssd_state_update(
     seed: int, dtype: torch.dtype, layout: str, heads: tuple[int, int], size: int, states: int,
-    skip: bool, bias: bool, softplus: bool,
+    skip: bool, bias: bool, softplus: bool, log_of_A: bool,
 ) -> None:  # fmt: skip
     """The output, and the state moved on in place."""
     (count, groups), source = heads, Source(seed, dtype, layout)
@@ -409,7 +410,7 @@ def test_ssd_state_update(
     dt = source.laid_out(2, count)
     A = -source.normal(count, dtype=torch.float32).exp()
     D, fixed = (source.normal(count, dtype=torch.float32) if have else None for have in (skip, bias))
-    args = [x, dt if softplus else dt.abs(), A, B, C, D, fixed if softplus else None, softplus]
+    args = [x, dt if softplus else dt.abs(), A, B, C, D, fixed if softplus else None, softplus, log_of_A]
     held = source.laid_out(2, count, size, states).float()
     exact = held.double()
     y = ssd_state.ssd_state_update(held, *args)

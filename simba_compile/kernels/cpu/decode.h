@@ -4,17 +4,17 @@
 #define DECODE_GRAIN (1 << 16) /* state numbers below which a second thread costs more than it brings */
 #define MIXER_GRAIN (1 << 9)   /* the same of a whole mixer's channels */
 
-/* So many numbers of one channel's state: what becomes of them, which is stored, too. `logs`: A is given as log(-A). */
-INLINE vec NAME(advance)(REAL *h, const REAL *A, REAL step, vec input, int count, const int logs) {
+/* So many numbers of one channel's state: what becomes of them, which is stored, too. */
+INLINE vec NAME(advance)(REAL *h, const REAL *A, REAL step, vec input, int count, const int log_of_A) {
   vec rate = load_real_some(A, count);
-  if (logs) rate = -exp2v(rate * (REAL)LOG2E);
+  if (log_of_A) rate = -exp2v(rate * (REAL)LOG2E);
   vec next = exp2v(rate * (step * (REAL)LOG2E)) * load_real_some(h, count) + input;
   store_real_some(h, next, count);
   return next;
 }
 
-/* A vector of channels of one sequence. */
-INLINE void NAME(update_block)(const UpdateArgs *a, int64_t task, const int logs) {
+/* A vector of channels of one sequence. `log_of_A` is known where this is called: nothing of it is left in the loops. */
+INLINE void NAME(update_block)(const UpdateArgs *a, int64_t task, const int log_of_A) {
   const int64_t N = a->states, blocks = (a->channels + LANES - 1) / LANES, b = task / blocks, d = task % blocks * LANES;
   const int count = (int)(a->channels - d < LANES ? a->channels - d : LANES);
   vec x = load((elem *)a->x + b * a->x_batch + d, count), delta = load((elem *)a->dt + b * a->dt_batch + d, count);
@@ -32,10 +32,10 @@ INLINE void NAME(update_block)(const UpdateArgs *a, int64_t task, const int logs
     const vec B = load((elem *)a->B + b * a->B_batch + n, left), C = load((elem *)a->C + b * a->C_batch + n, left);
     if (left == LANES) /* known here, the common case has no branches in its loop */
       for (int i = 0; i < count; i++)
-        rows[i] += NAME(advance)(h + i * N + n, A + i * N + n, steps[i], B * inputs[i], LANES, logs) * C;
+        rows[i] += NAME(advance)(h + i * N + n, A + i * N + n, steps[i], B * inputs[i], LANES, log_of_A) * C;
     else
       for (int i = 0; i < count; i++)
-        rows[i] += NAME(advance)(h + i * N + n, A + i * N + n, steps[i], B * inputs[i], left, logs) * C;
+        rows[i] += NAME(advance)(h + i * N + n, A + i * N + n, steps[i], B * inputs[i], left, log_of_A) * C;
   }
   vec y = sum_each(rows);
   if (a->D) y += x * load_real_some((REAL *)a->D + d, count);
@@ -50,7 +50,11 @@ int NAME(state_update)(const UpdateArgs *a, int threads) {
   const int64_t tasks = a->batch * ((a->channels + LANES - 1) / LANES);
   int many = a->batch * a->channels * a->states >= DECODE_GRAIN && threads > 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (many)
-  for (int64_t task = 0; task < tasks; task++) NAME(update_block)(a, task, 0);
+  for (int64_t task = 0; task < tasks; task++)
+    if (a->log_of_A)
+      NAME(update_block)(a, task, 1);
+    else
+      NAME(update_block)(a, task, 0);
   return 0;
 }
 
@@ -123,7 +127,9 @@ int NAME(ssd_state_update)(const SsdUpdateArgs *a, int threads) {
     vec delta = splat(NAME(widen_one)(((elem *)a->dt)[b * a->dt_batch + head]));
     if (a->dt_bias) delta += ((REAL *)a->dt_bias)[head];
     if (a->softplus) softplus_all(&delta, 1);
-    const vec decay = exp2v(delta * ((REAL *)a->A)[head] * (REAL)LOG2E);
+    vec rate = splat(((REAL *)a->A)[head]);
+    if (a->log_of_A) rate = -exp2v(rate * (REAL)LOG2E);
+    const vec decay = exp2v(delta * rate * (REAL)LOG2E);
     for (int64_t i = 0; i < p; i += LANES) { /* outputs that are stored together */
       const int count = (int)(p - i < LANES ? p - i : LANES);
       const vec rows = load(x + i, count), input = delta * rows;

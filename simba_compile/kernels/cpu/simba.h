@@ -50,7 +50,7 @@ typedef struct {
 } ConvBackwardArgs;
 
 typedef struct {
-  int64_t batch, channels, states, softplus;
+  int64_t batch, channels, states, softplus, log_of_A;            /* log_of_A: A is given as log(-A) */
   void *state;                                                    /* (batch, channels, states), compute type, updated */
   const void *x, *dt, *B, *C, *z;                                 /* (batch, channels | states) */
   int64_t x_batch, dt_batch, B_batch, C_batch, z_batch;
@@ -100,7 +100,7 @@ typedef struct {
 } SsdInfluenceArgs;
 
 typedef struct {
-  int64_t batch, heads, channels, groups, states, softplus;
+  int64_t batch, heads, channels, groups, states, softplus, log_of_A; /* log_of_A: A is given as log(-A) */
   void *state;                                                    /* (batch, heads, channels, states), compute type, updated */
   const void *x, *dt, *B, *C;                                     /* (batch, heads, channels), (batch, heads), (batch, groups, states) */
   int64_t x_batch, x_head, dt_batch, B_batch, B_group, C_batch, C_group;
@@ -147,7 +147,7 @@ typedef struct {
 typedef struct {
   ConvUpdateArgs conv;
   LinearArgs x_proj, dt_proj;
-  UpdateArgs update;                                              /* A: log(-A) */
+  UpdateArgs update;
 } MixerUpdateArgs;
 
 typedef struct {

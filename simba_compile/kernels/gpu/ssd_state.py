@@ -14,9 +14,9 @@ def _ssd_step(
     state, state_batch, state_head, state_p, state_n, x, x_batch, x_head, x_p, dt, dt_batch, dt_head, A,
     B, B_batch, B_group, B_n, C, C_batch, C_group, C_n, D, dt_bias, out,
     heads, share, size, states, blocks,
-    SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOG_OF_A: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_P channels of one head."""
+    """BLOCK_P channels of one head; with `LOG_OF_A`, A comes as ``log(-A)``."""
     program = tl.program_id(0)
     block, head = program % blocks, (program // blocks % heads).to(tl.int64)
     batch = (program // blocks // heads).to(tl.int64)
@@ -25,7 +25,10 @@ def _ssd_step(
     both = here[:, None] & known[None, :]
     bias = None if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
     delta = step_size(tl.load(dt + batch * dt_batch + head * dt_head), bias, SOFTPLUS)
-    decay = tl.exp2(delta * tl.load(A + head).to(tl.float32) * LOG2E)
+    a = tl.load(A + head).to(tl.float32)
+    if LOG_OF_A:
+        a = -tl.exp2(a * LOG2E)
+    decay = tl.exp2(delta * a * LOG2E)
     u = tl.load(x + batch * x_batch + head * x_head + p * x_p, mask=here, other=0.0).to(tl.float32)
     group = head // share
     b = tl.load(B + batch * B_batch + group * B_group + n * B_n, mask=known, other=0.0).to(tl.float32)
@@ -50,6 +53,7 @@ def ssd_state_update(
     D: Tensor | None,
     dt_bias: Tensor | None,
     softplus: bool,
+    log_of_A: bool = False,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.ssd.ssd_state_update`."""
     (batch, heads, size), (groups, states) = x.shape, B.shape[1:]
@@ -69,6 +73,6 @@ def ssd_state_update(
             _ssd_step, (batch * heads * blocks,), state, *state.stride(), x, *x.stride(), dt, *dt.stride(), runtime.flat(A),
             B, *B.stride(), C, *C.stride(), runtime.flat(D), runtime.flat(dt_bias), out,
             heads, heads // groups, size, states, blocks,
-            SOFTPLUS=softplus, BLOCK_P=block, BLOCK_N=width, num_warps=warps,
+            LOG_OF_A=log_of_A, SOFTPLUS=softplus, BLOCK_P=block, BLOCK_N=width, num_warps=warps,
         )  # fmt: skip
     return out

@@ -73,14 +73,12 @@ def update(
     softplus: bool,
     log_of_A: bool,
 ) -> Tensor:
-    """`simba_compile.kernels.ops.scan.state_update`, with two more things that it may do itself.
+    """`simba_compile.kernels.ops.scan.state_update`, which may project Δ itself.
 
     Parameters
     ----------
     dt_proj : Tensor, optional
         (channel, rank), where `can_project`: makes the steps of `dt`, which then is (batch, rank).
-    log_of_A : bool
-        A is given as ``log(-A)``.
     """
     (batch, channels), states = x.shape, A.shape[1]
     rank = 1 if dt_proj is None else dt_proj.shape[1]
@@ -118,6 +116,7 @@ def state_update(
     z: Tensor | None,
     dt_bias: Tensor | None,
     softplus: bool,
+    log_of_A: bool = False,
 ) -> Tensor:
     """See `simba_compile.kernels.ops.scan.state_update`."""
-    return update(state, x, dt, None, A, B, C, D, z, dt_bias, softplus, log_of_A=False)
+    return update(state, x, dt, None, A, B, C, D, z, dt_bias, softplus, log_of_A)

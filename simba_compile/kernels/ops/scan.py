@@ -205,7 +205,7 @@ def _scan_backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple:
 differentiable("selective_scan", _scan_backward, _scan_setup)
 
 
-@operator(f"(Tensor(a!) state, {SCAN_INPUTS}) -> Tensor")
+@operator(f"(Tensor(a!) state, {SCAN_INPUTS}, bool log_of_A=False) -> Tensor")
 def state_update(
     state: Tensor,
     x: Tensor,
@@ -217,6 +217,7 @@ def state_update(
     z: Tensor | None,
     dt_bias: Tensor | None,
     softplus: bool,
+    log_of_A: bool = False,
 ) -> Tensor:
     """One step of `selective_scan`.
 
@@ -234,6 +235,8 @@ def state_update(
         (channel).
     softplus : bool
         Whether Δ goes through softplus.
+    log_of_A : bool, optional
+        Whether A is given as ``log(-A)``, as models keep it.
 
     Returns
     -------
@@ -241,7 +244,7 @@ def state_update(
         (batch, channel).
     """
     run = implementation("state_update", x, state, dt, A, B, C, D, z, dt_bias)
-    return run(state, x, dt, A, B, C, D, z, dt_bias, softplus)
+    return run(state, x, dt, A, B, C, D, z, dt_bias, softplus, log_of_A)
 
 
 @fake("state_update")

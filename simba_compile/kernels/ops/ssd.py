@@ -199,7 +199,7 @@ def _ssd_backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple:
 differentiable("ssd_scan", _ssd_backward, _ssd_setup)
 
 
-@operator(f"(Tensor(a!) state, {SSD_INPUTS}, Tensor? D, Tensor? dt_bias, bool softplus) -> Tensor")
+@operator(f"(Tensor(a!) state, {SSD_INPUTS}, Tensor? D, Tensor? dt_bias, bool softplus, bool log_of_A=False) -> Tensor")
 def ssd_state_update(
     state: Tensor,
     x: Tensor,
@@ -210,6 +210,7 @@ def ssd_state_update(
     D: Tensor | None,
     dt_bias: Tensor | None,
     softplus: bool,
+    log_of_A: bool = False,
 ) -> Tensor:
     """One step of `ssd_scan`. Its Δ has no limits: Hugging Face's own step has none.
 
@@ -229,6 +230,8 @@ def ssd_state_update(
         (head).
     softplus : bool
         Whether Δ goes through softplus.
+    log_of_A : bool, optional
+        Whether A is given as ``log(-A)``, as models keep it.
 
     Returns
     -------
@@ -236,7 +239,7 @@ def ssd_state_update(
         (batch, head, p) in x's dtype.
     """
     run = implementation("ssd_state_update", x, state, dt, A, B, C, D, dt_bias)
-    return run(state, x, dt, A, B, C, D, dt_bias, softplus)
+    return run(state, x, dt, A, B, C, D, dt_bias, softplus, log_of_A)
 
 
 @fake("ssd_state_update")

@@ -246,7 +246,7 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 def assert_steps_with_our_operators(prompt: Transformed, step: Transformed) -> None:
     """Where the graph of a prompt has a scan, that of a step has its update, which makes A of its logarithm itself."""
     ops = torch.ops.simba
-    updates = {ops.state_update, ops.ssd_state_update, ops.mixer_update}
+    updates = {ops.state_update, ops.ssd_state_update, ops.mixer_update, ops.ssd_mixer_update}
     scans = sum(node.target in SCANS for node in prompt.dense.graph.nodes)
     targets = [node.target for node in step.dense.graph.nodes]
     assert sum(target in updates for target in targets) == scans > 0

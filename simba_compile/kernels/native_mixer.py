@@ -1,4 +1,4 @@
-"""The C kernel of a Mamba-1 mixer's step, ``cpu/decode.h``, called as `simba_compile.kernels.native` calls its own."""
+"""The C kernels of a mixer's step, ``cpu/decode.h``, called as `simba_compile.kernels.native` calls its own."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from simba_compile.kernels.native import (
     DTYPES,
     MAX_STATES,
     MAX_WIDTH,
+    _bits,
     _call,
     _constant,
     _expect,
@@ -15,6 +16,7 @@ from simba_compile.kernels.native import (
     _pointer,
     _rows,
 )
+from simba_compile.kernels.native_norm import MAX_GROUP
 from simba_compile.kernels.reference import compute_dtype
 
 
@@ -81,6 +83,77 @@ def mixer_update(
     words += [batch, channels, states, True, True, h.data_ptr(), u, dt, B, C, x + size * channels]
     words += [channels, channels, columns, columns, row, A_log.data_ptr(), _pointer(D), _pointer(dt_bias), out.data_ptr()]
     _call("mixer_update", dtype, words)
+    if held is not window:
+        window.copy_(held)
+    if h is not state:
+        state.copy_(h)
+    return out
+
+
+def ssd_mixer_update(
+    state: Tensor,
+    window: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    norm_groups: int,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.mixer.ssd_mixer_update`."""
+    dtype = projected.dtype
+    if dtype not in DTYPES or state.dim() != 4 or window.dim() != 3 or projected.dim() < 1:
+        raise ValueError(
+            f"projected is {tuple(projected.shape)}, {dtype}, state {tuple(state.shape)} and window {tuple(window.shape)}; "
+            "expected projected (..., 2 * head * p + 2 * group * n + head) in float32, float64, bfloat16 or float16, state "
+            "(batch, head, p, n) and window (batch, head * p + 2 * group * n, width)."
+        )
+    _expect_on_cpu("projected", projected)
+    rows = _flat(projected)
+    batch, heads, size, states = state.shape
+    inner, (mixed, width) = heads * size, window.shape[1:]
+    groups = (mixed - inner) // (2 * states) if states else 0
+    if groups < 1 or heads % groups or mixed != inner + 2 * groups * states or not 1 <= width <= MAX_WIDTH:
+        raise ValueError(
+            f"window is {tuple(window.shape)} beside a state of {heads} heads with {size} channels and {states} states; "
+            f"expected head * p + 2 * group * n channels, where groups divide the heads, and a width of 1 to {MAX_WIDTH}."
+        )
+    if norm_groups < 0 or (norm_groups and (inner % norm_groups or inner // norm_groups > MAX_GROUP)):
+        raise ValueError(
+            f"norm_groups is {norm_groups}; expected 0 or a divisor of {inner} channels, with at most {MAX_GROUP} in each."
+        )
+    kind = compute_dtype(dtype)
+    _expect("projected", rows, (batch, inner + mixed + heads), dtype)
+    _expect("window", window, (batch, mixed, width), None)
+    _expect("state", state, (batch, heads, size, states), None)
+    _expect("conv_weight", conv_weight, (mixed, width), None)
+    _expect("conv_bias", conv_bias, (mixed,), None)
+    _expect("dt_bias", dt_bias, (heads,), None)
+    _expect("A_log", A_log, (heads,), None)
+    _expect("D", D, (heads,), None)
+    _expect("norm_weight", norm_weight, (inner,), None)
+    out = torch.empty(*projected.shape[:-1], inner, dtype=dtype)
+    if not out.numel():
+        return out
+    h: Tensor = _constant(state, kind)  # type: ignore[assignment]
+    held: Tensor = _constant(window, dtype)  # type: ignore[assignment]
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (  # type: ignore[assignment]
+        _constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    )
+    scratch, each = torch.empty(batch * (mixed + inner), dtype=dtype), dtype.itemsize
+    gate, row, u = rows.data_ptr(), rows.stride(0), scratch.data_ptr()
+    entering, step = gate + each * inner, gate + each * (inner + mixed)
+    B, C = u + each * inner, u + each * (inner + groups * states)
+    y = u + each * batch * mixed if norm_groups else out.data_ptr()
+    words = [batch, mixed, width, True, held.data_ptr(), entering, row, conv_weight.data_ptr(), _pointer(conv_bias), u]
+    words += [batch, heads, size, groups, states, True, True, h.data_ptr(), u, step, B, C, mixed, size, row]
+    words += [mixed, states, mixed, states, A_log.data_ptr(), _pointer(D), _pointer(dt_bias), y]
+    words += [batch if norm_groups else 0, inner, _bits(eps), y, inner, _pointer(norm_weight), out.data_ptr()]
+    words += [gate, row, inner // max(norm_groups, 1), False, False]
+    _call("ssd_mixer_update", dtype, words)
     if held is not window:
         window.copy_(held)
     if h is not state:

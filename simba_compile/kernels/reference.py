@@ -372,6 +372,32 @@ def mixer_update(
     return y.reshape(*projected.shape[:-1], y.shape[-1])
 
 
+def ssd_mixer_update(
+    state: Tensor,
+    window: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    norm_groups: int,
+) -> Tensor:
+    """See `simba_compile.kernels.ops.mixer.ssd_mixer_update`."""
+    heads, size, states = state.shape[1:]
+    inner = heads * size
+    gate, entering, dt = projected.reshape(-1, projected.shape[-1]).split([inner, window.shape[1], heads], -1)
+    between = (window.shape[1] - inner) // 2
+    x, B, C = conv_update(window, entering, conv_weight, conv_bias).split([inner, between, between], -1)
+    B, C = B.unflatten(-1, (-1, states)), C.unflatten(-1, (-1, states))
+    y = ssd_state_update(state, x.unflatten(-1, (heads, size)), dt, A_log, B, C, D, dt_bias, log_of_A=True).flatten(-2)
+    if norm_groups:
+        y = gated_norm(y, gate, norm_weight, eps, norm_groups)
+    return y.reshape(*projected.shape[:-1], inner)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `simba_compile.kernels.ops.norm.rms_norm`."""
     kind = compute_dtype(x.dtype)

@@ -13,7 +13,7 @@ from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm, fuse_rounding
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
 from simba_compile.passes.scans import SCANS
-from simba_compile.passes.step import fuse_step, take_logarithm
+from simba_compile.passes.step import fuse_ssd_step, fuse_step, take_logarithm
 from simba_compile.passes.tokens import CASTS, LINEAR, POINTWISE, PRODUCTS, SPLITS, is_simba, value_of
 
 OPS = torch.ops.simba
@@ -25,8 +25,9 @@ def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
     plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
     norms = (fuse_gated_norm, fuse_rounding, fuse_norm)
-    fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear, take_logarithm, fuse_step)
-    for rewrite in (*plainer, *norms, *fusions, drop_widening, read_cache):
+    fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear)
+    steps = (take_logarithm, drop_widening, fuse_step, fuse_ssd_step)
+    for rewrite in (*plainer, *norms, *fusions, *steps, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)

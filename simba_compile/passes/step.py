@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from simba_compile.passes.edit import erase, insert, is_stale, replace, sizes
+from simba_compile.passes.edit import erase, insert, is_stale, may_move, replace, sizes
 from simba_compile.passes.effects import is_inplace, shares_memory, storage_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments
@@ -69,9 +69,65 @@ def fuse_step(node: Node) -> None:
         return
     weights = (conv_weight, conv_bias, x_proj.args[1], dt_proj.args[1], dt_bias)  # type: ignore[union-attr]
     replace(end, insert(node, OPS.mixer_update, state, window, projected, *weights, A_log, D))
-    for updated in (node, conv):  # they write, so they are not dropped for having no reader
-        sources = updated.all_input_nodes
-        updated.graph.erase_node(updated)
+    _drop(node, conv)
+
+
+def fuse_ssd_step(node: Node) -> None:
+    """``conv_update``, ``ssd_state_update`` and, if there is one, ``gated_norm``: ``ssd_mixer_update``."""
+    if node.target is not OPS.ssd_state_update or len(node.args) == UPDATES[node.target]:
+        return
+    state, x, dt, A_log, B, C, D, dt_bias, softplus, _ = node.args
+    conv, projected = _made(x), _made(dt)
+    if conv is None or conv.target is not OPS.conv_update or projected is None:
+        return
+    window, entering, conv_weight, conv_bias, silu = conv.args
+    heads, size, _ = sizes(state)[1:]
+    inner, mixed = heads * size, sizes(conv)[-1]
+    grouped = (mixed - inner) / 2
+    pieces = (
+        (entering, projected, inner, mixed),
+        (dt, projected, inner + mixed, heads),
+        (x, conv, 0, inner),
+        (B, conv, inner, grouped),
+        (C, conv, inner + grouped, grouped),
+    )
+    whole = sizes(projected)[-1] == inner + mixed + heads
+    if not silu or not softplus or not whole or not all(_is_piece(*piece) for piece in pieces):
+        return
+    if any(reader is not node for reader in _readers(conv)) or _is_disturbed(conv, node, window):  # type: ignore[arg-type]
+        return
+    weights = (conv_weight, conv_bias, _unviewed(dt_bias), A_log, _unviewed(D))
+    end = _end(node, [*sizes(projected)[:-1], inner])
+    norm = _norm_of(end, node, projected, inner)
+    normed = (None, 0.0, 0) if norm is None else norm.args[2:]
+    update = insert(node, OPS.ssd_mixer_update, state, window, projected, *weights, *normed)
+    if end is None:  # it is read as heads
+        rows = insert(node, "unflatten", update, -1, (int(heads), int(size)))
+        replace(node, insert(node, "flatten", rows, 0, -3))
+    else:
+        replace(norm or end, update)
+    _drop(node, conv)
+
+
+def _norm_of(value: Node | None, update: Node, projected: Node, channels: sympy.Expr) -> Node | None:
+    """The gated norm that alone reads a value, where the update may run it: by the gate before the convolution's input."""
+    norm = next(iter(value.users), None) if value is not None and len(value.users) == 1 else None
+    if norm is None or norm.target is not OPS.gated_norm or len(norm.args) != 5:
+        return None
+    x, gate, weight, *_ = norm.args
+    if x is not value or not _is_piece(gate, projected, sympy.Integer(0), channels):
+        return None
+    if weight is None:
+        return norm
+    given = isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")  # so it is there when the update runs
+    return norm if given and may_move(update, norm, weight) else None  # type: ignore[arg-type]
+
+
+def _drop(*updates: Node) -> None:
+    """Erase nodes that write, which are not dropped for having no reader."""
+    for update in updates:
+        sources = update.all_input_nodes
+        update.graph.erase_node(update)
         for source in sources:
             erase(source)
 
@@ -110,6 +166,12 @@ def _viewed(view: Node, whole: Node, other: Node) -> Node:
         return view.graph.node_copy(view, lambda read: source if read is view.args[0] else read)
 
 
+def _unviewed(value: Any) -> Any:
+    """What a value is a view of all of, such as one that was repeated along an axis of which one entry is read."""
+    made = _made(value)
+    return made if made is not None and storage_of(made) == storage_of(value) and _layout(made) == _layout(value) else value
+
+
 def _layout(node: Node) -> tuple[Any, ...]:
     value = value_of(node)
     return sizes(node), [expression(step) for step in value.stride()], expression(value.storage_offset())
@@ -123,30 +185,45 @@ def _log_of_minus(A: Any) -> Node | None:
     return exp.args[0]
 
 
-def _row_stride(value: Tensor) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """How many rows a value has and how far they are apart (0 for one row), where its last axis is dense in them."""
-    sized = [(expression(n), expression(step)) for n, step in zip(value.shape, value.stride(), strict=True)]
-    rows = [row for row in sized[:-1] if row[0] != 1]
-    if sized[-1][1] != 1 or len(rows) > 1:
+def _rows(value: Tensor, channels: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """How many rows of so many channels a value has, and how far they are apart (0 for one row), where channels are dense.
+
+    They may be several axes, such as heads and the channels of each.
+    """
+    axes = [(expression(n), expression(step)) for n, step in zip(value.shape, value.stride(), strict=True)]
+    dense = sympy.Integer(1)
+    while axes and dense != channels:
+        n, step = axes.pop()
+        if n != 1 and step != dense:
+            return None
+        dense *= n
+    rows = [row for row in axes if row[0] != 1]
+    if dense != channels or len(rows) > 1:
         return None
     return rows[0] if rows else (sympy.Integer(1), sympy.Integer(0))
 
 
-def _is_piece(node: Any, source: Node, first: sympy.Expr, count: sympy.Expr) -> bool:
-    """Whether a value is the channels first..first+count of another, which is dense, row by row."""
+def _is_piece(
+    node: Any, source: Node, first: sympy.Expr, count: sympy.Expr, channels: sympy.Expr | None = None
+) -> bool:
+    """Whether a value is the channels first..first+count of another, which is dense, row by row.
+
+    The other's channels are its last axis, or as many as are given.
+    """
     value, whole = value_of(node), value_of(source)
     if not isinstance(value, Tensor) or not isinstance(whole, Tensor) or storage_of(node) != storage_of(source):
         return False
-    rows = _row_stride(whole)
-    dense = rows is not None and rows[1] in (0, sizes(source)[-1])
+    width = channels or sizes(source)[-1]
+    rows = _rows(whole, width)
+    dense = rows is not None and rows[1] in (0, width)
     starts = expression(value.storage_offset()) == expression(whole.storage_offset()) + first
-    return dense and starts and sizes(node)[-1] == count and _row_stride(value) == rows
+    return dense and starts and _rows(value, count) == rows
 
 
 def _end(node: Node, shape: list[sympy.Expr]) -> Node | None:
     """A node, or the view after it, each the only reader, that has this shape and all of it in order."""
     end = node
-    while sizes(end) != shape or not _is_piece(end, node, sympy.Integer(0), shape[-1]):
+    while sizes(end) != shape or not _is_piece(end, node, sympy.Integer(0), shape[-1], shape[-1]):
         reader = next(iter(end.users), None)
         if reader is None or len(end.users) != 1 or reader.target not in SAME_MEMORY:
             return None

@@ -112,44 +112,59 @@ int NAME(mixer_update)(const MixerUpdateArgs *a, int threads) {
   return 0;
 }
 
-/* Two rows of a state (p, n) at a time: they share what they load of B and C. */
+/* One head of one sequence, two rows of its state (p, n) at a time: they share what they load of B and C. */
 #define UPDATED 2
-int NAME(ssd_state_update)(const SsdUpdateArgs *a, int threads) {
-  const int64_t N = a->states, p = a->channels;
-  int many = a->batch * a->heads * p * N >= DECODE_GRAIN && threads > 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (many)
-  for (int64_t task = 0; task < a->batch * a->heads; task++) {
-    const int64_t b = task / a->heads, head = task % a->heads, group = head / (a->heads / a->groups);
-    const elem *x = (elem *)a->x + b * a->x_batch + head * a->x_head;
-    const elem *B = (elem *)a->B + b * a->B_batch + group * a->B_group;
-    const elem *C = (elem *)a->C + b * a->C_batch + group * a->C_group;
-    const REAL D = a->D ? ((REAL *)a->D)[head] : 0;
-    vec delta = splat(NAME(widen_one)(((elem *)a->dt)[b * a->dt_batch + head]));
-    if (a->dt_bias) delta += ((REAL *)a->dt_bias)[head];
-    if (a->softplus) softplus_all(&delta, 1);
-    vec rate = splat(((REAL *)a->A)[head]);
-    if (a->log_of_A) rate = -exp2v(rate * (REAL)LOG2E);
-    const vec decay = exp2v(delta * rate * (REAL)LOG2E);
-    for (int64_t i = 0; i < p; i += LANES) { /* outputs that are stored together */
-      const int count = (int)(p - i < LANES ? p - i : LANES);
-      const vec rows = load(x + i, count), input = delta * rows;
-      vec sums[LANES] = {{0}};
-      for (int j = 0; j < count; j += UPDATED) {
-        const int size = count - j < UPDATED ? count - j : UPDATED;
-        REAL *h = (REAL *)a->state + (task * p + i + j) * N;
-        vec *const out = sums + j;
-        for (int64_t n = 0; n < N; n += LANES) {
-          const int left = (int)(N - n < LANES ? N - n : LANES);
-          const vec b_n = load(B + n, left), c_n = load(C + n, left);
-          for (int r = 0; r < size; r++) {
-            vec next = decay * load_real_some(h + r * N + n, left) + b_n * input[j + r];
-            store_real_some(h + r * N + n, next, left);
-            out[r] += next * c_n;
-          }
+INLINE void NAME(update_head)(const SsdUpdateArgs *a, int64_t task) {
+  const int64_t N = a->states, p = a->channels, b = task / a->heads, head = task % a->heads, group = head / (a->heads / a->groups);
+  const elem *x = (elem *)a->x + b * a->x_batch + head * a->x_head;
+  const elem *B = (elem *)a->B + b * a->B_batch + group * a->B_group;
+  const elem *C = (elem *)a->C + b * a->C_batch + group * a->C_group;
+  const REAL D = a->D ? ((REAL *)a->D)[head] : 0;
+  vec delta = splat(NAME(widen_one)(((elem *)a->dt)[b * a->dt_batch + head]));
+  if (a->dt_bias) delta += ((REAL *)a->dt_bias)[head];
+  if (a->softplus) softplus_all(&delta, 1);
+  vec rate = splat(((REAL *)a->A)[head]);
+  if (a->log_of_A) rate = -exp2v(rate * (REAL)LOG2E);
+  const vec decay = exp2v(delta * rate * (REAL)LOG2E);
+  for (int64_t i = 0; i < p; i += LANES) { /* outputs that are stored together */
+    const int count = (int)(p - i < LANES ? p - i : LANES);
+    const vec rows = load(x + i, count), input = delta * rows;
+    vec sums[LANES] = {{0}};
+    for (int j = 0; j < count; j += UPDATED) {
+      const int size = count - j < UPDATED ? count - j : UPDATED;
+      REAL *h = (REAL *)a->state + (task * p + i + j) * N;
+      vec *const out = sums + j;
+      for (int64_t n = 0; n < N; n += LANES) {
+        const int left = (int)(N - n < LANES ? N - n : LANES);
+        const vec b_n = load(B + n, left), c_n = load(C + n, left);
+        for (int r = 0; r < size; r++) {
+          vec next = decay * load_real_some(h + r * N + n, left) + b_n * input[j + r];
+          store_real_some(h + r * N + n, next, left);
+          out[r] += next * c_n;
         }
       }
-      store((elem *)a->out + task * p + i, sum_each(sums) + rows * D, count);
     }
+    store((elem *)a->out + task * p + i, sum_each(sums) + rows * D, count);
   }
+}
+
+int NAME(ssd_state_update)(const SsdUpdateArgs *a, int threads) {
+  int many = a->batch * a->heads * a->channels * a->states >= DECODE_GRAIN && threads > 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (many)
+  for (int64_t task = 0; task < a->batch * a->heads; task++) NAME(update_head)(a, task);
   return 0;
+}
+
+/* Window, state and the gated norm: what is between the projections of Mamba-2. */
+int NAME(ssd_mixer_update)(const SsdMixerUpdateArgs *a, int threads) {
+  const SsdUpdateArgs *u = &a->update;
+  const int64_t blocks = a->conv.batch * ((a->conv.channels + LANES - 1) / LANES);
+#pragma omp parallel num_threads(threads) if (u->batch * u->heads * u->channels * u->states >= DECODE_GRAIN && threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < blocks; task++) NAME(conv_update_block)(&a->conv, task);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < u->batch * u->heads; task++) NAME(update_head)(u, task);
+  }
+  return NAME(rms_norm)(&a->norm, threads);
 }

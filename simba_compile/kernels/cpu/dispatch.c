@@ -44,6 +44,7 @@ EXPORT(ssd_scan, SsdArgs)
 EXPORT(ssd_scan_backward, SsdBackwardArgs)
 EXPORT(ssd_influence, SsdInfluenceArgs)
 EXPORT(ssd_state_update, SsdUpdateArgs)
+EXPORT(ssd_mixer_update, SsdMixerUpdateArgs)
 
 static int best_level(void) {
 #if defined(__x86_64__)

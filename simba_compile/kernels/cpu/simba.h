@@ -151,6 +151,12 @@ typedef struct {
 } MixerUpdateArgs;
 
 typedef struct {
+  ConvUpdateArgs conv;
+  SsdUpdateArgs update;
+  NormArgs norm;                                                  /* of no rows: there is none */
+} SsdMixerUpdateArgs;
+
+typedef struct {
   int64_t batch, tokens, kept, row_bytes, batch_bytes, token_bytes;
   const void *x;
   const int64_t *index;                                           /* (batch, kept) */

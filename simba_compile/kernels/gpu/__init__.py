@@ -38,6 +38,7 @@ KERNELS: dict[str, Callable] = {
         conv.conv_update,
         state.state_update,
         mixer.mixer_update,
+        mixer.ssd_mixer_update,
         ssd_state.ssd_state_update,
         norm.rms_norm,
         norm.gated_norm,

@@ -195,7 +195,7 @@ def mixer_update() -> dict[str, Call]:
         u = OPS.conv_update(window, x, conv, bias, True)
         dt, B, C = OPS.linear(u, x_proj, None, None, None).split([RANK, STATES, STATES], -1)
         dt = OPS.linear(dt, dt_proj, None, None, None)
-        return OPS.state_update(state, u, dt, -torch.exp(A_log), B, C, D, z, dt_bias, True)[:, None]
+        return OPS.state_update(state, u, dt, A_log, B, C, D, z, dt_bias, True, True)[:, None]
 
     def step(mixer: Callable[..., Tensor]) -> Tensor:
         h = hidden
@@ -261,6 +261,36 @@ def ssd_state_update() -> dict[str, Call]:
     return {"simba": lambda: OPS.ssd_state_update(state, x, dt, A, B, C, D, bias, True), "transformers": transformers}
 
 
+def ssd_mixer_update() -> dict[str, Call]:
+    """The steps of eight mixers, with the projections around them, which drive what they read and call out of the caches."""
+    hidden, mixed = rows(1, HIDDEN), CHANNELS + 2 * STATES_2
+    layers = []
+    for _ in range(8):
+        *_, A, _, _, D, bias = mamba2_inputs()
+        states = torch.zeros(1, HEADS, HEAD, STATES_2), torch.zeros(1, mixed, WIDTH)
+        outer = torch.randn(CHANNELS + mixed + HEADS, HIDDEN) / HIDDEN**0.5, torch.randn(HIDDEN, CHANNELS) / CHANNELS**0.5
+        layers.append((*outer, *states, torch.randn(mixed, WIDTH), torch.randn(mixed), bias, (-A).log(), D))
+
+    def parts(state, window, projected, conv, conv_bias, bias, A_log, D, weight, eps, groups):  # type: ignore[no-untyped-def]
+        gate, x, dt = projected[:, 0].split([CHANNELS, mixed, HEADS], -1)
+        x, B, C = OPS.conv_update(window, x, conv, conv_bias, True).split([CHANNELS, STATES_2, STATES_2], -1)
+        x, B, C = x.unflatten(-1, (HEADS, HEAD)), B[:, None], C[:, None]
+        y = OPS.ssd_state_update(state, x, dt, A_log, B, C, D, bias, True, True).flatten(1)
+        return OPS.gated_norm(y, gate, weight, eps, groups)[:, None]
+
+    weight = torch.ones(CHANNELS)
+
+    def step(mixer: Callable[..., Tensor]) -> Tensor:
+        h = hidden
+        for in_proj, out_proj, *rest in layers:
+            projected = OPS.linear(h, in_proj, None, None, None)
+            state, window, *others = rest
+            h = OPS.linear(mixer(state, window, projected, *others, weight, 1e-5, 1), out_proj, None, None, None)
+        return h
+
+    return {"simba": lambda: step(OPS.ssd_mixer_update), "simba, its parts": lambda: step(parts)}
+
+
 OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     influence: ("simba", "torch"),
     selective_scan: ("simba", "torch"),
@@ -283,6 +313,7 @@ OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {
     ssd_scan_and_backward: ("simba", "transformers"),
     ssd_influence: ("simba", "torch"),
     ssd_state_update: ("simba", "transformers"),
+    ssd_mixer_update: ("simba", "simba, its parts"),
 }
 
 

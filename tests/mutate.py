@@ -32,8 +32,9 @@ import transformers.models.mamba.modeling_mamba  # noqa: F401  (loaded once, bef
 
 ROOT = Path(__file__).parents[1]
 FILES = ["simba_compile/options.py", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("simba_compile/passes/*.py"))]
-SUBJECTS = ["options", "passes", "arguments", "lower", "norms", "tokens", "rows", "attention", "along_tokens", "subgraphs"]
-LARGER = ["report", "padding", "aliasing", "reasons", "calls", "generation", "backend", "families", "fuzz"]
+SUBJECTS = ["options", "passes", "arguments", "lower", "norms", "mixer", "ssd_mixer", "tokens", "rows", "attention"]
+LARGER = ["along_tokens", "subgraphs", "report", "padding", "aliasing", "reasons", "calls", "generation", "backend"]
+LARGER += ["families", "fuzz"]
 TESTS = [f"tests/test_{name}.py" for name in (*SUBJECTS, *LARGER)]
 
 OTHER: dict[type, type] = {

@@ -122,6 +122,18 @@ def drive(path: str, seconds: float, seed: int) -> None:
         x_proj, dt_proj = make(rank + 2 * states, channels), make(channels, rank)
         return state, window, projected, weight, bias, x_proj, dt_proj, maybe(parameter(dtype, channels)), A, D
 
+    def ssd_mixer_case() -> tuple[object, ...]:
+        """The same of Mamba-2."""
+        groups, size = chance.choice([1, 2]), chance.choice([1, 3, 16, 64])
+        heads = groups * chance.choice([1, 2, 5])
+        inner = heads * size
+        mixed, norm_groups = inner + 2 * groups * states, chance.choice([0, 1, heads])
+        state, window = torch.randn(batch, heads, size, states, dtype=held), torch.randn(batch, mixed, width, dtype=held)
+        projected = view(batch, *chance.choice([(), (1,)]), inner + mixed + heads, dtype=dtype)
+        of_heads = (maybe(parameter(dtype, heads)), parameter(dtype, heads), maybe(parameter(dtype, heads)))
+        filters = parameter(dtype, mixed, width), maybe(parameter(dtype, mixed))
+        return state, window, projected, *filters, *of_heads, maybe(parameter(dtype, inner)), 1e-5, norm_groups
+
     while time.monotonic() < end:
         levels = [library.simba_set_level(level) for level in (0, 1, 2)]
         library.simba_set_level(chance.choice(levels))
@@ -168,6 +180,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "select": (scores, k, first, chance.randint(0, k - first)),
             "linear": linear_case(),
             "mixer_update": mixer_case(),
+            "ssd_mixer_update": ssd_mixer_case(),
         }
         if index is not None:
             cases["gather"] = (x if x.shape[2] < 2 or x.stride(2) == 1 else x.contiguous(), index)

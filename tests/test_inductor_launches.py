@@ -175,6 +175,15 @@ def test_a_step_of_a_whole_mixer(batches: tuple[int, ...], started: list[str], m
     assert products == ({38, 8} if len(batches) > 1 else {38})
 
 
+@pytest.mark.parametrize("norm_groups", [0, 2])
+def test_a_step_of_a_whole_mixer_of_mamba2(norm_groups: int, started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels alone: nothing of the views between them is left."""
+    weights = (normal(24, 4), normal(24), normal(4), normal(4), normal(4), normal(16) if norm_groups else None, 1e-5)
+    calls = [(normal(n, 4, 4, 4), normal(n, 24, 4), normal(n, 1, 44), *weights, norm_groups) for n in (3, 5)]
+    assert_compiled_alike(lambda *args: (OPS.ssd_mixer_update(*args),), monkeypatch, calls)
+    assert {*started} == {"_conv_step", "_ssd_step"} | ({"_rms_norm"} if norm_groups else set())
+
+
 def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits of the steps, among them infinity, which Inductor passes as double."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,14 +26,12 @@ from kernel_inputs import (
     wide,
 )
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
-from toys import Captured
+from toys import Captured, lowered_step
 
 from simba_compile.cli.models import going_on
 from simba_compile.kernels import native, native_linear, native_mixer, reference
-from simba_compile.passes import lower
 
 OPS = torch.ops.simba
 
@@ -246,29 +243,7 @@ class ReadTwice(Step):
 
 def lowered(module: nn.Module, batch: int, symbolic: bool) -> tuple[list[Any], list[Tensor], list[Tensor]]:
     """What the lowered graph of a step calls; its result and states, and those of the module."""
-    graphs: list[GraphModule] = []
-
-    def backend(gm: GraphModule, _: Any) -> Callable:
-        graphs.append(gm)
-        lower(gm)
-        return gm
-
-    def inputs() -> list[Tensor]:
-        source = Source(batch, torch.float32, "plain")
-        shapes = ((batch, 1, HIDDEN), (batch, CHANNELS, 4), (batch, CHANNELS, STATES))
-        return [source.normal(*shape) for shape in shapes]
-
-    given, expected = inputs(), inputs()
-    torch._dynamo.reset()
-    for value in given if symbolic else ():
-        torch._dynamo.mark_dynamic(value, 0)
-    with torch.no_grad():
-        theirs = copy.deepcopy(module)(*expected)
-        ours = torch.compile(module, backend=backend, fullgraph=True)(*given)
-    ours, theirs = ([value for value in out if value is not None] for out in (ours, theirs))
-    (graph,) = graphs
-    targets = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
-    return targets, [*ours, *given[1:]], [*theirs, *expected[1:]]
+    return lowered_step(module, ((batch, 1, HIDDEN), (batch, CHANNELS, 4), (batch, CHANNELS, STATES)), symbolic)
 
 
 @needs_native

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from simba_compile.kernels import native, native_ssd, reference
+from simba_compile.kernels.ops import dispatch
 
 OPS = torch.ops.simba
 LIMITS = [(0.0, INF), (0.3, 1.0), (-INF, INF)]
@@ -283,6 +284,13 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "ssd_state_update": [
             (torch.randn(2, 4, 5, 3), *one, rich["D"], rich["dt_bias"], True, log_of_A) for log_of_A in (False, True)
         ],
+        "ssd_mixer_update": [
+            (torch.randn(2, 4, 5, 3), torch.randn(2, 32, 4), torch.randn(2, *one, 56), torch.randn(32, 4), *rest)
+            for one, rest in (
+                ((1,), (torch.randn(32), torch.randn(4), torch.randn(4), torch.randn(4), torch.randn(20), 1e-5, 2)),
+                ((), (None, None, torch.randn(4), None, None, 1e-5, 0)),
+            )
+        ],
     }
 
 
@@ -313,7 +321,7 @@ def test_without_native_kernels_the_definitions_run(name: str, monkeypatch: pyte
     torch.manual_seed(0)
     expected = call()
     monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(native_ssd, name, None)
+    monkeypatch.setattr(dispatch._native_module(name), name, None)
     torch.manual_seed(0)
     torch.testing.assert_close(call(), expected, rtol=1e-5, atol=1e-5)
 
@@ -423,7 +431,8 @@ def test_influence_of_bad_numbers(level: int, dtype: torch.dtype, pool: str) -> 
             assert torch.equal(scores == -INF, exact == -INF), (where, value)
 
 
-CALLS = {name: cases[-1] for name, cases in samples().items() if name != "ssd_scan"} | {"ssd_scan": samples()["ssd_scan"][1]}
+CALLS = {name: cases[-1] for name, cases in samples().items() if hasattr(native_ssd, name)}
+CALLS["ssd_scan"] = samples()["ssd_scan"][1]
 PARAMETERS = {  # cast from any type
     "ssd_scan": {2, 5, 6, 10},
     "ssd_scan_backward": {0, 1, 4, 7, 8, 12},

@@ -112,6 +112,15 @@ def ssd_step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
     return empty(BATCH, 80, 64, states, dtype=F32), x, dt, head, B, B, head, head, True, states == 128
 
 
+def ssd_mixer_step(dtype: torch.dtype, states: int) -> tuple[Any, ...]:
+    """The arguments of `ssd_mixer_update`."""
+    inner = 80 * 64
+    mixed = inner + 2 * states
+    state, window, weight = empty(1, 80, 64, states, dtype=F32), *(empty(*n, mixed, 4, dtype=dtype) for n in ((1,), ()))
+    projected, head = empty(1, 1, inner + mixed + 80, dtype=dtype), empty(80, dtype=dtype)
+    return state, window, projected, weight, empty(mixed, dtype=dtype), head, head, head, empty(inner, dtype=dtype), 1e-5, 1
+
+
 # Each operator with arguments that reach each of its configurations.
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "influence-bf16": ("influence", lambda: scored(BF16, "max")),
@@ -143,6 +152,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "mixer-largest": ("mixer_update", lambda: mixer_step(F32, 16, 256)),
     "mixer-64": ("mixer_update", lambda: mixer_step(F32, 64, 64)),
     "mixer-many": ("mixer_update", lambda: mixer_step(BF16, 16, 160, batch=64)),
+    "ssd-mixer-2.7b": ("ssd_mixer_update", lambda: ssd_mixer_step(BF16, 128)),
+    "ssd-mixer-fp32": ("ssd_mixer_update", lambda: ssd_mixer_step(F32, 64)),
     "norm-2560": ("rms_norm", lambda: (empty(BATCH, TOKENS, 2560), empty(2560), 1e-5)),
     "norm-16": ("rms_norm", lambda: (empty(BATCH, TOKENS, 16), None, 1e-5)),
     "gated-norm": ("gated_norm", lambda: (empty(BATCH, TOKENS, CHANNELS, dtype=F32), *normed(CHANNELS), 1e-5, 1)),
@@ -276,6 +287,9 @@ ONES: dict[str, tuple[Any, ...]] = {
     "mixer_update": (
         empty(1, 1, 16), empty(1, 1, 1), empty(1, 1, 2), empty(1, 1), empty(1), empty(33, 1), empty(1, 1), empty(1),
         empty(1, 16), empty(1),
+    ),
+    "ssd_mixer_update": (
+        empty(1, 1, 1, 1), empty(1, 3, 1), empty(1, 1, 5), empty(3, 1), empty(3), *(empty(1),) * 4, 1e-5, 1,
     ),
     "select": (empty(1, 1, dtype=F64), 1, 0, 1),
     "gather": (empty(1, 1, 1), empty(1, 1, dtype=torch.int64), 1),

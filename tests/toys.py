@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,6 +79,37 @@ class Captured:
         result = result[0] if isinstance(result, tuple) else result
         torch.testing.assert_close(result, self.result, rtol=error, atol=error / 10)
         return self.targets()
+
+
+def lowered_step(
+    module: nn.Module, shapes: Sequence[tuple[int, ...]], symbolic: bool
+) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+    """A decoding step, given a token and states, whose batch may be symbolic: what its lowered graph calls.
+
+    Also its results and what became of the states; and the module's.
+    """
+    graphs: list[GraphModule] = []
+
+    def backend(gm: GraphModule, _: Any) -> Callable:
+        graphs.append(gm)
+        lower(gm)
+        return gm
+
+    def inputs() -> list[Tensor]:
+        source = torch.Generator().manual_seed(shapes[0][0])
+        return [torch.randn(shape, generator=source) for shape in shapes]
+
+    given, expected = inputs(), inputs()
+    torch._dynamo.reset()
+    for value in given if symbolic else ():
+        torch._dynamo.mark_dynamic(value, 0)
+    with torch.no_grad():
+        theirs = copy.deepcopy(module)(*expected)
+        ours = torch.compile(module, backend=backend, fullgraph=True)(*given)
+    ours, theirs = ([value for value in out if value is not None] for out in (ours, theirs))
+    (graph,) = graphs
+    targets = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
+    return targets, [*ours, *given[1:]], [*theirs, *expected[1:]]
 
 
 @functools.cache

@@ -241,6 +241,17 @@ def ssd_state_update(batch: int, tokens: int, channels: int, states: int) -> Cas
     return Case("ssd_state_update", (state, x, dt, A, B, C, D, bias, True), moved)
 
 
+def ssd_mixer_update(batch: int, tokens: int, channels: int, states: int) -> Case:
+    """One decoding step of Mamba-2 from in_proj to out_proj."""
+    x, _, A, *_, D, dt_bias = (value[:, -1] if value.dim() >= 3 else value for value in _ssd(batch, 2, channels))
+    heads, mixed = x.shape[1], channels + 256
+    state, window = torch.randn(*x.shape, 128), torch.randn(batch, mixed, 4, dtype=torch.bfloat16)
+    projected = torch.randn(batch, 1, channels + mixed + heads, dtype=torch.bfloat16)
+    weights = (*_filter(mixed), dt_bias, (-A).log(), D, torch.ones(channels))
+    moved = 2 * size_of(state, window) + size_of(projected, *weights) + size_of(x)
+    return Case("ssd_mixer_update", (state, window, projected, *weights, 1e-5, 1), moved)
+
+
 def gated_norm(batch: int, tokens: int, channels: int, states: int) -> Case:
     """The norm after the scan of Mamba-2."""
     x, gate = torch.randn(batch, tokens, channels), torch.randn(batch, tokens, channels, dtype=torch.bfloat16)
@@ -253,7 +264,7 @@ CASES: dict[str, Callable[..., Case]] = {
     for maker in (
         selective_scan, kept_scan, influence, select, gather, causal_conv1d, rms_norm, add_norm,
         state_update, conv_update, mixer_update,
-        ssd_scan, ssd_influence, ssd_state_update, gated_norm,
+        ssd_scan, ssd_influence, ssd_state_update, ssd_mixer_update, gated_norm,
         selective_scan_backward, causal_conv1d_backward, ssd_scan_backward,
     )
 }  # fmt: skip

@@ -396,6 +396,42 @@ def test_mixer_update(
 
 @few
 @given(
+    seeds, dtypes, layouts, st.sampled_from([(1, 1), (2, 1), (6, 2)]), st.integers(1, 40), st.sampled_from([1, 5, 128]),
+    st.sampled_from([0, 1, 2]), flags, flags, flags,
+)  # fmt: skip
+def test_ssd_mixer_update(
+    seed: int, dtype: torch.dtype, layout: str, heads: tuple[int, int], size: int, states: int, parts: int,
+    skip: bool, bias: bool, widened: bool,
+) -> None:  # fmt: skip
+    """What its parts make, and in float32 what its definition gives."""
+    (count, groups), source, kind = heads, Source(seed, dtype, layout), torch.float32 if widened else dtype
+    inner, between = count * size, groups * states
+    mixed, norm_groups = inner + 2 * between, parts if inner % max(parts, 1) == 0 else 1
+    D, dt_bias = (source.normal(count, dtype=kind) if have else None for have in (skip, bias))
+    conv_bias, weight = (source.normal(n, dtype=kind) if bias else None for n in (mixed, inner))
+    window, held = source.laid_out(2, mixed, 4), source.laid_out(2, count, size, states).float()
+    projected, conv_weight = source.laid_out(2, 1, inner + mixed + count), source.normal(mixed, 4, dtype=kind)
+    A_log = source.normal(count, dtype=kind)
+    args = [held, window, projected, conv_weight, conv_bias, dt_bias, A_log, D, weight, 1e-5, norm_groups]
+    exact, moved, shifted = wide(args), held.clone(), window.clone()
+
+    gate, x, dt = projected[:, 0].split([inner, mixed, count], -1)
+    x, B, C = conv.conv_update(shifted, x, conv_weight, conv_bias, True).split([inner, between, between], -1)
+    B, C = B.unflatten(-1, (groups, states)), C.unflatten(-1, (groups, states))
+    x = x.unflatten(-1, (count, size))
+    expected = ssd_state.ssd_state_update(moved, x, dt, A_log, B, C, D, dt_bias, True, True).flatten(1)
+    if norm_groups:
+        expected = norm.gated_norm(expected, gate, weight, 1e-5, norm_groups)
+
+    y = mixer.ssd_mixer_update(*args)
+    assert y.dtype == dtype and torch.equal(window, shifted) and torch.equal(held, moved)
+    assert torch.equal(y[:, 0], expected)
+    if dtype == torch.float32:
+        assert_near(y, reference.ssd_mixer_update(*exact))
+
+
+@few
+@given(
     seeds, dtypes, layouts, st.sampled_from([(1, 1), (2, 1), (6, 2)]), st.integers(1, 40), st.sampled_from([1, 4, 5, 128]),
     flags, flags, flags, flags,
 )  # fmt: skip

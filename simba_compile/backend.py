@@ -15,21 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
-from torch.autograd import forward_ad
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simba_compile import capture, kernels
+from simba_compile.eager import as_it_is
 from simba_compile.graph_breaks import why_partial
 from simba_compile.options import Options
 from simba_compile.passes import Transformed, transform
-from simba_compile.passes.tokens import is_simba
 
 log = logging.getLogger("simba_compile")
 
-ROOM = 3200  # words of a frame that fits no chunk of CPython's, and gets one of 64 KiB with 38 KiB left
-TANGENTS = "simba's operators have no forward-mode derivatives: call the uncompiled model under torch.autograd.forward_ad."
 PADDED = "a sequence ends in padding, and the score asks what matters to the last position; pad on the left"
 
 
@@ -112,7 +107,7 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
     Inductor's code and needs no compiling (docs/decisions.md).
     """
     if inner in ("auto", "eager"):
-        return with_room(past_autograd(gm) if records_nothing(gm) else gm)
+        return as_it_is(gm)
     # A torch.compile of its own, at run time: it makes symbols and guards for the counts by itself. Around the graph stands
     # a function, since Dynamo skips the `forward` of every GraphModule that was made while it compiles (it would trace the
     # Python code of our operators instead, one by one), and cannot trace those of its own, which write their code when they
@@ -161,53 +156,6 @@ def on_gpu_of_inputs(function: Callable) -> Callable:
         with contextlib.nullcontext() if on_gpu is None else torch.cuda.device_of(on_gpu):
             return function(*args)
 
-    return run
-
-
-def records_nothing(gm: GraphModule) -> bool:
-    """Whether a graph that is called without gradients records none, and is of plain operators and tensors."""
-    for node in gm.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator) or is_traceable_wrapper_subclass(node.meta.get("example_value")):
-            return False
-        name = getattr(node.target, "__name__", "")
-        if name == "_enter_inference_mode" or (name == "_set_grad_enabled" and node.args != (False,)):
-            return False
-    return True
-
-
-def past_autograd(gm: GraphModule) -> Callable:
-    """The graph; where no gradients are recorded, its operators are called without autograd's detour.
-
-    An operator that is written in Python goes through two functions of autograd's before its own, to find that there is
-    nothing to record: for the hundred that a decoding step calls, 2 of 28 ms (docs/decisions.md). Neither way knows the
-    tangents of forward-mode differentiation.
-    """
-    ours = any(is_simba(node) for node in gm.graph.nodes)
-
-    def run(*args: Any) -> Any:
-        forward_mode = forward_ad._current_level >= 0
-        if forward_mode and ours:
-            raise NotImplementedError(TANGENTS)
-        if forward_mode or torch.is_grad_enabled():
-            return gm(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return gm(*args)
-
-    return run
-
-
-def with_room(function: Callable) -> Callable:
-    """The function, called where the stack of Python's frames has room for what it calls.
-
-    CPython (since 3.11) keeps frames in chunks of 16 KiB. Where one ends just above a graph's frame, each operator that the
-    graph calls maps another and gives it back: a decoding step then takes up to half as long again, by how deep in other
-    functions the model is called. A frame that fits none gets one of its own, with room behind it.
-    """
-
-    def run(*args: Any) -> Any:
-        return function(*args)
-
-    run.__code__ = run.__code__.replace(co_stacksize=ROOM)
     return run
 
 

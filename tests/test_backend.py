@@ -39,7 +39,8 @@ from torch.fx import Graph, GraphModule
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import simba_compile.backend
-from simba_compile.backend import compile_inner, with_room
+from simba_compile.backend import compile_inner
+from simba_compile.eager import with_room
 from simba_compile.passes import Transformed
 
 # --- against the eager reference -------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Where nothing is recorded, a graph's operators are called past autograd; elsewhere gradients are as ever."""
+"""Where nothing is recorded, a graph's operators are called past autograd and the dispatcher; elsewhere all is as ever."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from conftest import KEEP_FEW, close, pruned_exactly, random_ids, simba, tiny_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from simba_compile.backend import records_nothing
+from simba_compile.eager import is_watched, records_nothing
+from simba_compile.kernels.ops import dispatch
 
 PAST: list[bool] = []  # for each call of `probe`: whether autograd was passed by
 
@@ -108,3 +113,82 @@ def test_what_keeps_autograd() -> None:
     ):
         torch.compile(function, backend=backend, fullgraph=True)(given)
     assert found == [True, False, False]
+
+
+# --- past the dispatcher -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """For each call of an operator of ours: whether it came through torch's dispatcher.
+
+    Not those of `gather`, which another one may call.
+    """
+    came: list[bool] = []
+
+    def frames() -> Iterator[str]:
+        frame = sys._getframe()
+        while frame.f_back is not None and not frame.f_code.co_name.startswith("test_"):
+            frame = frame.f_back
+            yield frame.f_code.co_filename
+
+    def implementation(name: str, *tensors: Any) -> Callable:
+        if name != "gather":
+            came.append(any(file.endswith("torch/_ops.py") for file in frames()))
+        return original(name, *tensors)
+
+    original = dispatch.implementation
+    for name, module in list(sys.modules.items()):
+        if name.startswith("simba_compile.kernels.ops.") and hasattr(module, "implementation"):
+            monkeypatch.setattr(module, "implementation", implementation)
+    yield came
+
+
+class Dispatches(TorchDispatchMode):
+    """Lets everything pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Lets everything pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_are_called_themselves_unless_something_watches(dispatched: list[bool]) -> None:
+    model, ids = tiny_model(), random_ids(2, 40)
+    compiled = simba(model, **KEEP_FEW)
+    with torch.no_grad():
+        expected = compiled(ids).logits
+    assert dispatched and not any(dispatched)
+
+    def called() -> list[bool]:
+        dispatched.clear()
+        close(compiled(ids).logits, expected, 1e-6)
+        return dispatched
+
+    assert all(called())  # gradients are recorded
+    with torch.no_grad():
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            assert all(called())
+        assert {"simba::rms_norm", "simba::selective_scan", "simba::select"} <= {event.key for event in seen.key_averages()}
+        assert not any(called())
+
+
+def test_what_watches() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(is_watched())
+        return x
+
+    look(torch.ones(2))
+    for mode in (Dispatches(), Functions(), profile(activities=[ProfilerActivity.CPU])):
+        with mode:
+            look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2))
+    look(torch.ones(2))
+    assert seen == [False, True, True, True, True, False]

@@ -20,6 +20,7 @@ GPU = "cuda"  # the device type of AMD's GPUs too
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE = (native, native_norm, native_ssd, native_linear, native_mixer)
 COPIES = ("select", "gather")  # whose Triton kernels take every dtype
+FUNCTIONS: dict[Any, Callable] = {}  # by operator: what runs it on every device
 
 
 def operator(schema: str) -> Callable[[Callable], Callable]:
@@ -29,7 +30,9 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
         LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
         _open_to_inductor(function)
-        getattr(torch.ops.simba, function.__name__).__doc__ = function.__doc__  # for help(torch.ops.simba.influence)
+        packet = getattr(torch.ops.simba, function.__name__)
+        packet.__doc__ = function.__doc__  # for help(torch.ops.simba.influence)
+        FUNCTIONS[packet] = function
         return function
 
     return register

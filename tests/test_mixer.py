@@ -174,13 +174,16 @@ class Step(nn.Module):
         """(batch, 1, hidden) of a token."""
         A = self.rate()
         x, z = F.linear(h, self.in_proj).transpose(1, 2).chunk(2, 1)
-        u = OPS.conv_update(window, x.squeeze(2), self.conv.squeeze(1), None, True)
+        u = OPS.conv_update(window, x.squeeze(2), self.conv.squeeze(1), None, self.silu)
         between = self.between(u, window, z)
         dt, B, C = self.pieces(F.linear(u[:, None], self.x_proj))
         dt = self.dt_proj.weight @ dt.transpose(1, 2)
         bias = self.dt_proj.bias
-        y = OPS.state_update(state, u, dt[..., 0], A, B[:, 0], C[:, 0], self.D, self.gate(z), bias, True)
+        gate, dt = self.gate(z), dt[..., 0]
+        y = OPS.state_update(state, u, dt, A, B[:, 0], C[:, 0], self.D, gate, bias, self.softplus)
         return self.leave(y, u), between
+
+    silu, softplus = True, True
 
     def pieces(self, made: Tensor) -> tuple[Tensor, ...]:
         return torch.split(made, [RANK, STATES, STATES], -1)
@@ -236,6 +239,22 @@ class SwappedPieces(Step):
         return dt, B, C
 
 
+class WithoutSilu(Step):
+    silu = False
+
+
+class WithoutSoftplus(Step):
+    """Its steps are small, so that a negative one does no harm."""
+
+    softplus = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.dt_proj.weight.mul_(0.01)
+            self.dt_proj.bias.abs_()
+
+
 class ReadTwice(Step):
     def leave(self, y: Tensor, u: Tensor) -> Tensor:
         return super().leave(y, u) + y.sum()
@@ -267,8 +286,8 @@ class ChangesAutocast(Step):
 
 
 KEPT = [
-    ReadsWhatIsBetween, ReadsTheWindow, Writes, AnotherRate, RateBeforeAWrite, GateOfTheInput, SwappedPieces, ReadTwice,
-    ChangesAutocast,
+    ReadsWhatIsBetween, ReadsTheWindow, Writes, AnotherRate, RateBeforeAWrite, GateOfTheInput, SwappedPieces, WithoutSilu,
+    WithoutSoftplus, ReadTwice, ChangesAutocast,
 ]  # fmt: skip
 
 

@@ -184,17 +184,17 @@ class Step(nn.Module):
         A, D, bias = -torch.exp(self.A_log), self.D[:, None].expand(-1, SIZE), self.dt_bias[:, None].expand(-1, SIZE)
         gate, mixed, dt = F.linear(h, self.in_proj).split([INNER, MIXED, HEADS], -1)
         x = mixed.transpose(1, 2).squeeze(2)
-        u = OPS.conv_update(window, x, self.conv.squeeze(1), self.conv_bias, True)
+        u = OPS.conv_update(window, x, self.conv.squeeze(1), self.conv_bias, self.silu)
         between = self.between(u, window, gate)
         x, B, C = self.pieces(u)
-        B, C = B.reshape(-1, GROUPS, STATES), C.reshape(-1, GROUPS, STATES)
+        B, C = B.reshape(len(u), -1, STATES), C.reshape(len(u), -1, STATES)
         dt = dt.transpose(1, 2).expand(-1, -1, SIZE)[:, :, 0]
         y = OPS.ssd_state_update(
             state, x.reshape(-1, HEADS, SIZE), self.step(dt), A, B, C, D[:, 0], bias[:, 0], self.softplus
         )
         return self.leave(y, gate, u), between
 
-    softplus = True
+    silu, softplus = True, True
 
     def pieces(self, made: Tensor) -> tuple[Tensor, ...]:
         return torch.split(made, [INNER, BETWEEN, BETWEEN], -1)
@@ -294,6 +294,17 @@ class SwappedPieces(Step):
         return x, B, C
 
 
+class FewerGroups(Step):
+    """Some of the convolution's channels are not read."""
+
+    def pieces(self, made: Tensor) -> tuple[Tensor, ...]:
+        return tuple(piece[:, :size] for piece, size in zip(super().pieces(made), (INNER, STATES, STATES), strict=True))
+
+
+class WithoutSilu(Step):
+    silu = False
+
+
 class WithoutSoftplus(Step):
     softplus = False
 
@@ -318,8 +329,8 @@ class ChangesAutocast(Step):
 
 
 KEPT = [
-    ReadsWhatIsBetween, ReadsTheWindow, Writes, SwappedPieces, WithoutSoftplus, AnotherStep, ReadsTheConvolutionAfter,
-    ChangesAutocast,
+    ReadsWhatIsBetween, ReadsTheWindow, Writes, SwappedPieces, FewerGroups, WithoutSilu, WithoutSoftplus, AnotherStep,
+    ReadsTheConvolutionAfter, ChangesAutocast,
 ]  # fmt: skip
 
 

@@ -254,6 +254,12 @@ class ReadTwice(Step):
         return super().normed(y, gate) + y
 
 
+class GateWritten(Step):
+    def normed(self, y: Tensor, gate: Tensor) -> Tensor:
+        gate.mul_(2)
+        return super().normed(y, gate)
+
+
 class WeightWritten(Step):
     def normed(self, y: Tensor, gate: Tensor) -> Tensor:
         self.norm.mul_(2)
@@ -266,7 +272,7 @@ class WeightMade(Step):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("module", [WithoutNorm, OfHeads, AnotherGate, ReadTwice, WeightWritten, WeightMade])
+@pytest.mark.parametrize("module", [WithoutNorm, OfHeads, AnotherGate, ReadTwice, GateWritten, WeightWritten, WeightMade])
 def test_the_norm_stays_where_it_is_another(module: type[Step], batch: int) -> None:
     targets = lowered(module(), batch)
     assert targets.count(OPS.ssd_mixer_update) == 1 and not {OPS.conv_update, OPS.ssd_state_update} & {*targets}

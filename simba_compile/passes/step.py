@@ -117,10 +117,9 @@ def _norm_of(value: Node | None, update: Node, projected: Node, channels: sympy.
     x, gate, weight, *_ = norm.args
     if x is not value or not _is_piece(gate, projected, sympy.Integer(0), channels):
         return None
-    if weight is None:
-        return norm
-    given = isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")  # so it is there when the update runs
-    return norm if given and may_move(update, norm, weight) else None  # type: ignore[arg-type]
+    weights = [weight] if isinstance(weight, Node) else []
+    there = all(given.op in ("placeholder", "get_attr") for given in weights)  # when the update runs
+    return norm if there and may_move(update, norm, projected, *weights) else None
 
 
 def _drop(*updates: Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from simba_compile.kernels.gpu import (
     norm,
     runtime,
     select,
+    ssd,
+    ssd_backward,
     ssd_influence,
     ssd_state,
     state,
@@ -392,6 +395,29 @@ def test_mixer_update(
     assert_near(held, moved.double())
     if dtype == torch.float32:
         assert_near(y, reference.mixer_update(*exact))
+
+
+def test_heads_that_are_no_multiple_of_the_groups() -> None:
+    """Refused, where a kernel would read beyond the last group, and before anything is written."""
+    x, dt, B, A = torch.ones(1, 2, 4, 5), torch.ones(1, 2, 4), torch.ones(1, 2, 3, 6), -torch.ones(4)
+    held, window = torch.zeros(1, 4, 5, 6), torch.zeros(1, 20 + 36, 4)
+    rest, limits = (None, None, True), (0.0, 1.0)
+    calls: list[Callable] = [
+        lambda: ssd.ssd_scan(x, dt, A, B, B, *rest, *limits, None, None),
+        lambda: ssd_backward.ssd_scan_backward(x, None, x, dt, A, B, B, *rest, *limits, None),
+        lambda: ssd_influence.ssd_influence(x, dt, A, B, B, None, True, *limits, "max", True),
+        lambda: ssd_state.ssd_state_update(held, x[:, 0], dt[:, 0], A, B[:, 0], B[:, 0], *rest),
+        lambda: mixer.ssd_mixer_update(
+            held, window, torch.ones(1, 20 + 56 + 4), torch.ones(56, 4), None, None, A, None, None, 0.0, 0
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="4 heads and 3 groups"):
+            call()
+    with pytest.raises(ValueError, match="norm_groups is 3; expected 0 or a divisor of 20"):
+        window = torch.zeros(1, 32, 4)
+        mixer.ssd_mixer_update(held, window, torch.ones(1, 56), torch.ones(32, 4), None, None, A, None, None, 0.0, 3)
+    assert not held.any() and not window.any()
 
 
 @few

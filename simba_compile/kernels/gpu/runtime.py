@@ -45,6 +45,12 @@ def expect(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} is {tuple(value.shape)}; expected {shape}.")
 
 
+def expect_groups(heads: int, groups: int) -> None:
+    """Check that each group has as many heads: a kernel would read beyond the last one."""
+    if groups < 1 or heads % groups:
+        raise ValueError(f"there are {heads} heads and {groups} groups; expected a multiple of the groups.")
+
+
 def processors(device: torch.device) -> int:
     """The multiprocessors of a GPU; an H100's where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

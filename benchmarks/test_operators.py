@@ -5,7 +5,9 @@
 One group for each operator; the first row of a group is the faster one.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,7 +190,7 @@ def mixer_update() -> dict[str, Call]:
         states = torch.zeros(1, CHANNELS, STATES), torch.zeros(1, CHANNELS, WIDTH)
         conv, x_proj = torch.randn(CHANNELS, WIDTH), torch.randn(RANK + 2 * STATES, CHANNELS) / CHANNELS**0.5
         outer = torch.randn(2 * CHANNELS, HIDDEN) / HIDDEN**0.5, torch.randn(HIDDEN, CHANNELS) / CHANNELS**0.5
-        layers.append((*outer, *states, conv, x_proj, torch.randn(CHANNELS, RANK) / RANK**0.5, dt_bias, (-A).log(), D))
+        layers.append((*outer, *states, conv, None, x_proj, torch.randn(CHANNELS, RANK) / RANK**0.5, dt_bias, (-A).log(), D))
 
     def parts(state, window, projected, conv, bias, x_proj, dt_proj, dt_bias, A_log, D):  # type: ignore[no-untyped-def]
         x, z = projected[:, 0].chunk(2, -1)
@@ -197,14 +199,16 @@ def mixer_update() -> dict[str, Call]:
         dt = OPS.linear(dt, dt_proj, None, None, None)
         return OPS.state_update(state, u, dt, A_log, B, C, D, z, dt_bias, True, True)[:, None]
 
-    def step(mixer: Callable[..., Tensor]) -> Tensor:
-        h = hidden
-        for in_proj, out_proj, state, window, conv, *rest in layers:
-            projected = OPS.linear(h, in_proj, None, None, None)
-            h = OPS.linear(mixer(state, window, projected, conv, None, *rest), out_proj, None, None, None)
-        return h
+    calls = {"simba": OPS.mixer_update, "simba, its parts": parts}
+    return {name: functools.partial(step, hidden, layers, mixer) for name, mixer in calls.items()}
 
-    return {"simba": lambda: step(OPS.mixer_update), "simba, its parts": lambda: step(parts)}
+
+def step(h: Tensor, layers: list[tuple[Any, ...]], mixer: Callable[..., Tensor]) -> Tensor:
+    """A token through mixers: the weights of each one's outer projections, its states, and what else the mixer is given."""
+    for in_proj, out_proj, state, window, *weights in layers:
+        projected = OPS.linear(h, in_proj, None, None, None)
+        h = OPS.linear(mixer(state, window, projected, *weights), out_proj, None, None, None)
+    return h
 
 
 def mamba2_inputs() -> tuple[Tensor, ...]:
@@ -269,7 +273,8 @@ def ssd_mixer_update() -> dict[str, Call]:
         *_, A, _, _, D, bias = mamba2_inputs()
         states = torch.zeros(1, HEADS, HEAD, STATES_2), torch.zeros(1, mixed, WIDTH)
         outer = torch.randn(CHANNELS + mixed + HEADS, HIDDEN) / HIDDEN**0.5, torch.randn(HIDDEN, CHANNELS) / CHANNELS**0.5
-        layers.append((*outer, *states, torch.randn(mixed, WIDTH), torch.randn(mixed), bias, (-A).log(), D))
+        filters = torch.randn(mixed, WIDTH), torch.randn(mixed)
+        layers.append((*outer, *states, *filters, bias, (-A).log(), D, torch.ones(CHANNELS), 1e-5, 1))
 
     def parts(state, window, projected, conv, conv_bias, bias, A_log, D, weight, eps, groups):  # type: ignore[no-untyped-def]
         gate, x, dt = projected[:, 0].split([CHANNELS, mixed, HEADS], -1)
@@ -278,17 +283,8 @@ def ssd_mixer_update() -> dict[str, Call]:
         y = OPS.ssd_state_update(state, x, dt, A_log, B, C, D, bias, True, True).flatten(1)
         return OPS.gated_norm(y, gate, weight, eps, groups)[:, None]
 
-    weight = torch.ones(CHANNELS)
-
-    def step(mixer: Callable[..., Tensor]) -> Tensor:
-        h = hidden
-        for in_proj, out_proj, *rest in layers:
-            projected = OPS.linear(h, in_proj, None, None, None)
-            state, window, *others = rest
-            h = OPS.linear(mixer(state, window, projected, *others, weight, 1e-5, 1), out_proj, None, None, None)
-        return h
-
-    return {"simba": lambda: step(OPS.ssd_mixer_update), "simba, its parts": lambda: step(parts)}
+    calls = {"simba": OPS.ssd_mixer_update, "simba, its parts": parts}
+    return {name: functools.partial(step, hidden, layers, mixer) for name, mixer in calls.items()}
 
 
 OPERATORS: dict[Callable[[], dict[str, Call]], tuple[str, ...]] = {

@@ -39,7 +39,8 @@ def past_autograd(gm: GraphModule) -> Callable:
     nothing to record, and through torch's dispatcher, to find that there is one way to run it (docs/decisions.md). Neither
     way knows the tangents of forward-mode differentiation.
     """
-    ours, straight = any(is_simba(node) for node in gm.graph.nodes), past_dispatcher(gm)
+    ours = any(is_simba(node) for node in gm.graph.nodes)
+    straight = past_dispatcher(gm) if ours else gm
 
     def run(*args: Any) -> Any:
         forward_mode = forward_ad._current_level >= 0

@@ -12,19 +12,8 @@ from conftest import cache_of, have_products_of_torch
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import (
-    Source,
-    assert_near,
-    at_level,
-    each_dtype,
-    each_level,
-    layouts,
-    needs_native,
-    seeds,
-    spoiled,
-    threads,
-    wide,
-)
+from kernel_inputs import Source, each_dtype, each_level, layouts, needs_native, seeds
+from mixer_steps import assert_like_its_parts, assert_refused, assert_the_same_of_all_threads, assert_written_back
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
@@ -79,72 +68,32 @@ def in_parts(state, window, projected, weight, bias, x_proj, dt_proj, dt_bias, A
     return native.state_update(state, u, dt, A, B, C, D, z, dt_bias, True).view(*projected.shape[:-1], -1)
 
 
-def copied(args: list[Any]) -> list[Any]:
-    """The arguments with states of their own, which are written to."""
-    return [args[0].clone(), args[1].clone(), *args[2:]]
-
-
 @needs_native
 @each_level
 @each_dtype
 @settings(max_examples=15)
 @given(data=st.data())
 def test_mixer_update(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
-    args = data.draw(steps(dtype))
-    whole, parts = copied(args), copied(args)
-    with at_level(level), threads(data.draw(st.integers(1, 3))):
-        out = OPS.mixer_update(*whole)
-        if not out.numel():
-            return
-        expected = in_parts(*parts)
-    assert out.dtype == dtype and out.shape == expected.shape
-    assert torch.equal(whole[1], parts[1])
-    assert_near(whole[0], parts[0].double())  # the parts round what is between them as the whole does
-    assert_near(out, expected.double())
-    if dtype in (torch.float32, torch.float64):
-        exact = copied(wide(args))
-        assert_near(out, reference.mixer_update(*exact))
-        assert_near(whole[0], exact[0])
+    assert_like_its_parts("mixer_update", data.draw(steps(dtype)), in_parts, level, data.draw(st.integers(1, 3)))
 
 
 @needs_native
 def test_more_channels_than_one_thread_takes() -> None:
     args = some(2, 700, 16, 4, 30)
     args[5] /= 26
-    results = []
-    for count in (1, 2, 3):
-        given = copied(args)
-        with threads(count):
-            results.append((OPS.mixer_update(*given), given[0], given[1]))
-    exact = copied(wide(args))
-    assert_near(results[0][0], reference.mixer_update(*exact))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_the_same_of_all_threads("mixer_update", args)
 
 
 @needs_native
 @pytest.mark.parametrize("held", [torch.float64, torch.bfloat16], ids=str)
 def test_states_of_another_dtype_are_written_back(held: torch.dtype) -> None:
-    args = some(2, 7, 3, 4, 2)
-    expected, given = copied(args), copied(args)
-    given[:2] = [value.to(held) for value in given[:2]]
-    expected[:2] = [value.float() for value in given[:2]]
-    torch.testing.assert_close(native_mixer.mixer_update(*given), native_mixer.mixer_update(*expected))
-    torch.testing.assert_close(given[0], expected[0].to(held))
-    torch.testing.assert_close(given[1], expected[1].to(held))
+    assert_written_back("mixer_update", some(2, 7, 3, 4, 2), held)
 
 
 @needs_native
 def test_what_c_takes_on_trust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     args = some(2, 7, 3, 4, 2)
-    native_mixer.mixer_update(*copied(args))
-    monkeypatch.setattr(native_mixer, "_call", lambda *_: pytest.fail("C was called"))
-    for place, value in enumerate(args):
-        for what, wrong in spoiled(value):
-            if (place, what) == (2, "another rank") or (what == "whole numbers" and place not in (2, 5, 6)):
-                continue  # a token axis of one; parameters and states are cast from any type
-            with pytest.raises(ValueError, match="expected"):
-                native_mixer.mixer_update(*args[:place], wrong, *args[place + 1 :])
+    assert_refused("mixer_update", args, {2, 5, 6}, monkeypatch)
     many = torch.randn(2, 7, 300), torch.randn(602, 7), torch.randn(7, 300)
     with pytest.raises(ValueError, match="300 states"):
         native_mixer.mixer_update(many[0], *args[1:5], many[1], *args[6:8], many[2], args[9])

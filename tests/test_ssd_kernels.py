@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from kernel_inputs import (
     leaf,
     needs_native,
     seeds,
+    spoiled,
     threads,
     wide,
 )
@@ -441,18 +442,6 @@ PARAMETERS = {  # cast from any type
 }
 
 FREE = {("ssd_scan", 11, "axis 1 too long"), ("ssd_influence", 0, "axis 3 too long")}  # sizes that nothing else shares
-
-
-def spoiled(value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor with something wrong about it."""
-    yield "elsewhere", value.to("meta")
-    yield "another rank", value[None]
-    yield "no axis", value.new_zeros(())
-    yield "whole numbers", value.to(torch.int32)
-    for axis in range(value.dim()):
-        sizes = list(value.shape)
-        sizes[axis] += 1
-        yield f"axis {axis} too long", torch.zeros(sizes, dtype=value.dtype)
 
 
 @needs_native

@@ -14,19 +14,8 @@ from conftest import cache_of, have_products_of_torch, left_padding, random_ids
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import (
-    Source,
-    assert_near,
-    at_level,
-    each_dtype,
-    each_level,
-    layouts,
-    needs_native,
-    seeds,
-    spoiled,
-    threads,
-    wide,
-)
+from kernel_inputs import Source, each_dtype, each_level, layouts, needs_native, seeds
+from mixer_steps import assert_like_its_parts, assert_refused, assert_the_same_of_all_threads, assert_written_back
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from toys import lowered_step
@@ -87,72 +76,31 @@ def in_parts(state, window, projected, weight, bias, dt_bias, A_log, D, norm_wei
     return y.view(*projected.shape[:-1], -1)
 
 
-def copied(args: list[Any]) -> list[Any]:
-    """The arguments with states of their own, which are written to."""
-    return [args[0].clone(), args[1].clone(), *args[2:]]
-
-
 @needs_native
 @each_level
 @each_dtype
 @settings(max_examples=15)
 @given(data=st.data())
 def test_ssd_mixer_update(level: int, dtype: torch.dtype, data: st.DataObject) -> None:
-    args = data.draw(steps(dtype))
-    whole, parts = copied(args), copied(args)
-    with at_level(level), threads(data.draw(st.integers(1, 3))):
-        out = OPS.ssd_mixer_update(*whole)
-        if not out.numel():
-            return
-        expected = in_parts(*parts)
-    assert out.dtype == dtype and out.shape == expected.shape
-    assert torch.equal(whole[1], parts[1])
-    assert_near(whole[0], parts[0].double())  # the parts round what is between them as the whole does
-    assert_near(out, expected.double())
-    if dtype in (torch.float32, torch.float64):
-        exact = copied(wide(args))
-        assert_near(out, reference.ssd_mixer_update(*exact))
-        assert_near(whole[0], exact[0])
+    assert_like_its_parts("ssd_mixer_update", data.draw(steps(dtype)), in_parts, level, data.draw(st.integers(1, 3)))
 
 
 @needs_native
 def test_more_heads_than_one_thread_takes() -> None:
     args = some(2, 9, 64, 128)
-    results = []
-    for count in (1, 2, 3):
-        given = copied(args)
-        with threads(count):
-            results.append((OPS.ssd_mixer_update(*given), given[0], given[1]))
-    exact = copied(wide(args))
-    assert_near(results[0][0], reference.ssd_mixer_update(*exact))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_the_same_of_all_threads("ssd_mixer_update", args)
 
 
 @needs_native
 @pytest.mark.parametrize("held", [torch.float64, torch.bfloat16], ids=str)
 def test_states_of_another_type(held: torch.dtype) -> None:
-    """They are updated where they are."""
-    args = some(2, 3, 4, 5)
-    expected, given = copied(args), copied(args)
-    given[:2] = [value.to(held) for value in given[:2]]
-    expected[:2] = [value.float() for value in given[:2]]
-    torch.testing.assert_close(native_mixer.ssd_mixer_update(*given), native_mixer.ssd_mixer_update(*expected))
-    torch.testing.assert_close(given[0], expected[0].to(held))
-    torch.testing.assert_close(given[1], expected[1].to(held))
+    assert_written_back("ssd_mixer_update", some(2, 3, 4, 5), held)
 
 
 @needs_native
 def test_what_c_takes_on_trust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     args = some(2, 3, 4, 5)
-    native_mixer.ssd_mixer_update(*copied(args))
-    monkeypatch.setattr(native_mixer, "_call", lambda *_: pytest.fail("C was called"))
-    for place, value in enumerate(args[:9]):
-        for what, wrong in spoiled(value):
-            if (place, what) == (2, "another rank") or (what == "whole numbers" and place != 2):
-                continue  # a token axis of one; parameters and states are cast from any type
-            with pytest.raises(ValueError, match="expected"):
-                native_mixer.ssd_mixer_update(*args[:place], wrong, *args[place + 1 :])
+    assert_refused("ssd_mixer_update", args, {2}, monkeypatch)
     for groups in (-1, 5, 24):
         with pytest.raises(ValueError, match=f"norm_groups is {groups}; expected 0 or a divisor of 12"):
             native_mixer.ssd_mixer_update(*args[:10], groups)

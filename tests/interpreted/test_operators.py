@@ -412,9 +412,9 @@ def test_heads_that_are_no_multiple_of_the_groups() -> None:
         ),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="4 heads and 3 groups"):
+        with pytest.raises(ValueError, match="4 heads; expected a multiple of 3"):
             call()
-    with pytest.raises(ValueError, match="norm_groups is 3; expected 0 or a divisor of 20"):
+    with pytest.raises(ValueError, match="20 channels; expected a multiple of 3"):
         window = torch.zeros(1, 32, 4)
         mixer.ssd_mixer_update(held, window, torch.ones(1, 56), torch.ones(32, 4), None, None, A, None, None, 0.0, 3)
     assert not held.any() and not window.any()

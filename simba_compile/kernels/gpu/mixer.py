@@ -65,9 +65,9 @@ def ssd_mixer_update(
         projected=(rows, (batch, inner + mixed + heads)), A_log=(A_log, (heads,)), D=(D, (heads,)),
         norm_weight=(norm_weight, (inner,)),
     )  # fmt: skip
-    runtime.expect_groups(heads, groups)
-    if norm_groups and inner % norm_groups:
-        raise ValueError(f"norm_groups is {norm_groups}; expected 0 or a divisor of {inner} channels.")
+    runtime.expect_groups(groups, heads=heads)
+    if norm_groups:
+        runtime.expect_groups(norm_groups, channels=inner)
     gate, entering, dt = rows.split([inner, mixed, heads], -1)
     u = conv.conv_update(window, entering, conv_weight, conv_bias, True)
     x, B, C = u.split([inner, groups * states, groups * states], -1)

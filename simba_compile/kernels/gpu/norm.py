@@ -61,8 +61,7 @@ def _norm(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None
 ) -> Tensor:
     runtime.expect(weight=(weight, (x.shape[-1],)))
-    if x.shape[-1] % groups:
-        raise ValueError(f"there are {x.shape[-1]} channels; expected a multiple of {groups} (the groups).")
+    runtime.expect_groups(groups, channels=x.shape[-1])
     out = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
         rows, gates = _rows(x), None if gate is None else _rows(gate)

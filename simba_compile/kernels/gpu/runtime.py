@@ -45,10 +45,11 @@ def expect(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} is {tuple(value.shape)}; expected {shape}.")
 
 
-def expect_groups(heads: int, groups: int) -> None:
-    """Check that each group has as many heads: a kernel would read beyond the last one."""
-    if groups < 1 or heads % groups:
-        raise ValueError(f"there are {heads} heads and {groups} groups; expected a multiple of the groups.")
+def expect_groups(groups: int, **given: int) -> None:
+    """Check that each group has as many of something, given by its name: a kernel would read beyond the last group."""
+    for name, count in given.items():
+        if groups < 1 or count % groups:
+            raise ValueError(f"there are {count} {name}; expected a multiple of {groups} (the groups).")
 
 
 def processors(device: torch.device) -> int:

@@ -174,7 +174,7 @@ def ssd_scan(
         dt=(dt, (batch, tokens, heads)), A=(A, (heads,)), B=(B, (batch, tokens, groups, states)), C=(C, tuple(B.shape)),
         D=(D, (heads,)), dt_bias=(dt_bias, (heads,)), initial=(initial, (batch, heads, size, states)),
     )  # fmt: skip
-    runtime.expect_groups(heads, groups)
+    runtime.expect_groups(groups, heads=heads)
     if index is not None:
         tokens = index.shape[1]
         runtime.expect(index=(index, (batch, tokens)))

@@ -233,7 +233,7 @@ def ssd_scan_backward(
         A=(A, (heads,)), B=(B, (batch, tokens, groups, states)), C=(C, tuple(B.shape)), D=(D, (heads,)),
         dt_bias=(dt_bias, (heads,)), initial=(initial, (batch, heads, size, states)),
     )  # fmt: skip
-    runtime.expect_groups(heads, groups)
+    runtime.expect_groups(groups, heads=heads)
     A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
     wide = torch.float32
     tile = tile_of(x, states)

@@ -97,7 +97,7 @@ def ssd_influence(
         dt=(dt, (batch, tokens, heads)), A=(A, (heads,)), B=(B, (batch, tokens, groups, states)),
         C=(C, (batch, tokens, groups, states)), dt_bias=(dt_bias, (heads,)),
     )  # fmt: skip
-    runtime.expect_groups(heads, groups)
+    runtime.expect_groups(groups, heads=heads)
     if x.numel() == 0:
         return x.new_full((batch, tokens), -torch.inf, dtype=torch.float64)
     later = influence.suffix_sums(dt, dt_bias if bias_in_decay else None, softplus, influence.CHUNK, (dt_min, dt_max))

@@ -61,7 +61,7 @@ def ssd_state_update(
         state=(state, (batch, heads, size, states)), dt=(dt, (batch, heads)), A=(A, (heads,)),
         B=(B, (batch, groups, states)), C=(C, (batch, groups, states)), D=(D, (heads,)), dt_bias=(dt_bias, (heads,)),
     )  # fmt: skip
-    runtime.expect_groups(heads, groups)
+    runtime.expect_groups(groups, heads=heads)
     out = x.new_empty(x.shape)
     if x.numel():
         # 1024 numbers of state for each program, two loads of 16 bytes a thread: a sequence of mamba2-2.7b has 640 of them.

@@ -194,7 +194,7 @@ def tiny_model(
 def have_products_of_torch(patch: pytest.MonkeyPatch) -> None:
     """Lower as for a GPU, where linear layers are torch's."""
     lowering = importlib.import_module("simba_compile.passes.lower")  # the package has the function of this name
-    patch.setattr(lowering, "_is_ours", lambda product: False)
+    patch.setattr(lowering, "_is_on_cpu", lambda node: False)
 
 
 def simba(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Callable:

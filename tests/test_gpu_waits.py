@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import simba_compile.backend
 from simba_compile.cli.models import going_on
 from simba_compile.kernels.ops import dispatch
+from simba_compile.passes.lower import rates
 
 pytest.importorskip("triton")
 from simba_compile.kernels.gpu import runtime
@@ -128,6 +129,9 @@ def test_halves_add_and_norm_at_once(family: str, called: list, launched: list[s
         out = compiled(ids, logits_to_keep=1, use_cache=True)
         compiled(ids[:, :1], **going_on(out), use_cache=True)
     layers = model.config.num_hidden_layers
+    prompt = [node.target for node in called[0][0].graph.nodes]
+    assert not {torch.zeros, torch.zeros_like} & {*prompt}  # caches are filled at once
+    assert prompt.count(rates) == prompt.count(torch.ops.simba.selective_scan)
     for graph, args in called:
         launched.clear()
         run_on_fake_gpu(graph, args)

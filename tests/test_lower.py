@@ -16,7 +16,7 @@ from toys import HIDDEN, OPS, Captured, half_written, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.passes import lower, prune
-from simba_compile.passes.lower import linear_onto
+from simba_compile.passes.lower import linear_onto, rates
 from simba_compile.passes.match import match
 from simba_compile.passes.plan import make_plan
 from simba_compile.passes.rows import make_rows
@@ -297,6 +297,58 @@ def test_lower_leaves_the_widening_to_the_operator(case: str) -> None:
     captured = Captured(scan, tokens().to(kind))
     after = captured.lowered()
     assert after.count("float") + after.count("to") == {"half": 0, "written": 1, "narrowed": 2}[case]
+
+
+@pytest.mark.parametrize("case", ["float", "half", "written", "updates", "rounded", "cpu"])
+def test_lower_lays_out_the_rates_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, for score and scan, of A_log as it is there; not where it changes in between, nor where exp is of halves."""
+    if case != "cpu":
+        have_products_of_torch(monkeypatch)
+    A_log = torch.rand(HIDDEN, 3).to(torch.bfloat16 if case == "half" else torch.float32)
+    B = torch.randn(HIDDEN, 3)
+
+    def scan(h: Tensor) -> Tensor:
+        logarithm = A_log * 2
+        exp = torch.exp(logarithm.bfloat16().float() if case == "rounded" else logarithm.float())
+        if case == "written":
+            logarithm.add_(1)
+        A, b = -exp, h @ B
+        if case == "updates":
+            return OPS.state_update(A[None] * 2, h[:1, 0], h[:1, 0], A, b[:1, 0], b[:1, 0], None, None, None, True)
+        score = OPS.influence(h, h, A, b, b, None, True, "max", True)
+        return OPS.selective_scan(h, h, A, b, b, None, None, None, True, None)[0] + score[:, :, None]
+
+    captured = Captured(scan, tokens())
+    after = captured.lowered()
+    laid_out = case in ("float", "half", "rounded")
+    assert after.count(rates) == laid_out and (torch.exp in after) != laid_out
+    if laid_out:
+        (node,) = (node for node in captured.gm.graph.nodes if node.target is rates)
+        assert value_of(node.args[0]).dtype == (torch.float32 if case == "float" else torch.bfloat16)
+
+
+def test_rates_are_laid_out_for_the_kernels() -> None:
+    A_log = torch.randn(5, 3, dtype=torch.bfloat16)
+    assert torch.equal(rates(A_log), -torch.exp(A_log.float())) and rates(A_log).t().is_contiguous()
+    A_log = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rates(A_log).sum(), A_log)
+    torch.testing.assert_close(gradient, -torch.exp(A_log), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", ["like", "sizes", "method", "read", "part", "itself"])
+def test_lower_leaves_what_is_written_over_unfilled(case: str) -> None:
+    """The first states of a cache; zeros that something reads, or of which some stay, are zeros."""
+
+    def state(h: Tensor) -> Tensor:
+        make = {"sizes": lambda: torch.zeros(h.shape), "method": lambda: h.new_zeros(h.shape)}
+        zeros = make.get(case, lambda: torch.zeros_like(h))()
+        before = zeros * 2 if case == "read" else h
+        place = zeros[:, :2] if case == "part" else zeros
+        place.copy_(zeros if case == "itself" else h[:, :2] if case == "part" else h)
+        return zeros + before
+
+    filled = {torch.zeros, torch.zeros_like, "new_zeros"} & {*Captured(state, tokens()).lowered()}
+    assert bool(filled) == (case in ("read", "part", "itself"))
 
 
 def test_lower_projects_rows() -> None:

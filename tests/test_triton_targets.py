@@ -21,7 +21,6 @@ import triton_targets
 from triton_targets import TARGETS, check, compile_for, count, record
 
 from simba_compile.kernels import gpu
-from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.ops import dispatch
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -452,16 +451,3 @@ def test_inductor_knows_what_is_written(case: str, taken_for_gpu: None) -> None:
         while not hasattr(kernel, "__name__"):  # with its number of warps around it
             kernel = kernel.fn
         assert sorted(node.kwargs["tensors_to_clone"]) == sorted(WRITTEN[kernel.__name__].split()), kernel.__name__
-
-
-def test_launches_are_direct_outside_of_tracing() -> None:
-    """Plain tensors start the kernel itself: no detour by a graph's node."""
-    started = []
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-            return lambda *args, **constants: started.append((grid, args, constants))
-
-    x = torch.zeros(3)
-    runtime.launch(Kernel(), (7,), x, 5, BLOCK=2)
-    assert started == [((7,), (x, 5), {"BLOCK": 2})]

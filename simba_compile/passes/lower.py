@@ -1,6 +1,7 @@
 """Fuse what belongs together, on a graph of either kind; the rest goes to the inner compiler as it is."""
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -11,13 +12,14 @@ from simba_compile.passes.effects import is_inplace, written_between
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm, fuse_rounding
-from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, linear_values, pieces_of
+from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
-from simba_compile.passes.step import fuse_ssd_step, fuse_step, take_logarithm
+from simba_compile.passes.step import EXP, NEG, fuse_ssd_step, fuse_step, take_logarithm
 from simba_compile.passes.tokens import CASTS, LINEAR, POINTWISE, PRODUCTS, SPLITS, is_simba, value_of
 
 OPS = torch.ops.simba
 WIDENED = ("A", "A_log", "D", "dt_bias")  # what operators take in any type, as norms take their weights
+UNFILLED: dict[Any, Any] = {torch.zeros: torch.empty, torch.zeros_like: torch.empty_like, "new_zeros": "new_empty"}
 NORMS = {OPS.rms_norm, OPS.gated_norm, OPS.add_norm}
 
 
@@ -27,7 +29,7 @@ def lower(gm: GraphModule) -> None:
     norms = (fuse_gated_norm, fuse_rounding, fuse_norm)
     fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear)
     steps = (take_logarithm, drop_widening, fuse_step, fuse_ssd_step)
-    for rewrite in (*plainer, *norms, *fusions, *steps, read_cache):
+    for rewrite in (*plainer, *norms, *fusions, *steps, lay_out_rates, leave_unfilled, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -74,6 +76,34 @@ def drop_widening(node: Node) -> None:
         if widens and value_of(bias).device == value_of(cast).device and may_move(cast, node, bias):
             node.update_arg(i, bias)
             erase(cast)
+
+
+def rates(A_log: torch.Tensor) -> torch.Tensor:
+    """``-exp(A_log)``, (channel, state) in float32, with neighbouring channels in neighbouring places of memory."""
+    across = A_log.t()
+    return -A_log.new_empty(across.shape, dtype=torch.float32).copy_(across).exp().t()
+
+
+def lay_out_rates(node: Node) -> None:
+    """``A = -exp(A_log)``, which a GPU's score and scan read: laid out as they want it, once and not by each of them."""
+    exp = node.args[0] if node.target in NEG else None
+    if not isinstance(exp, Node) or exp.target not in EXP or _is_on_cpu(node):
+        return
+    A_log: Node = exp.args[0]  # type: ignore[assignment]
+    reads = any(reader.target in {OPS.influence, OPS.selective_scan} for reader in node.users)
+    if not reads or rank_of(node) != 2 or {dtype_of(node), dtype_of(A_log)} != {torch.float32} or node.kwargs or exp.kwargs:
+        return
+    if A_log.target in CASTS - {"contiguous", "clone"} and dtype_of(A_log.args[0]) in (torch.bfloat16, torch.float16):
+        A_log = A_log.args[0]  # type: ignore[assignment]
+    if value_of(A_log).device == value_of(node).device and not is_stale(exp, node, A_log):
+        replace(node, insert(node, rates, A_log))
+
+
+def leave_unfilled(node: Node) -> None:
+    """``zeros(...).copy_(x)``, as caches keep their first states: no zeros, for x is written over all of them."""
+    made = node.args[0] if node.target == "copy_" else None
+    if isinstance(made, Node) and made.target in UNFILLED and node is min(made.users) and node.args[1] is not made:
+        made.target = UNFILLED[made.target]  # type: ignore[index]
 
 
 def untranspose_product(node: Node) -> None:
@@ -234,8 +264,11 @@ def fuse_linear(node: Node) -> None:
 
 def _is_ours(product: Node) -> bool:
     """Whether our own product may run a linear layer: on the CPU, all in one type."""
-    on_cpu = all(value.device.type == "cpu" for value in linear_values(product))
-    return _has_rows(product) and is_of_one_type(product) and on_cpu
+    return _has_rows(product) and is_of_one_type(product) and all(map(_is_on_cpu, product.all_input_nodes))
+
+
+def _is_on_cpu(node: Node) -> bool:
+    return value_of(node).device.type == "cpu"
 
 
 def _has_rows(product: Node) -> bool:

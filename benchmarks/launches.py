@@ -1,0 +1,154 @@
+"""What the host does to start the kernels of an eager pruned prompt, and of a decoding step, on a GPU; without a GPU.
+
+    python benchmarks/launches.py [--kind mamba2]
+
+A model of tiny layers in bfloat16 runs on the CPU, whose tensors are taken for a GPU's. Triton's launches go all the way to
+its driver, which does nothing. Products are left out, and torch's other operations have so few numbers that they, too, cost
+what it takes to call them. What CUDA takes to queue each kernel comes on top.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+import triton
+from torch import Tensor
+from torch.fx import GraphModule
+from triton.backends.compiler import GPUTarget
+
+import simba_compile.backend
+from simba_compile.cli.models import going_on, quiet, random_ids
+from simba_compile.eager import as_it_is
+from simba_compile.kernels.gpu import runtime
+from simba_compile.kernels.ops import dispatch
+
+SIZES = {"hidden_size": 16, "vocab_size": 256, "dtype": torch.bfloat16}
+KINDS = {
+    "mamba": lambda layers: transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=layers, **SIZES)),
+    "mamba2": lambda layers: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(num_hidden_layers=layers, num_heads=2, head_dim=16, n_groups=1, state_size=16, **SIZES)
+    ),
+}
+
+
+class NoDriver:
+    """Triton's driver of a GPU that is not there: everything is compiled, nothing runs.
+
+    Attributes
+    ----------
+    started : list of tuple
+        For each kernel that was started: what it was compiled from, its programs, and its arguments.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[tuple] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132},
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable:
+        def run(programs: int, *rest: Any) -> None:  # two axes of one program, stream, function, metadata, three hooks
+            self.started.append((source, programs, *rest[8:]))
+
+        return run
+
+
+class Forgetful(dict):
+    """Remembers nothing, so that Triton itself finds what it has compiled."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def without_products(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
+    """What runs a graph as it is, but for its products, which leave their results as the memory was."""
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    for node in gm.graph.nodes:
+        if node.target in (F.linear, torch._C._nn.linear):
+            node.target = product
+    gm.recompile()
+    return as_it_is(gm)
+
+
+def take_the_cpu_for_a_gpu(driver: NoDriver) -> None:
+    """Lower graphs as for a GPU, and start kernels by this driver."""
+    triton.runtime.driver.set_active(driver)
+    dispatch.GPU = "cpu"
+    sys.modules["simba_compile.passes.lower"]._is_on_cpu = lambda node: False  # type: ignore[attr-defined]
+    simba_compile.backend.compile_inner = without_products  # type: ignore[assignment]
+
+
+def times(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, default="mamba")
+    parser.add_argument("--layers", type=int, default=64)
+    asked = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    driver = NoDriver()
+    take_the_cpu_for_a_gpu(driver)
+    model = KINDS[asked.kind](asked.layers).eval()
+    compiled = torch.compile(model, backend="simba", options={"keep": 0.1}, fullgraph=True)
+    ids = random_ids(256, 200)
+    ours, forgetful = runtime.COMPILED, Forgetful()
+
+    def run(call: Callable, compiled_before: dict) -> Callable:
+        def timed() -> None:
+            runtime.COMPILED = compiled_before
+            call()
+
+        return timed
+
+    with torch.no_grad():
+        after = going_on(compiled(ids, logits_to_keep=1))
+        jobs = {
+            "prompt": lambda: compiled(ids, logits_to_keep=1),
+            "step": lambda: compiled(ids[:, :1], **after),
+        }
+        print(f"{asked.kind}, {asked.layers} layers: microseconds of the host for a layer, medians of 20")
+        for name, call in jobs.items():
+            call()
+            driver.started.clear()
+            call()
+            launches = len(driver.started) / asked.layers
+            taken = times({"ours": run(call, ours), "Triton's": run(call, forgetful)}, 20)
+            found = ", ".join(f"{1e6 * seconds / asked.layers:.0f} ({name} way)" for name, seconds in taken.items())
+            print(f"{name}: {launches:.1f} kernels of ours, {found}")
+
+
+if __name__ == "__main__":
+    main()

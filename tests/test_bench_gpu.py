@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from simba_compile.cli import app, bench_gpu, bench_gpu_report, bench_gpu_worker, bench_kernels
@@ -56,7 +57,7 @@ def test_a_worker_ends_where_its_device_is_lost(monkeypatch: pytest.MonkeyPatch,
     """After a bad address CUDA raises the same error at every further call, in this process."""
     lost: list[bool] = []
 
-    def rms_norm(*args: object) -> None:
+    def rms_norm(*args: object, **more: object) -> None:
         lost.append(True)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -188,7 +189,34 @@ def test_the_full_benchmark_covers_what_it_should() -> None:
 def test_a_result_that_is_no_number_is_wrong(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is as wrong as can be, also beside results that are right."""
     monkeypatch.setattr(bench_kernels.Case, "run", lambda case: case.args[0] * float("nan"))
-    assert bench_kernels.error("rms_norm", Device("cpu"), dtype) == float("inf")
+    assert bench_kernels.error("rms_norm", Device("cpu"), dtype, bench_kernels.SMALL) == float("inf")
+
+
+def test_a_result_that_varies_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a race, however little."""
+    runs: list[int] = []
+
+    def run(case: bench_kernels.Case) -> Any:
+        runs.append(1)
+        return torch.ops.simba.rms_norm(*case.args) * (1 + 1e-6 * len(runs))
+
+    monkeypatch.setattr(bench_kernels.Case, "run", run)
+    errors = [bench_kernels.error("rms_norm", Device("cpu"), "float32", bench_kernels.SMALL, runs=n) for n in (1, 2)]
+    assert errors[0] < 1e-5 and errors[1] == float("inf")
+
+
+def test_a_worker_ends_after_a_profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a GPU, where the profiler goes on to slow down what is timed."""
+
+    def profile(worker: bench_gpu_worker.Worker) -> dict[str, Any]:
+        worker.device.lost = True
+        return {"share": 0.1}
+
+    monkeypatch.setattr(bench_gpu_worker.Worker, "profile", profile)
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"kind": "profile"}\n{"kind": "profile"}\n'))
+    bench_gpu_worker.main("cpu", 1)
+    _, only = map(json.loads, capsys.readouterr().out.splitlines())
+    assert only == {"result": {"share": 0.1}, "over": True}
 
 
 def test_the_report_shows_what_is_wrong() -> None:

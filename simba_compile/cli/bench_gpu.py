@@ -56,6 +56,8 @@ class Settings:
         The shape of the timed kernels: "channels" and "states".
     scans : sequence of (int, int)
         Batch and tokens at which the scan and its score are timed.
+    wide : (int, int)
+        Batch and tokens at which kernels as wide as the timed ones are held against their definitions.
     far : (int, int)
         Batch and tokens at which the channels are more than 2³¹ numbers.
     runs : int
@@ -73,6 +75,7 @@ class Settings:
     tokens: Sequence[int]
     kernels: dict[str, int]
     scans: Sequence[tuple[int, int]]
+    wide: tuple[int, int]
     far: tuple[int, int]
     runs: int
     inductor: bool
@@ -84,16 +87,16 @@ class Settings:
         """The sizes of the published models."""
         widths = {"mamba-130m": (768, 24), "mamba-1.4b": (2048, 48), "mamba-2.8b": (2560, 64)}
         sizes = {name: model_of(hidden, layers, 50280) for name, (hidden, layers) in widths.items()}
-        scans = ((1, 2048), (1, 8192), (1, 65536), (8, 2048), (8, 8192), (8, 65536))
+        scans = ((1, 2048), (1, 8192), (1, 65536), (2, 8192), (8, 2048), (8, 8192), (8, 65536))
         kernels = {"channels": 5120, "states": 16}
-        return cls(device, sizes, (2048, 8192, 32768), kernels, scans, (14, 32768), runs, inductor)
+        return cls(device, sizes, (2048, 8192, 32768), kernels, scans, (2, 520), (14, 32768), runs, inductor)
 
     @classmethod
     def quick(cls, device: str, inductor: bool) -> "Settings":
         """Sizes at which everything runs within a minute; the numbers mean nothing."""
         kernels = {"channels": 64, "states": 16}
         tiny = {"tiny": model_of(64, 2, 256)}
-        return cls(device, tiny, (64, 128), kernels, ((1, 64), (2, 128)), (3, 64), 2, inductor, megabytes=1)
+        return cls(device, tiny, (64, 128), kernels, ((1, 64), (2, 128)), (2, 70), (3, 64), 2, inductor, megabytes=1)
 
 
 def model_of(hidden: int, layers: int, vocabulary: int) -> dict[str, int]:
@@ -103,10 +106,13 @@ def model_of(hidden: int, layers: int, vocabulary: int) -> dict[str, int]:
 
 def jobs_of(settings: Settings) -> list[Job]:
     """Everything that is to be measured, the most telling first."""
-    from simba_compile.cli.bench_kernels import CASES, HALF_AS_WIDE, OF_PROMPTS, TYPES
+    from simba_compile.cli.bench_kernels import CASES, HALF_AS_WIDE, OF_PROMPTS, SMALL, TYPES
 
     jobs: list[Job] = [{"kind": "copy", "megabytes": settings.megabytes}]
-    jobs += [{"kind": "correct", "operator": name, "dtype": dtype} for name in CASES for dtype in TYPES]
+    jobs += [{"kind": "correct", "operator": name, "dtype": dtype, **SMALL} for name in CASES for dtype in TYPES]
+    batch, tokens = settings.wide
+    wide = {"batch": batch, "tokens": tokens, **settings.kernels}
+    jobs += [{"kind": "correct", "operator": name, "dtype": "bfloat16", **wide} for name in CASES]
     jobs += [{"kind": "agree", "contender": way} for way in ("eager", GRAPH)]
     batch, tokens = settings.far
     for name in OF_PROMPTS:
@@ -119,33 +125,36 @@ def jobs_of(settings: Settings) -> list[Job]:
         if name in ("selective_scan", "influence"):
             shapes = list(settings.scans)
         jobs += [{"kind": "kernel", "operator": name, "batch": b, "tokens": t, **settings.kernels} for b, t in shapes]
-    contenders = (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", HALF)
     names = list(settings.models)
     ends = list(dict.fromkeys([names[0], names[-1]]))  # of the range of sizes: they come first
     models = [settings.models[name] for name in dict.fromkeys([*ends, *names])]
-    lengths = settings.tokens
-    for model in models:
-        for contender in contenders:
-            jobs += [{"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in lengths]
-            if contender == PRUNED:  # after its first call, which compiles
-                jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": lengths[1]})
-        # What ours is compared with, if only at the shortest length.
-        jobs += [{"kind": "decode", "contender": contender, "model": model} for contender in (PRUNED, HF)]
-        jobs.append({"kind": "prefill", "contender": HF, "model": model, "tokens": lengths[0]})
+    some = {"kind": "prefill", "tokens": settings.tokens[0]}
+    for model in models[: len(ends)]:
+        jobs += _of_model(settings, model)
+        jobs.append({"kind": "profile", "contender": PRUNED, "model": model, "tokens": settings.tokens[1]})
     if settings.inductor:
         jobs += [{"kind": "agree", "contender": way} for way in (INNER, REDUCED)]
-        some = {"kind": "prefill", "tokens": lengths[0]}
         with_inductor = (f"{PRUNED}, {INNER}", INDUCTOR)
         shallow = [model | {"num_hidden_layers": INDUCTOR_LAYERS} for model in models[: len(ends)]]
         for model in shallow:
             jobs += [some | {"contender": one, "model": model} for one in (DENSE, PRUNED, HF, *with_inductor)]
         if shallow[0] != models[0]:
             jobs += [some | {"contender": one, "model": models[0]} for one in with_inductor]
+    for model in models[len(ends) :]:
+        jobs += _of_model(settings, model)
     for model in models:  # last, for these take minutes
         if settings.device == "cuda":
             jobs.append({"kind": "decode", "contender": MAMBA_SSM, "model": model})
-        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in lengths[1:]]
+        jobs += [{"kind": "prefill", "contender": HF, "model": model, "tokens": t} for t in settings.tokens[1:]]
     return jobs
+
+
+def _of_model(settings: Settings, model: dict[str, int]) -> Iterator[Job]:
+    """Prompts and steps of one model; what ours is compared with, if only at the shortest length."""
+    for contender in (PRUNED, f"{PRUNED}, {GRAPH}", DENSE, f"{DENSE}, {GRAPH}", HALF):
+        yield from ({"kind": "prefill", "contender": contender, "model": model, "tokens": t} for t in settings.tokens)
+    yield from ({"kind": "decode", "contender": contender, "model": model} for contender in (PRUNED, HF))
+    yield {"kind": "prefill", "contender": HF, "model": model, "tokens": settings.tokens[0]}
 
 
 def run(settings: Settings, out: Path, command: str) -> None:
@@ -284,6 +293,8 @@ def _as_wide(job: Job, other: Job) -> bool:
 def title(job: Job) -> str:
     """A job, to read."""
     parts = [str(value) for name, value in job.items() if name in ("kind", "operator", "dtype", "contender")]
+    if "channels" in job:
+        parts.append(f"{job['batch']} x {job['channels']} channels")
     if "model" in job:
         parts.append(f"hidden {job['model']['hidden_size']}, {job['model']['num_hidden_layers']} layers")
     return " ".join(parts) + (f", {job['tokens']} tokens" if "tokens" in job else "")

@@ -29,7 +29,10 @@ def markdown(results: dict[str, Any]) -> str:
         f"Checks: {right} of {len(checks)} are right" + (f"; WRONG: {wrong}." if wrong else "."),
         f"Device: {about.get('device', 'unknown')}; {copies}. {versions}.",
         "Models have random weights, batch 1, bfloat16; a prompt is timed up to the next token's logits, without a cache; "
-        "Hugging Face's without a CUDA graph. Inductor takes minutes for models of full depth: those of 2 layers stand in.",
+        "Hugging Face's without a CUDA graph. Inductor takes minutes for models of full depth: those of 2 layers stand in. "
+        "Whoever is first with a model also compiles Triton's kernels.",
+        f"mamba-ssm is {'' if about.get('mamba_ssm') else 'not '}installed: Hugging Face's eager model runs "
+        f"{'its kernels' if about.get('mamba_ssm') else 'a loop over the tokens in PyTorch'}.",
         f"Kernels that move fewer bytes than {IN_CACHE} second-level caches are not held against a copy in memory.",
         f"Command: `{results['command']}` ({results['date']}).",
     ]
@@ -47,11 +50,12 @@ def markdown(results: dict[str, Any]) -> str:
             parts += [f"## {heading}", markdown_table(columns, rows_of(done))]
     if checks:
         rows = [
-            [CHECKS[job["kind"]], job.get("operator", job.get("contender", "")), job.get("dtype", ""),
+            [CHECKS[job["kind"]], job.get("operator", job.get("contender", "")), job.get("dtype", ""), _shape(job),
              f"{job['result']['error']:.1e}", "right" if job["result"]["right"] else "WRONG"]
             for job in checks
         ]  # fmt: skip
-        parts += ["## Checks: how far off, as a share of the largest number", markdown_table(["", "", "", "off", ""], rows)]
+        heading = "## Checks: how far off, as a share of the largest number"
+        parts += [heading, markdown_table(["", "", "", "shape", "off", ""], rows)]
     missing = [(job, word, job[word]) for job in jobs for word in ("failed", "skipped") if word in job]
     if missing:
         parts += ["## Not measured", "\n".join(f"- {_name(job)}: {word}: {reason}" for job, word, reason in missing)]
@@ -78,6 +82,10 @@ HEADINGS = {
 def _name(job: dict[str, Any]) -> str:
     named = [str(job[name]) for name in ("kind", "operator", "contender", "dtype", "tokens") if name in job]
     return ", ".join(named + ([_model(job)] if "model" in job else []))
+
+
+def _shape(job: dict[str, Any]) -> str:
+    return " × ".join(str(job[name]) for name in ("batch", "tokens", "channels") if name in job)
 
 
 def _model(job: dict[str, Any]) -> str:

@@ -52,9 +52,9 @@ class Worker:
         """The bandwidth of the device's memory."""
         return {"rate": bench_kernels.copy_bandwidth(self.device, megabytes)}
 
-    def correct(self, operator: str, dtype: str) -> dict[str, Any]:
-        """One operator against float64."""
-        return _judged(bench_kernels.error(operator, self.device, dtype), bench_kernels.most(dtype))
+    def correct(self, operator: str, dtype: str, **shape: int) -> dict[str, Any]:
+        """One operator against float64, and against itself in a second run."""
+        return _judged(bench_kernels.error(operator, self.device, dtype, shape, runs=2), bench_kernels.most(dtype))
 
     def far(self, operator: str, **shape: int) -> dict[str, Any]:
         """One operator where offsets take more than 32 bits."""

@@ -1,13 +1,13 @@
 """The operators by themselves, for ``simba bench --device cuda``: right, how fast, and beside whose kernels.
 
-A case is made three times: small, to be held against the definition in float64; so large that offsets take more than 32
-bits, where a sequence of a batch is held against the same one by itself; and at the size at which it is timed.
+A case is made several times: small, and as wide as a large model, to be held against the definition in float64; so large
+that offsets take more than 32 bits, where a sequence of a batch is held against the same one by itself; and at the sizes at
+which it is timed.
 """
 
 import dataclasses
 import importlib
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +20,6 @@ from simba_compile.kernels import reference
 SMALL = {"batch": 2, "tokens": 100, "channels": 96, "states": 16}
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPIES = 10  # in a run: waiting for one takes a few hundredths of it
-WARM_SECONDS = 0.5
 LEAST = 1e-4  # what any result may be off, as a share of the largest number
 
 
@@ -63,10 +62,13 @@ def _peer(module: str, name: str) -> Callable:
 
 
 def _scan(batch: int, tokens: int, channels: int, states: int) -> tuple[Any, ...]:
-    """x, dt, A, B, C, D, z, dt_bias as a mixer makes them: x and z are halves of one projection, and so are B and C."""
+    """x, dt, A, B, C, D, z, dt_bias as a mixer makes them: x and z are halves of one projection, and so are B and C.
+
+    A grows with the state, as in Mamba: the score leaves out the last states, where they have faded in all channels.
+    """
     x, z = torch.randn(batch, tokens, 2 * channels, dtype=torch.bfloat16).chunk(2, -1)
     dt, BC = torch.randn_like(x), torch.randn(batch, tokens, 2 * states, dtype=torch.bfloat16)
-    A = -torch.rand(channels, states) * 15 - 1
+    A = -torch.arange(1.0, states + 1) * torch.empty(channels, 1).uniform_(0.8, 1.2)
     return x, dt, A, *BC.chunk(2, -1), torch.ones(channels), z, torch.full((channels,), -4.0)
 
 
@@ -285,25 +287,34 @@ def copy_bandwidth(device: Device, megabytes: int) -> float:
         for _ in range(COPIES):
             target.copy_(source)
 
-    end = time.monotonic() + WARM_SECONDS * device.is_gpu
-    while time.monotonic() < end:  # an idle device clocks itself down
-        device.seconds(copies)
+    copies()
     return COPIES * 2 * size_of(source) / device.time(copies, 10, 2.0).median
 
 
-def error(name: str, device: Device, dtype: str) -> float:
-    """How far a small case is off its definition in float64; what is updated in place counts as a result.
+def error(name: str, device: Device, dtype: str, shape: dict[str, int], runs: int = 1) -> float:
+    """How far a case is off its definition in float64; what is updated in place counts as a result.
 
-    `dtype` is what takes bfloat16's place.
+    `dtype` is what takes bfloat16's place. Infinite where two runs differ: so a race between programs shows.
     """
     torch.manual_seed(0)
     with device.on():
-        case = CASES[name](**SMALL)
-    args = [_instead(value, TYPES[dtype]) for value in case.args]
-    exact_args = [_exact(value) for value in args]
-    actual, exact = dataclasses.replace(case, args=tuple(args)).run(), getattr(reference, case.operator)(*exact_args)
-    held = [(one, other) for one, other in zip(args, exact_args, strict=True) if isinstance(one, Tensor)]
-    return off([*_pairs(actual, exact), *held], case.operator)
+        case = CASES[name](**shape)
+    given = [_instead(value, TYPES[dtype]) for value in case.args]
+    exact_args = [_exact(value) for value in given]
+    exact = getattr(reference, case.operator)(*exact_args)
+    made = []
+    for _ in range(runs):
+        args = [value.clone() if isinstance(value, Tensor) else value for value in given]
+        result = dataclasses.replace(case, args=tuple(args)).run()
+        made.append([*_all(result), *_all(args)])
+    if not all(map(torch.equal, made[0], made[-1])):
+        return math.inf
+    return off(list(zip(made[0], [*_all(exact), *_all(exact_args)], strict=True)), case.operator)
+
+
+def _all(values: Any) -> list[Tensor]:
+    """The tensors among results or arguments."""
+    return [value for value in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(value, Tensor)]
 
 
 def far_error(name: str, device: Device, shape: dict[str, int]) -> float:
@@ -316,11 +327,7 @@ def far_error(name: str, device: Device, shape: dict[str, int]) -> float:
     one = dataclasses.replace(case, args=tuple(alone)).run()
     every = case.run()
     every = tuple(value[-1:] for value in every) if isinstance(every, tuple) else every[-1:]
-    return off(_pairs(every, one), case.operator)
-
-
-def _pairs(actual: Any, exact: Any) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(actual, exact, strict=True)) if isinstance(exact, tuple) else [(actual, exact)]
+    return off(list(zip(_all(every), _all(one), strict=True)), case.operator)
 
 
 def off(pairs: list[tuple[Tensor, Tensor]], operator: str = "") -> float:
@@ -361,7 +368,7 @@ def _exact(value: Any) -> Any:
         return torch.float64
     if not isinstance(value, Tensor):
         return value
-    return value.cpu().double() if value.is_floating_point() else value.cpu().clone()
+    return value.double() if value.is_floating_point() else value.clone()
 
 
 def measure(name: str, device: Device, shape: dict[str, int], runs: int) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.Mo
         for batch, tokens, k in ((3, 70, 9), (5, 90, 12))
     ]
     assert_compiled_alike(mixer, monkeypatch, calls)
-    assert {"_head_scores", "_select", "_chunk_states", "_carry", "_outputs", "_rms_norm", "_ssd_step"} <= {*started}
+    assert {"_head_scores", "_select", "_states", "_outputs", "_rms_norm", "_ssd_step"} <= {*started}
 
 
 def test_a_whole_model(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,7 +417,7 @@ WRITTEN = {
     "_select": "index scores",  # of the scores Inductor cannot tell: a copy of eight bytes a token
     "chunk_kernel": "sums ends", "carry_kernel": "ends", "scan_kernel": "y last",
     "adjoint_kernel": "sums ends", "gradient_kernel": "dx ddt dA dB dC dD dz dbias",
-    "_chunk_states": "sums held", "_carry": "held", "_outputs": "y",
+    "_states": "held last", "_outputs": "y",
     "_to_x": "dx", "_to_B_and_C": "dB dC from_start to_end through", "_to_dt": "ddt dA dD",
     "_conv": "out", "_conv_through_silu": "inner dweight dbias", "_conv_to_input": "dx", "_conv_step": "state out",
     "_state_step": "state out", "_ssd_step": "state out", "_rms_norm": "out", "_add_norm": "total out",

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a short sequence: the interpreter takes a millisecond for a few operations."""
     monkeypatch.setattr(scan, "MIN_CHUNK", 4)
-    for module in (scan, ssd):
-        monkeypatch.setattr(module, "CARRY_CHUNKS", 2)
+    monkeypatch.setattr(scan, "CARRY_CHUNKS", 2)
     monkeypatch.setattr(scan_backward, "CHUNK", 4)
     monkeypatch.setattr(ssd, "CHUNK", 16)
     monkeypatch.setattr(ssd, "FLOAT_CHUNK", 16)

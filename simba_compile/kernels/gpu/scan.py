@@ -257,12 +257,13 @@ def tile_of(states: int) -> dict[str, int]:
 def split(batch: int, tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
     """The tokens of a chunk, and how many chunks there are.
 
-    A GPU with S multiprocessors has 4 S schedulers. Chunks double the exponentials, so they pay where fewer than half the
-    schedulers would have a warp at all: then there are as many as give each scheduler 4, which hides the latencies.
+    A GPU with S multiprocessors has 4 S schedulers. Chunks take 1.7 times the instructions, and as many warps as hide the
+    latencies: 4 for each scheduler. One warp alone waits for itself a third of the time or more. So chunks pay where fewer
+    than three of four schedulers would have a warp at all (counted, not timed).
     """
     processors = runtime.processors(device)
     warps = batch * blocks
-    if warps >= 2 * processors or tokens <= MIN_CHUNK:
+    if warps >= 3 * processors or tokens <= MIN_CHUNK:
         return tokens, 1
     chunk = torch.sym_max(MIN_CHUNK, runtime.blocks_of(tokens * warps, 16 * processors))
     chunk = runtime.blocks_of(chunk, GROUP) * GROUP

@@ -3,9 +3,11 @@
 A head's decay is one number, so within a chunk of tokens the recurrence is a masked matrix product. With ``a_t`` the running
 sum of Δ A within the chunk:
 
-1. `_chunk_states`: each chunk from a state of zero, ``Σ_t exp(a_end − a_t) Δ_t x_t ⊗ B_t``, and its a_end;
-2. `_carry`: the true states at the ends of the chunks, in order;
-3. `_outputs`: ``y_t = Σ_{s≤t} (C_t · B_s) exp(a_t − a_s) Δ_s x_s + exp(a_t) h_start C_t + D x_t``.
+1. `_states`: the state at the start of each chunk, by ``h ← exp(a_end) h + Σ_t exp(a_end − a_t) Δ_t x_t ⊗ B_t``;
+2. `_outputs`: ``y_t = Σ_{s≤t} (C_t · B_s) exp(a_t − a_s) Δ_s x_s + exp(a_t) h_start C_t + D x_t``.
+
+The first walks along the chunks, with a block of a head's state in registers. All chunks at once, and a pass that carries
+states from one to the next, would write and read each state twice, in float32: several times the bytes of x and y.
 
 The factors of a product are in x's type, its sums in float32, as in mamba-ssm. Float32 keeps its precision: NVIDIA's tensor
 cores make one product of three in TF32, AMD's multiply float32. C · B is computed anew for each head of a group: at 64
@@ -21,12 +23,12 @@ from torch import Tensor
 
 from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.gpu.elementary import LOG2E, clamp, step_size
-from simba_compile.kernels.gpu.scan import CARRY_BLOCK, CARRY_CHUNKS, compose, strides, token_at
+from simba_compile.kernels.gpu.scan import strides, token_at
 
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
 BLOCK = 64  # of a head's channels, and of its states, at a time
 FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
-FLOAT_STATES, FLOAT_WARPS = 16, 4  # where outputs of float32 are made: 32 states, or 8 warps, leave ptxas a stack of 8 bytes
+FLOAT_STATES, FLOAT_WARPS = 16, 4  # in the forward kernels: 32 states, or 8 warps, leave ptxas a stack of 8 bytes
 
 
 @triton.jit
@@ -40,69 +42,47 @@ def steps(dt, bias, head, at, stride, A, inside, low, high, SOFTPLUS: tl.constex
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
-def _chunk_states(
+def _states(
     x, x_batch, x_token, x_head, x_p, dt, dt_batch, dt_token, dt_head, A, B, B_batch, B_token, B_group, B_state, bias,
-    index, index_batch, index_token, sums, held, tokens, chunks, heads, share, size, states, low, high,
+    index, index_batch, index_token, initial, held, last, tokens, chunks, heads, share, size, states, low, high,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state after one chunk from zero, to held[batch, chunk + 1, head, p, n], and the logarithm of its decay to sums.
+    """A block of a head's state before each chunk, to held[batch, chunk, head, p, n], and after all of them, to last.
 
-    REVERSE: of its adjoint, with ∂y for x and C for B, the state's gradient before the chunk, to held[batch, chunk].
+    REVERSE: of its adjoint, with ∂y for x and C for B, after each chunk, and before all of them.
     """
-    blocks = tl.cdiv(size, BLOCK_P)
+    blocks_n, blocks_p = tl.cdiv(states, BLOCK_N), tl.cdiv(size, BLOCK_P)
     program = tl.program_id(0)
-    block, head, chunk = program % blocks, program // blocks % heads, program // blocks // heads % chunks
-    batch = (program // blocks // heads // chunks).to(tl.int64)
-    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = program // blocks_n % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = program % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    head, batch = program // blocks_n // blocks_p % heads, (program // blocks_n // blocks_p // heads).to(tl.int64)
     x += batch * x_batch + head.to(tl.int64) * x_head
     B += batch * B_batch + (head // share).to(tl.int64) * B_group
     dt += batch * dt_batch + head.to(tl.int64) * dt_head
     if index is not None:
         index += batch * index_batch
-    start, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
-    at = token_at(index, index_token, start + tl.arange(0, CHUNK), end)
-    inside = start + tl.arange(0, CHUNK) < end
-    delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
-    total = tl.sum(decay, axis=0)
-    since = tl.cumsum(decay, axis=0)
-    weight = tl.where(inside, tl.exp2(since), 0.0) if REVERSE else delta * tl.exp2(total - since)
-    u = tl.load(x + at[None, :] * x_token + p[:, None] * x_p, mask=(p < size)[:, None], other=0.0)
-    tl.store(sums + (batch * chunks + chunk) * heads + head, total, mask=block == 0)
-    held += ((batch * (chunks + 1) + chunk + (0 if REVERSE else 1)) * heads + head) * size * states
-    for first in range(0, states, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        b = tl.load(B + at[:, None] * B_token + n[None, :] * B_state, mask=(n < states)[None, :], other=0.0)
+    live, known = (p < size)[:, None], (n < states)[None, :]
+    entry = p[:, None] * states + n[None, :]
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    if initial is not None:
+        state += tl.load(initial + (batch * heads + head) * size * states + entry, mask=live & known, other=0.0)
+    row = tl.arange(0, CHUNK)
+    for step in range(chunks):
+        chunk = chunks - 1 - step if REVERSE else step
+        place = ((batch * chunks + chunk) * heads + head) * size * states
+        tl.store(held + place + entry, state.to(held.dtype.element_ty), mask=live & known)
+        at = token_at(index, index_token, chunk * CHUNK + row, tokens)
+        inside = chunk * CHUNK + row < tokens
+        delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
+        total = tl.sum(decay, axis=0)
+        since = tl.cumsum(decay, axis=0)
+        weight = tl.where(inside, tl.exp2(since), 0.0) if REVERSE else delta * tl.exp2(total - since)
+        u = tl.load(x + at[None, :] * x_token + p[:, None] * x_p, mask=live, other=0.0)
+        b = tl.load(B + at[:, None] * B_token + n[None, :] * B_state, mask=known, other=0.0)
         b = (b.to(tl.float32) * weight[:, None]).to(u.dtype)
-        state = tl.dot(u, b, input_precision=PRECISION)
-        tl.store(held + p[:, None] * states + n[None, :], state, mask=(p < size)[:, None] & (n < states)[None, :])
-
-
-@triton.jit(do_not_specialize=runtime.LENGTHS)
-def _carry(sums, held, chunks, heads, entries, REVERSE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The states from zero in held become the true ones, from its first row on (REVERSE: its last); entries: p times n."""
-    blocks = tl.cdiv(entries, BLOCK)
-    program = tl.program_id(0)
-    head = program // blocks % heads
-    batch = (program // blocks // heads).to(tl.int64)
-    entry = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    live = entry < entries
-    step = tl.arange(0, CHUNKS)
-    given = batch * (chunks + 1) + (chunks if REVERSE else 0)
-    state = tl.load(held + (given * heads + head) * entries + entry, mask=live, other=0.0)
-    for first in range(0, chunks, CHUNKS):
-        order = first + step
-        chunk = chunks - 1 - order if REVERSE else order
-        mask = (order < chunks)[:, None] & live[None, :]
-        place = batch * (chunks + 1) + chunk + (0 if REVERSE else 1)
-        at = held + (place * heads + head)[:, None] * entries + entry[None, :]
-        row = (batch * chunks + chunk) * heads + head
-        decay = tl.exp2(tl.load(sums + row, mask=order < chunks, other=0.0))
-        decay = tl.broadcast_to(decay[:, None], mask.shape)
-        decays, adds = tl.associative_scan((decay, tl.load(at, mask=mask, other=0.0)), 0, compose)
-        adds += decays * state[None, :]
-        tl.store(at, adds, mask=mask)
-        state = tl.sum(tl.where(step[:, None] == CHUNKS - 1, adds, 0.0), axis=0)
+        state = tl.dot(u, b, state * tl.exp2(total), input_precision=PRECISION)
+    tl.store(last + (batch * heads + head) * size * states + entry, state, mask=live & known)
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
@@ -130,7 +110,7 @@ def _outputs(
     delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since = tl.cumsum(decay, axis=0)  # from the chunk's start
     live = p < size
-    held += ((batch * (chunks + 1) + chunk) * heads + head) * size * states
+    held += ((batch * chunks + chunk) * heads + head) * size * states
 
     products = tl.zeros([CHUNK, CHUNK], tl.float32)
     carried = tl.zeros([CHUNK, BLOCK_P], tl.float32)
@@ -183,24 +163,23 @@ def ssd_scan(
         none = x.new_zeros((batch, heads, size, states), dtype=torch.float32)
         return y, none if initial is None else none + initial
     A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
-    held = chunk_states(x, dt, A, B, dt_bias, softplus, (dt_min, dt_max), initial, index)
+    held, last = chunk_states(x, dt, A, B, dt_bias, softplus, (dt_min, dt_max), initial, index, C.dtype)
     tile = tile_of(x, states)
-    if x.dtype == torch.float32:
-        tile["BLOCK_N"] = FLOAT_STATES
-    chunks = held.shape[1] - 1
+    chunks = held.shape[1]
     runtime.launch(
         _outputs, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
         x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias, index, *strides(index, 2), held,
         y, tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max, SOFTPLUS=softplus, **tile,
         num_warps=FLOAT_WARPS if x.dtype == torch.float32 else 8,
     )  # fmt: skip
-    return y, held[:, -1].clone()
+    return y, last
 
 
 def tile_of(x: Tensor, states: int) -> dict[str, Any]:
     """Tokens of a chunk, channels and states at a time, and how float32 is multiplied (halves are exact factors)."""
-    chunk, widest = (FLOAT_CHUNK, FLOAT_BLOCK) if x.dtype == torch.float32 else (CHUNK, BLOCK)
-    block_p, block_n = (max(16, min(widest, runtime.power_of_two(size))) for size in (x.shape[3], states))
+    chunk, widest, most = (FLOAT_CHUNK, FLOAT_BLOCK, FLOAT_STATES) if x.dtype == torch.float32 else (CHUNK, BLOCK, BLOCK)
+    block_p = max(16, min(widest, runtime.power_of_two(x.shape[3])))
+    block_n = max(16, min(most, runtime.power_of_two(states)))
     precision = "ieee" if torch.version.hip else "tf32x3"
     return {"CHUNK": chunk, "BLOCK_P": block_p, "BLOCK_N": block_n, "PRECISION": precision}
 
@@ -215,29 +194,26 @@ def chunk_states(
     limits: tuple[float, float],
     initial: Tensor | None,
     index: Tensor | None,
+    dtype: torch.dtype,
     reverse: bool = False,
-) -> Tensor:
-    """The states before each chunk and after the last, (batch, chunk + 1, head, p, n).
+) -> tuple[Tensor, Tensor]:
+    """The states before each chunk, (batch, chunk, head, p, n) in `dtype`, and the last one in float32.
 
-    reverse: their gradients, of x = ∂y and B = C; then `initial` is that of the last.
+    reverse: their gradients after each chunk, of x = ∂y and B = C, and that of the first; `initial` is that of the last.
     """
     batch, _, heads, size = x.shape
     tokens = dt.shape[1] if index is None else index.shape[1]
     groups, states = B.shape[2:]
     tile = tile_of(x, states)
     chunks = runtime.blocks_of(tokens, tile["CHUNK"])
-    sums = x.new_empty((batch, chunks, heads), dtype=torch.float32)
-    held = x.new_empty((batch, chunks + 1, heads, size, states), dtype=torch.float32)
-    first = held[:, -1] if reverse else held[:, 0]
-    first.zero_() if initial is None else first.copy_(initial)
+    held = x.new_empty((batch, chunks, heads, size, states), dtype=dtype)
+    last = x.new_empty((batch, heads, size, states), dtype=torch.float32)
+    blocks = runtime.blocks_of(size, tile["BLOCK_P"]) * runtime.blocks_of(states, tile["BLOCK_N"])
     runtime.launch(
-        _chunk_states, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
-        x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2), sums, held,
+        _states, (batch * heads * blocks,),
+        x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2),
+        None if initial is None else initial.contiguous(), held, last,
         tokens, chunks, heads, heads // groups, size, states, *limits,
         REVERSE=reverse, SOFTPLUS=softplus, **tile, num_warps=4,
     )  # fmt: skip
-    runtime.launch(
-        _carry, (batch * heads * runtime.blocks_of(size * states, CARRY_BLOCK),), sums, held,
-        chunks, heads, size * states, REVERSE=reverse, CHUNKS=CARRY_CHUNKS, BLOCK=CARRY_BLOCK, num_warps=1,
-    )  # fmt: skip
-    return held
+    return held, last

@@ -1,8 +1,8 @@
 """The gradients of Mamba-2's scan in Triton: `simba_compile.kernels.ops.ssd.ssd_scan_backward` on a GPU.
 
 With λ_t the gradient of the state h_t, ``λ_{t−1} = exp(Δ_t A) (λ_t + ∂y_t ⊗ C_t)`` is the forward recurrence against time:
-it is cut into the same chunks and carried by the same kernels (`ssd.chunk_states`). With ``a_t`` the running sum of Δ A in a
-chunk, ``L_rs = exp(a_r − a_s)`` for s ≤ r, and ``K_rs = (C_r · B_s) (∂y_r · x_s) L_rs``, gradients are matrix products:
+it is cut into the same chunks, and the same kernel walks along them (`ssd.chunk_states`). With ``a_t`` the running sum of
+Δ A in a chunk, ``L_rs = exp(a_r − a_s)`` for s ≤ r, and ``K_rs = (C_r · B_s) (∂y_r · x_s) L_rs``, these are matrix products:
 
 1. `_to_x`: ``∂x_s = Δ_s (Σ_r (C_r · B_s) L_rs ∂y_r + exp(a_end − a_s) λ_end B_s) + D ∂y_s``;
 2. `_to_B_and_C`: ``∂C_r = Σ_s (∂y_r · x_s) L_rs Δ_s B_s + exp(a_r) ∂y_r h_start``, and likewise ∂B;
@@ -45,7 +45,7 @@ def _to_x(
     B += batch * B_batch + (head // share).to(tl.int64) * B_group + start * B_token
     C += batch * C_batch + (head // share).to(tl.int64) * C_group + start * C_token
     dt += batch * dt_batch + head.to(tl.int64) * dt_head + start * dt_token
-    after += ((batch * (chunks + 1) + chunk + 1) * heads + head) * size * states
+    after += ((batch * chunks + chunk) * heads + head) * size * states
     delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since = tl.cumsum(decay, axis=0)
 
@@ -114,8 +114,8 @@ def _to_B_and_C(
     B += batch * B_batch + (head // share).to(tl.int64) * B_group + start * B_token
     C += batch * C_batch + (head // share).to(tl.int64) * C_group + start * C_token
     dt += batch * dt_batch + head.to(tl.int64) * dt_head + start * dt_token
-    before += ((batch * (chunks + 1) + chunk) * heads + head) * size * states
-    after += ((batch * (chunks + 1) + chunk + 1) * heads + head) * size * states
+    held = ((batch * chunks + chunk) * heads + head) * (size * states)
+    before, after = before + held, after + held
     delta, decay = steps(dt, bias, head, at, dt_token, A, inside, low, high, SOFTPLUS)
     since, total = tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
     pairs = _pairs(grad, grad_token, grad_p, x, x_token, x_p, at, size, CHUNK, BLOCK_P, PRECISION)
@@ -247,13 +247,13 @@ def ssd_scan_backward(
     else:
         grad, B, C = (value.to(x.dtype) for value in (grad, B, C))
         limits = (dt_min, dt_max)
-        before = chunk_states(x, dt, A, B, dt_bias, softplus, limits, initial, None)
-        after = chunk_states(grad, dt, A, C, dt_bias, softplus, limits, grad_state, None, reverse=True)
-        start = after[:, 0].clone()
+        before, _ = chunk_states(x, dt, A, B, dt_bias, softplus, limits, initial, None, wide)
+        after, start = chunk_states(grad, dt, A, C, dt_bias, softplus, limits, grad_state, None, wide, reverse=True)
         shape = (tokens, chunks, heads, heads // groups, size, states, dt_min, dt_max)
         of_x = (grad, *grad.stride(), x, *x.stride())
         of_dt = (dt, *dt.stride(), A, B, *B.stride(), C, *C.stride())
-        constants = {"SOFTPLUS": softplus, **tile, "BLOCK_N": min(32, tile["BLOCK_N"]), "num_warps": 8, "num_stages": 1}
+        tile["BLOCK_N"] = max(16, min(32, runtime.power_of_two(states)))
+        constants = {"SOFTPLUS": softplus, **tile, "num_warps": 8, "num_stages": 1}
         narrow = constants | {name: max(16, tile[name] // 2) for name in ("BLOCK_P", "BLOCK_N")}
         runtime.launch(
             _to_x, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),

@@ -75,7 +75,7 @@ def test_long_decays() -> None:
 def test_no_chunks() -> None:
     """A batch that fills the GPU by itself is scanned in one pass, and only then."""
     device = torch.device("cpu")
-    assert scan.split(264, 4096, 1, device) == (4096, 1)
+    assert scan.split(396, 4096, 1, device) == (4096, 1)
     chunk, chunks = scan.split(1, 4096, 48, device)
     assert chunks > 1 and chunk % scan.GROUP == 0 and (chunks - 1) * chunk < 4096 <= chunks * chunk
     x = arguments(Source(2, torch.float32, "plain"), 5, 2, 2)

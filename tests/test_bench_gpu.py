@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from simba_compile import cli
 from simba_compile.cli import app, bench_gpu, bench_gpu_report, bench_gpu_worker, bench_kernels
 from simba_compile.cli.bench_gpu import DENSE, GRAPH, HF, INDUCTOR, INNER, PRUNED, Settings, supervise
 from simba_compile.cli.device import Device
@@ -205,18 +207,42 @@ def test_a_result_that_varies_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors[0] < 1e-5 and errors[1] == float("inf")
 
 
-def test_a_worker_ends_after_a_profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a GPU, where the profiler goes on to slow down what is timed."""
+def test_arguments_are_laid_out_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pieces of projections, also where there are several runs."""
+    seen = []
 
-    def profile(worker: bench_gpu_worker.Worker) -> dict[str, Any]:
-        worker.device.lost = True
-        return {"share": 0.1}
+    def run(case: bench_kernels.Case) -> Any:
+        seen.append(case.args[0].stride())
+        return torch.ops.simba.causal_conv1d(*case.args)
 
-    monkeypatch.setattr(bench_gpu_worker.Worker, "profile", profile)
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"kind": "profile"}\n{"kind": "profile"}\n'))
-    bench_gpu_worker.main("cpu", 1)
-    _, only = map(json.loads, capsys.readouterr().out.splitlines())
-    assert only == {"result": {"share": 0.1}, "over": True}
+    monkeypatch.setattr(bench_kernels.Case, "run", run)
+    bench_kernels.error("causal_conv1d", Device("cpu"), "bfloat16", bench_kernels.SMALL, runs=2)
+    assert seen == [(2 * 96 * 100, 2 * 96, 1)] * 2
+
+
+def test_nothing_is_timed_after_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the profiler goes on to slow down what is launched: the worker ends."""
+
+    def stop(**_: object) -> None:
+        raise InterruptedError
+
+    measured = Device("cpu")
+    measured.is_gpu = True
+    monkeypatch.setattr(Device, "wait", lambda device: None)
+    monkeypatch.setattr(cli.device, "profile", stop)
+    with pytest.raises(InterruptedError):
+        measured.profiled(lambda: None)
+    assert not measured.is_usable()
+    jobs = bench_gpu.jobs_of(Settings.full("cuda", 7, inductor=True))
+    for profile, after in itertools.pairwise(jobs):
+        assert profile["kind"] != "profile" or after.get("model") != profile["model"]
+
+
+def test_peers_are_those_that_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that is there but fails is as good as missing: transformers runs its loop."""
+    (tmp_path / "broken_peer.py").write_text("raise OSError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [cli.device._imports(name) for name in ("json", "broken_peer", "no_such_peer")] == [True, False, False]
 
 
 def test_the_report_shows_what_is_wrong() -> None:

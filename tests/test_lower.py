@@ -299,7 +299,7 @@ def test_lower_leaves_the_widening_to_the_operator(case: str) -> None:
     assert after.count("float") + after.count("to") == {"half": 0, "written": 1, "narrowed": 2}[case]
 
 
-@pytest.mark.parametrize("case", ["float", "half", "written", "updates", "rounded", "cpu"])
+@pytest.mark.parametrize("case", ["float", "half", "written", "updates", "rounded", "read", "cpu"])
 def test_lower_lays_out_the_rates_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, for score and scan, of A_log as it is there; not where it changes in between, nor where exp is of halves."""
     if case != "cpu":
@@ -316,6 +316,8 @@ def test_lower_lays_out_the_rates_once(case: str, monkeypatch: pytest.MonkeyPatc
         if case == "updates":
             return OPS.state_update(A[None] * 2, h[:1, 0], h[:1, 0], A, b[:1, 0], b[:1, 0], None, None, None, True)
         score = OPS.influence(h, h, A, b, b, None, True, "max", True)
+        if case == "read":
+            score = score + A.flatten()[0]
         return OPS.selective_scan(h, h, A, b, b, None, None, None, True, None)[0] + score[:, :, None]
 
     captured = Captured(scan, tokens())
@@ -335,20 +337,27 @@ def test_rates_are_laid_out_for_the_kernels() -> None:
     torch.testing.assert_close(gradient, -torch.exp(A_log), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("case", ["like", "sizes", "method", "read", "part", "itself"])
+@pytest.mark.parametrize("case", ["like", "sizes", "method", "read", "part", "itself", "out", "by name"])
 def test_lower_leaves_what_is_written_over_unfilled(case: str) -> None:
     """The first states of a cache; zeros that something reads, or of which some stay, are zeros."""
 
     def state(h: Tensor) -> Tensor:
+        memory = torch.ones(h.shape) if case == "out" else h
+        seen = memory.view(-1)
         make = {"sizes": lambda: torch.zeros(h.shape), "method": lambda: h.new_zeros(h.shape)}
+        make["out"] = lambda: torch.zeros(h.shape, out=memory)
         zeros = make.get(case, lambda: torch.zeros_like(h))()
+        if case == "out":
+            h = h + (seen * 2).view(h.shape)
+        if case == "by name":
+            return zeros.copy_(other=h)
         before = zeros * 2 if case == "read" else h
         place = zeros[:, :2] if case == "part" else zeros
         place.copy_(zeros if case == "itself" else h[:, :2] if case == "part" else h)
         return zeros + before
 
     filled = {torch.zeros, torch.zeros_like, "new_zeros"} & {*Captured(state, tokens()).lowered()}
-    assert bool(filled) == (case in ("read", "part", "itself"))
+    assert bool(filled) == (case not in ("like", "sizes", "method"))
 
 
 def test_lower_projects_rows() -> None:

@@ -31,8 +31,8 @@ def markdown(results: dict[str, Any]) -> str:
         "Models have random weights, batch 1, bfloat16; a prompt is timed up to the next token's logits, without a cache; "
         "Hugging Face's without a CUDA graph. Inductor takes minutes for models of full depth: those of 2 layers stand in. "
         "Whoever is first with a model also compiles Triton's kernels.",
-        f"mamba-ssm is {'' if about.get('mamba_ssm') else 'not '}installed: Hugging Face's eager model runs "
-        f"{'its kernels' if about.get('mamba_ssm') else 'a loop over the tokens in PyTorch'}.",
+        f"Of mamba_ssm and causal_conv1d, {' and '.join(about.get('peers', ())) or 'neither'} can be imported here. Without "
+        "mamba_ssm, Hugging Face's eager model runs a loop over the tokens in PyTorch.",
         f"Kernels that move fewer bytes than {IN_CACHE} second-level caches are not held against a copy in memory.",
         f"Command: `{results['command']}` ({results['date']}).",
     ]

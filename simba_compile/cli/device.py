@@ -5,7 +5,7 @@ no GPU.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import time
 from collections.abc import Callable
@@ -19,8 +19,18 @@ from simba_compile.cli import machine
 from simba_compile.cli.timing import Timing
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH", "Memcpy HtoD")
+PEERS = ("mamba_ssm", "causal_conv1d")  # whose kernels transformers runs where it can import them
 RANGE = "simba bench"  # what is profiled
 WARM_SECONDS = 0.3  # of work before anything is timed: an idle GPU clocks itself down
+
+
+def _imports(name: str) -> bool:
+    """Whether a package is there and works: those for another torch fail in ways of their own."""
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
 
 
 class Device:
@@ -47,7 +57,7 @@ class Device:
                 "multiprocessors": properties.multi_processor_count,
                 "cache_bytes": properties.L2_cache_size,
                 "cuda": torch.version.cuda or torch.version.hip,
-                "mamba_ssm": importlib.util.find_spec("mamba_ssm") is not None,
+                "peers": [name for name in PEERS if _imports(name)],
             }
         return about
 

@@ -85,13 +85,14 @@ def rates(A_log: torch.Tensor) -> torch.Tensor:
 
 
 def lay_out_rates(node: Node) -> None:
-    """``A = -exp(A_log)``, which a GPU's score and scan read: laid out as they want it, once and not by each of them."""
+    """``A = -exp(A_log)``, which only a GPU's score and scan read: laid out for them once, and not by each."""
     exp = node.args[0] if node.target in NEG else None
     if not isinstance(exp, Node) or exp.target not in EXP or _is_on_cpu(node):
         return
     A_log: Node = exp.args[0]  # type: ignore[assignment]
-    reads = any(reader.target in {OPS.influence, OPS.selective_scan} for reader in node.users)
-    if not reads or rank_of(node) != 2 or {dtype_of(node), dtype_of(A_log)} != {torch.float32} or node.kwargs or exp.kwargs:
+    if any(reader.target not in {OPS.influence, OPS.selective_scan} for reader in node.users):
+        return
+    if rank_of(node) != 2 or {dtype_of(node), dtype_of(A_log)} != {torch.float32} or node.kwargs or exp.kwargs:
         return
     if A_log.target in CASTS - {"contiguous", "clone"} and dtype_of(A_log.args[0]) in (torch.bfloat16, torch.float16):
         A_log = A_log.args[0]  # type: ignore[assignment]
@@ -101,8 +102,12 @@ def lay_out_rates(node: Node) -> None:
 
 def leave_unfilled(node: Node) -> None:
     """``zeros(...).copy_(x)``, as caches keep their first states: no zeros, for x is written over all of them."""
-    made = node.args[0] if node.target == "copy_" else None
-    if isinstance(made, Node) and made.target in UNFILLED and node is min(made.users) and node.args[1] is not made:
+    if node.target != "copy_" or len(node.args) < 2:
+        return
+    made, source = node.args[:2]
+    if not isinstance(made, Node) or made.target not in UNFILLED or made.kwargs.get("out") is not None:
+        return
+    if node is min(made.users) and source is not made:
         made.target = UNFILLED[made.target]  # type: ignore[index]
 
 

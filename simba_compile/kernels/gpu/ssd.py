@@ -209,11 +209,12 @@ def chunk_states(
     held = x.new_empty((batch, chunks, heads, size, states), dtype=dtype)
     last = x.new_empty((batch, heads, size, states), dtype=torch.float32)
     blocks = runtime.blocks_of(size, tile["BLOCK_P"]) * runtime.blocks_of(states, tile["BLOCK_N"])
+    warps = 8 if dtype == x.dtype else 4  # a chain of chunks is the shorter, the more warps; for gradients of halves 8 spill
     runtime.launch(
         _states, (batch * heads * blocks,),
         x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2),
         None if initial is None else initial.contiguous(), held, last,
         tokens, chunks, heads, heads // groups, size, states, *limits,
-        REVERSE=reverse, SOFTPLUS=softplus, **tile, num_warps=4,
+        REVERSE=reverse, SOFTPLUS=softplus, **tile, num_warps=warps,
     )  # fmt: skip
     return held, last

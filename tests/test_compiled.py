@@ -65,9 +65,11 @@ def test_groups_of_warps(left_out: str, told: str, monkeypatch: pytest.MonkeyPat
 
     def without(target: str, launch: triton_targets.Launch) -> triton_targets.Compiled:
         compiled = compile_for(target, launch)
+        if launch.kernel.__name__ != "_outputs":
+            return compiled
         ptx, times = re.subn(left_out, "", compiled.ptx)
-        assert times or "wgmma" not in ptx
-        return dataclasses.replace(compiled, ptx=ptx if "wgmma" in ptx else compiled.ptx)
+        assert times
+        return dataclasses.replace(compiled, ptx=ptx)
 
     monkeypatch.setattr(triton_targets, "compile_for", without)
     with simulated("sm_90"), pytest.raises(Fault, match=f"_outputs, .*({told})"):

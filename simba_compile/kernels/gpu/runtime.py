@@ -21,8 +21,8 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
     While a graph is traced (a tensor is not a plain one), the launch becomes a node of it, so that Inductor compiles the
     kernel into its own code. Called directly, that detour would cost a millisecond.
 
-    A launch like one before goes straight to what was compiled for that one. Triton takes twice as long to find it as all
-    the rest of a launch does, and a pruned prompt of 64 layers starts six hundred kernels.
+    A launch like one before goes straight to what was compiled for that one: to find it takes Triton longer than to start
+    it. What triton.knobs says of compiling counts at the first one.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def test_operator(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> No
         (r"wgmma\.fence\.sync\.aligned;", "no wgmma.fence came since"),
         (r"wgmma\.commit_group\.sync\.aligned;", "product under way"),
         (r"wgmma\.wait_group\.sync\.aligned 0;", "product under way"),
-        (r"bar\.sync \t0;(?=\s+\.loc[^\n]+\n\s+fence\.proxy)", "race in shared memory|never set"),
+        (r"bar\.sync \t0;(?=(?:\s+(?:\.loc|shl|add)[^\n]+)*\s+fence\.proxy)", "race in shared memory|never set"),
     ],
 )
 def test_groups_of_warps(left_out: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:

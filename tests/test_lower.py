@@ -299,17 +299,17 @@ def test_lower_leaves_the_widening_to_the_operator(case: str) -> None:
     assert after.count("float") + after.count("to") == {"half": 0, "written": 1, "narrowed": 2}[case]
 
 
-@pytest.mark.parametrize("case", ["float", "half", "written", "updates", "rounded", "read", "cpu"])
+@pytest.mark.parametrize("case", ["float", "half", "written", "updates", "rounded", "read", "double", "cpu"])
 def test_lower_lays_out_the_rates_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, for score and scan, of A_log as it is there; not where it changes in between, nor where exp is of halves."""
     if case != "cpu":
         have_products_of_torch(monkeypatch)
-    A_log = torch.rand(HIDDEN, 3).to(torch.bfloat16 if case == "half" else torch.float32)
-    B = torch.randn(HIDDEN, 3)
+    wide = torch.float64 if case == "double" else torch.float32
+    A_log, B = torch.rand(HIDDEN, 3).to(torch.bfloat16 if case == "half" else wide), torch.randn(HIDDEN, 3, dtype=wide)
 
     def scan(h: Tensor) -> Tensor:
         logarithm = A_log * 2
-        exp = torch.exp(logarithm.bfloat16().float() if case == "rounded" else logarithm.float())
+        exp = torch.exp(logarithm.bfloat16().float() if case == "rounded" else logarithm.to(wide))
         if case == "written":
             logarithm.add_(1)
         A, b = -exp, h @ B
@@ -320,7 +320,7 @@ def test_lower_lays_out_the_rates_once(case: str, monkeypatch: pytest.MonkeyPatc
             score = score + A.flatten()[0]
         return OPS.selective_scan(h, h, A, b, b, None, None, None, True, None)[0] + score[:, :, None]
 
-    captured = Captured(scan, tokens())
+    captured = Captured(scan, tokens().to(wide))
     after = captured.lowered()
     laid_out = case in ("float", "half", "rounded")
     assert after.count(rates) == laid_out and (torch.exp in after) != laid_out

@@ -15,7 +15,7 @@ from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import EXP, NEG, fuse_ssd_step, fuse_step, take_logarithm
-from simba_compile.passes.tokens import CASTS, LINEAR, POINTWISE, PRODUCTS, SPLITS, is_simba, value_of
+from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_simba, value_of
 
 OPS = torch.ops.simba
 WIDENED = ("A", "A_log", "D", "dt_bias")  # what operators take in any type, as norms take their weights
@@ -48,7 +48,7 @@ def drop_marks(node: Node) -> None:
 
 def drop_casts(node: Node) -> None:
     """``x.to(dtype)`` where x has the dtype: x."""
-    if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
+    if node.target not in TO_TYPE or not isinstance(node.args[0], Node):
         return
     source, value, given = node.args[0], value_of(node), value_of(node.args[0])
     if dtype_of(node) is None or dtype_of(source) != dtype_of(node) or given.device != value.device:
@@ -69,7 +69,7 @@ def drop_widening(node: Node) -> None:
     for i, argument in enumerate(node.target.default._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
         cast = node.args[i]
         takes = argument.name in WIDENED or (argument.name == "weight" and node.target in NORMS)
-        if not takes or not isinstance(cast, Node) or cast.target not in CASTS - {"contiguous", "clone"}:
+        if not takes or not isinstance(cast, Node) or cast.target not in TO_TYPE:
             continue
         bias: Node = cast.args[0]  # type: ignore[assignment]
         widens = dtype_of(cast) == torch.float32 and dtype_of(bias) in (torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ def lay_out_rates(node: Node) -> None:
         return
     if rank_of(node) != 2 or {dtype_of(node), dtype_of(A_log)} != {torch.float32} or node.kwargs or exp.kwargs:
         return
-    if A_log.target in CASTS - {"contiguous", "clone"} and dtype_of(A_log.args[0]) in (torch.bfloat16, torch.float16):
+    if A_log.target in TO_TYPE and dtype_of(A_log.args[0]) in (torch.bfloat16, torch.float16):
         A_log = A_log.args[0]  # type: ignore[assignment]
     if value_of(A_log).device == value_of(node).device and not is_stale(exp, node, A_log):
         replace(node, insert(node, rates, A_log))

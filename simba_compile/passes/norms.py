@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from simba_compile.passes.edit import dtype_of, insert, is_stale, may_move, rank_of, replace, sizes
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.tokens import CASTS, MUL, RESHAPES, value_of
+from simba_compile.passes.tokens import CASTS, MUL, RESHAPES, TO_TYPE, value_of
 
 OPS = torch.ops.simba
 POW, RSQRT, MEAN = (
@@ -78,7 +78,7 @@ def fuse_gated_norm(node: Node) -> None:
 
 def fuse_rounding(node: Node) -> None:
     """``gated_norm(…).to(dtype)``: a norm that rounds to that type itself, as out_proj of half a precision wants it."""
-    if node.target not in CASTS - {"contiguous", "clone"} or not isinstance(node.args[0], Node):
+    if node.target not in TO_TYPE or not isinstance(node.args[0], Node):
         return
     norm, dtype = node.args[0], dtype_of(node)
     if norm.target is not OPS.gated_norm or len(norm.args) > 5 or len(norm.users) > 1 or node.kwargs.get("memory_format"):

@@ -181,7 +181,8 @@ SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}  # give views of w
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 MUL: set[Any] = {operator.mul, torch.mul, "mul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
-CASTS: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone"}
+TO_TYPE: set[Any] = {"to", "type", "float", "half", "bfloat16", "double", "type_as"}
+CASTS: set[Any] = TO_TYPE | {"contiguous", "clone"}
 
 
 def inputs_with_tokens(node: Node, length: Length) -> Iterator[Node]:

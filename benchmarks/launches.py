@@ -7,24 +7,23 @@ its driver, which does nothing. Products are left out, and torch's other operati
 what it takes to call them. What CUDA takes to queue each kernel comes on top.
 """
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 import triton
+import typer
 from torch import Tensor
 from torch.fx import GraphModule
 from triton.backends.compiler import GPUTarget
 
 import simba_compile.backend
 from simba_compile.cli.models import going_on, quiet, random_ids
+from simba_compile.cli.timing import side_by_side
 from simba_compile.eager import as_it_is
 from simba_compile.kernels.gpu import runtime
 from simba_compile.kernels.ops import dispatch
@@ -100,54 +99,38 @@ def take_the_cpu_for_a_gpu(driver: NoDriver) -> None:
     simba_compile.backend.compile_inner = without_products  # type: ignore[assignment]
 
 
-def times(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=KINDS, default="mamba")
-    parser.add_argument("--layers", type=int, default=64)
-    asked = parser.parse_args()
+def main(
+    kind: Annotated[str, typer.Option(help=f"The model: {', '.join(KINDS)}.")] = "mamba",
+    layers: Annotated[int, typer.Option(help="How deep it is.", min=1)] = 64,
+) -> None:
+    """Time what the host does for a layer of a prompt and of a step, with our way of launching kernels and with Triton's."""
+    if kind not in KINDS:
+        raise typer.BadParameter(f"{kind!r}; expected {' or '.join(KINDS)}.", param_hint="--kind")
     quiet()
     torch.set_num_threads(1)
     driver = NoDriver()
     take_the_cpu_for_a_gpu(driver)
-    model = KINDS[asked.kind](asked.layers).eval()
+    model = KINDS[kind](layers).eval()
     compiled = torch.compile(model, backend="simba", options={"keep": 0.1}, fullgraph=True)
     ids = random_ids(256, 200)
-    ways = {"ours": runtime.launch, "Triton's": launch_by_triton}
+    ways = {"our way": runtime.launch, "Triton's way": launch_by_triton}
 
-    def run(call: Callable, way: str) -> Callable:
-        def timed() -> None:
-            runtime.launch = ways[way]
-            call()
-
-        return timed
+    def choose(way: str) -> None:
+        runtime.launch = ways[way]
 
     with torch.no_grad():
         after = going_on(compiled(ids, logits_to_keep=1))
-        jobs = {
-            "prompt": lambda: compiled(ids, logits_to_keep=1),
-            "step": lambda: compiled(ids[:, :1], **after),
-        }
-        print(f"{asked.kind}, {asked.layers} layers: microseconds of the host for a layer, medians of 20")
+        jobs = {"prompt": lambda: compiled(ids, logits_to_keep=1), "step": lambda: compiled(ids[:, :1], **after)}
+        print(f"{kind}, {layers} layers: microseconds of the host for a layer, medians of 20")
         for name, call in jobs.items():
             call()
             driver.started.clear()
             call()
-            launches = len(driver.started) / asked.layers
-            taken = times({way: run(call, way) for way in ways}, 20)
-            found = ", ".join(f"{1e6 * seconds / asked.layers:.0f} ({way} way)" for way, seconds in taken.items())
-            print(f"{name}: {launches:.1f} kernels of ours, {found}")
+            kernels = len(driver.started) / layers
+            taken = side_by_side(dict.fromkeys(ways, call), dict.fromkeys(ways, 20), choose)
+            found = ", ".join(f"{1e6 * timing.median / layers:.0f} ({way})" for way, timing in taken.items())
+            print(f"{name}: {kernels:.1f} kernels of ours, {found}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

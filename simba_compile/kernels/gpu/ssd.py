@@ -28,7 +28,7 @@ from simba_compile.kernels.gpu.scan import strides, token_at
 CHUNK = 64  # tokens: the products within a chunk grow with it, the states between chunks become fewer
 BLOCK = 64  # of a head's channels, and of its states, at a time
 FLOAT_CHUNK, FLOAT_BLOCK = 32, 32  # for float32, whose registers spill at 64
-FLOAT_STATES, FLOAT_WARPS = 16, 4  # in the forward kernels: 32 states, or 8 warps, leave ptxas a stack of 8 bytes
+FLOAT_STATES, FLOAT_WARPS = 16, 4  # 32 states, or 8 warps for outputs, leave ptxas a stack of 8 bytes
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from simba_compile import capture, kernels
 from simba_compile.eager import as_it_is
 from simba_compile.graph_breaks import why_partial
-from simba_compile.options import Options
+from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
 
 log = logging.getLogger("simba_compile")
@@ -62,11 +62,11 @@ def simba(
         chosen = Options.from_mapping(options)
         if mode is not None:
             if chosen.inner not in ("auto", "inductor"):
-                raise ValueError(f"mode={mode!r} is for Inductor, and option inner is {chosen.inner!r}: leave one out.")
+                raise OptionError(f"mode={mode!r} is for Inductor, and option inner is {chosen.inner!r}: leave one out.")
             chosen = dataclasses.replace(chosen, inner="inductor")
         partial = why_partial(gm)
         result = transform(gm, chosen, partial)
-    except ValueError as error:
+    except OptionError as error:
         raise capture.InvalidOptions(str(error)) from None
     _log(result, partial)
     if observe is not None:
@@ -81,7 +81,7 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
     tokens_of = plan.length.reader(result.dense.graph.find_nodes(op="placeholder"))
-    told: set[int] = set()
+    told: set[str] = set()
 
     def run(*args: Any) -> Any:
         tokens = tokens_of(args)
@@ -92,9 +92,9 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
             level, reason = logging.WARNING, PADDED
         else:
             return pruned(*args, *counts)
-        if level not in told:
+        if reason not in told:
             log.log(level, "Dense: %s.", reason)
-        told.add(level)
+        told.add(reason)
         return dense(*args)
 
     return run

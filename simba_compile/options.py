@@ -17,6 +17,10 @@ LIMIT = 2**62  # of whole numbers: torch's have 64 bits, and what is computed fr
 LEAST = {"every": 1, "protect_first": 0, "protect_last": 1, "min_tokens": 1, "seed": 0}
 
 
+class OptionError(ValueError):
+    """An option that is not valid; the message names it, its value and what is allowed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What ``torch.compile(model, backend="simba", options={...})`` takes, as a dictionary or as this.
@@ -68,21 +72,21 @@ class Options:
 
     def __post_init__(self) -> None:
         if not _is_share(self.keep):
-            raise ValueError(f"option keep is {self.keep!r}; it must be a number above 0 and at most 1.")
+            raise OptionError(f"option keep is {self.keep!r}; it must be a number above 0 and at most 1.")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"option {name} is {value!r}; {_one_of(value, allowed)}")
+                raise OptionError(f"option {name} is {value!r}; {_one_of(value, allowed)}")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"option {name} is {value!r}; it must be a whole number of at least {least}.")
+                raise OptionError(f"option {name} is {value!r}; it must be a whole number of at least {least}.")
             if value >= LIMIT:
-                raise ValueError(f"option {name} is {value}; it must be below 2**62.")
+                raise OptionError(f"option {name} is {value}; it must be below 2**62.")
         if isinstance(self.schedule, str):
             if self.schedule not in ("linear", "uniform"):
                 hint = _one_of(self.schedule, ("linear", "uniform"))
-                raise ValueError(f"option schedule is {self.schedule!r}; {hint[:-1]}, or a list of shares.")
+                raise OptionError(f"option schedule is {self.schedule!r}; {hint[:-1]}, or a list of shares.")
         else:
             object.__setattr__(self, "schedule", _shares(self.schedule))
 
@@ -98,13 +102,13 @@ class Options:
         if isinstance(options, cls):
             return options
         if options is not None and not isinstance(options, Mapping):
-            raise ValueError(f"options is {options!r}; it must be a dictionary such as {{'keep': 0.1}}, or an Options.")
+            raise OptionError(f"options is {options!r}; it must be a dictionary such as {{'keep': 0.1}}, or an Options.")
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options or {}:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, 1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise ValueError(f"{name!r} is no option of the simba backend.{hint} The options are {', '.join(names)}.")
+                raise OptionError(f"{name!r} is no option of the simba backend.{hint} The options are {', '.join(names)}.")
         return cls(**(options or {}))
 
     @property
@@ -127,7 +131,7 @@ def _one_of(value: Any, allowed: Sequence[str]) -> str:
 def _shares(schedule: Any) -> tuple[float, ...]:
     given = f"option schedule is {schedule!r}; "
     if not isinstance(schedule, Sequence) or not schedule or not all(_is_share(share) for share in schedule):
-        raise ValueError(given + "it must be 'linear', 'uniform' or a list of numbers above 0 and at most 1.")
+        raise OptionError(given + "it must be 'linear', 'uniform' or a list of numbers above 0 and at most 1.")
     if any(later > earlier for earlier, later in itertools.pairwise(schedule)):
-        raise ValueError(given + "no share may be larger than the one before it, for a token that left cannot come back.")
+        raise OptionError(given + "no share may be larger than the one before it, for a token that left cannot come back.")
     return tuple(float(share) for share in schedule)

@@ -32,7 +32,8 @@ class MixerReport:
     tokens_in, tokens_out : int
         Tokens of a sequence that enter the mixer, and that are left after it.
     flops_dense, flops_pruned : int
-        Its arithmetic for one sequence on all tokens, and with the options that were given (score included).
+        Its arithmetic for one sequence on all tokens, and with the options that were given (that of the influence included).
+        With another criterion some of it may be less: what only the influence needs of all tokens is counted for all.
     reason : str or None
         Why it does not prune, where something keeps it from that.
     """
@@ -187,12 +188,12 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
 def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
     """What the passes' result means for each mixer of a sequence of this length."""
     counts = [tokens] * len(result.mixers) if result.plan is None else result.plan.counts(tokens)
-    rows, before = [], tokens
+    rows, before, influence = [], tokens, result.options.criterion == "influence"
     for i, mixer in enumerate(result.mixers):
         reason = mixer.reason
         if reason is None and result.plan is not None and result.plan.pruning and counts[-1] == tokens:
             reason = result.plan.why_all_stay(tokens)
-        scored = result.plan is not None and i in result.plan.pruning and counts[-1] < tokens
+        scored = influence and result.plan is not None and i in result.plan.pruning and counts[-1] < tokens
         scanned = counts[i] if result.options.placement == "scan" else before
         flops = before * (mixer.entering_flops + scored * mixer.scoring_flops) + scanned * mixer.scanned_flops
         dense = tokens * (mixer.entering_flops + mixer.scanned_flops)

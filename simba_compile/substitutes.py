@@ -17,10 +17,15 @@ import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
 
 def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
     """The convolution of a prompt."""
-    if activation not in (None, "silu", "swish") or kwargs.get("seq_idx") is not None:
+    if activation not in (None, "silu", "swish") or _is_packed(kwargs):
         return NotImplemented
     x = hidden_states.transpose(1, 2)
     return torch.ops.simba.causal_conv1d(x, weight, bias, activation is not None).transpose(1, 2)
+
+
+def _is_packed(kwargs):  # type: ignore[no-untyped-def]
+    """Whether several sequences stand in one row, which a convolution or a scan is to keep apart."""
+    return any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
 
 
 def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
@@ -55,6 +60,8 @@ def mamba_selective_scan(  # type: ignore[no-untyped-def]
     **kwargs,
 ):
     """The scan of Mamba-1."""
+    if _is_packed(kwargs):
+        return NotImplemented
     x, step, b, c, gate = in_one_type(hidden_states, dt, B, C, z)
     x, step, b, c = x.transpose(1, 2), step.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)
     gate = None if gate is None else gate.transpose(1, 2)
@@ -99,6 +106,8 @@ def mamba2_chunk_scan(  # type: ignore[no-untyped-def]
     **kwargs,
 ):
     """The scan of Mamba-2."""
+    if _is_packed(kwargs):
+        return NotImplemented
     low, high = dt_limit
     y, state = torch.ops.simba.ssd_scan(hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, low, high, initial_states, None)
     return (y, state) if return_final_states else y

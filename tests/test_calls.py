@@ -84,11 +84,22 @@ def test_at_most_min_tokens_is_dense(selected: list[Tensor], caplog: pytest.LogC
             close(compiled(random_ids(2, length)).logits, model(random_ids(2, length)).logits, 2e-5)
     assert not selected
     assert [record.message for record in caplog.records if "Dense" in record.message] == [  # once
-        "Dense: 20 tokens are no more than min_tokens, which is 32."
+        "Dense: there are no more tokens than min_tokens, which is 32."
     ]
     with torch.no_grad():
         compiled(random_ids(2, 33))
     assert [index.shape[1] for index in selected] == [32]
+
+
+def test_each_reason_for_a_dense_call_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    compiled = simba(tiny_model(layers=2), protect_last=60)
+    for length in (20, 50, 31, 52):
+        with torch.no_grad(), caplog.at_level(logging.INFO, "simba_compile"):
+            compiled(random_ids(2, length))
+    assert [record.message for record in caplog.records if "Dense" in record.message] == [
+        "Dense: there are no more tokens than min_tokens, which is 32.",
+        "Dense: all tokens are protected: 0 at the start, 60 at the end.",
+    ]
 
 
 def test_a_prompt_of_less_than_the_convolution_and_then_a_long_one(selected: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 import simba_compile
-from simba_compile import capture
+from simba_compile import capture, substitutes
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
@@ -81,6 +81,15 @@ def test_a_substitute_computes_the_same(name: str, ours: bool, monkeypatch: pyte
     for args, kwargs in cases(name):
         for actual, expected in zip(results(substitute, args, kwargs), results(original, args, kwargs), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", ["seq_idx", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["causal_conv1d_fn", "mamba_selective_scan", "mamba2_chunk_scan"])
+def test_sequences_packed_into_one_row_are_left_to_transformers(name: str, packed: str) -> None:
+    """Our operators do not keep them apart; transformers does with mamba-ssm's kernels, and says so without them."""
+    for args, kwargs in cases(name):
+        assert getattr(substitutes, name)(*args, **kwargs, **{packed: None}) is not NotImplemented
+        assert getattr(substitutes, name)(*args, **kwargs, **{packed: torch.zeros(BATCH, TOKENS)}) is NotImplemented
 
 
 def test_the_fused_kernel_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,3 +193,27 @@ def test_bad_inputs() -> None:
             native_linear.linear(*args)
     with pytest.raises(IndexError, match=r"outside 0\.\.5"):
         native_linear.linear(x, weight, None, add, index + 1)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_what_does_not_fit_is_refused_whatever_runs(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would repeat a bias of one number or a smaller `add`, and not look at an index without one."""
+    monkeypatch.setattr(native_linear, "is_faster", lambda *args: faster)
+    x, weight, add = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 6, 5)
+    index = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    for args in (
+        (x, weight, torch.zeros(1), None, None),
+        (x, weight, None, add[:, :1], None),
+        (x, weight, None, torch.zeros(5, 2, 3, 5), None),
+        (x, weight, None, add[:, :3].double(), None),
+        (x, weight, None, None, index),
+        (x, weight, None, add, index[:, :2]),
+        (x, weight, None, add[:1], index),
+        (x, weight, None, add[..., :1], index),
+        (x, weight, None, add.double(), index),
+        (x[0], weight, None, add[0], index[0]),
+        (x[..., :3], weight, torch.zeros(5), None, None),
+        (x, weight.double(), torch.zeros(5), None, None),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            OPS.linear(*args)

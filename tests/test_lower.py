@@ -399,6 +399,73 @@ def test_transposes_cancel_only_where_no_copy_is_needed(case: str) -> None:
     assert Captured(function, tokens()).lowered().count("transpose") == left
 
 
+SLICES: dict[str, tuple[Callable, bool]] = {  # and whether one is left
+    "all of them": (lambda h: h[..., -h.shape[-1] :] + 1, False),
+    "all tokens": (lambda h: h[:, -h.shape[1] :, :] + 1, False),
+    "from the start": (lambda h: h[:, : h.shape[1]] + 1, False),
+    "all but one": (lambda h: h[:, 1:] + 1, True),
+    "a written one": (lambda h: (lambda x: x[:, -x.shape[1] :].mul_(2) + x)(h.clone()), False),
+    "another axis": (lambda h: h[:, None] + 1, True),
+    "in another order": (lambda h: h[:, torch.arange(h.shape[1] - 1, -1, -1)] + 1, True),
+}
+
+
+@pytest.mark.parametrize("case", SLICES)
+def test_slices_that_take_all_are_left_out(case: str) -> None:
+    function, is_left = SLICES[case]
+    assert (operator.getitem in Captured(function, tokens()).lowered()) is is_left
+
+
+def test_a_slice_without_gradients_is_left() -> None:
+    """What it gives needs none, and what it is of does."""
+
+    def function(h: Tensor) -> Tensor:
+        with torch.no_grad():
+            part = h[:, -h.shape[1] :]
+        return part * 2 + h
+
+    captured = Captured(function, tokens().requires_grad_(), gradients=True)
+    assert operator.getitem in captured.lowered()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("scan", "window", "read", "read later", "zeros read", "twice", "another type", "another shape", "another layout"),
+        *("detached", "not ours"),
+    ],
+)
+def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
+    """Without a copy of it; but where something else reads it, or it is not what the cache would hold, with one."""
+    A = -torch.rand(HIDDEN, 3)
+
+    def fill(h: Tensor) -> Tensor:
+        B = h[..., :3].contiguous()
+        y, state = OPS.selective_scan(h, h, A, B, B, None, None, None, True, None)
+        make = {"window": lambda: OPS.last_tokens(h, 4, 1), "not ours": lambda: h * 2}
+        made = make.get(case, lambda: state)()
+        before = made.sum() if case == "read" else y.sum()
+        if case == "another shape":
+            kept = torch.zeros(2, h.shape[0], HIDDEN, 3)
+        elif case == "another layout":
+            kept = torch.zeros_like(h[:, :3].transpose(1, 2))
+        else:
+            kept = torch.zeros_like(made, dtype=torch.float64 if case == "another type" else None)
+        if case == "zeros read":
+            before = before + kept.sum()
+        if case == "detached":
+            with torch.no_grad():
+                kept.copy_(made)
+        else:
+            kept.copy_(made)
+        if case == "twice":
+            kept = kept + torch.zeros_like(made).copy_(made)
+        return kept * (made.sum() if case == "read later" else 2) + before
+
+    captured = Captured(fill, tokens(), gradients=case == "detached")
+    assert ("copy_" in captured.lowered()) is (case not in ("scan", "window"))
+
+
 def test_gathers_go_before_what_is_computed_from_one_value() -> None:
     index = torch.tensor([[0, 3, 5], [1, 2, 19]])
     captured = Captured(lambda h: OPS.gather(F.silu((2 * h).float()), index, 1), tokens())

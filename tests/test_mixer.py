@@ -123,6 +123,10 @@ class Step(nn.Module):
         """(batch, 1, hidden) of a token."""
         A = self.rate()
         x, z = F.linear(h, self.in_proj).transpose(1, 2).chunk(2, 1)
+        return self.after(A, x, z, window, state)
+
+    def after(self, A: Tensor, x: Tensor, z: Tensor, window: Tensor, state: Tensor) -> Any:
+        """What follows in_proj."""
         u = OPS.conv_update(window, x.squeeze(2), self.conv.squeeze(1), None, self.silu)
         between = self.between(u, window, z)
         dt, B, C = self.pieces(F.linear(u[:, None], self.x_proj))
@@ -204,6 +208,30 @@ class WithoutSoftplus(Step):
             self.dt_proj.bias.abs_()
 
 
+class WiderProjection(Step):
+    """in_proj makes something else besides, which another part of a layer might read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Parameter(torch.randn(2 * CHANNELS + 4, HIDDEN))
+
+    def forward(self, h: Tensor, window: Tensor, state: Tensor) -> Any:
+        A = self.rate()
+        x, z, _ = F.linear(h, self.in_proj).transpose(1, 2).split([CHANNELS, CHANNELS, 4], 1)
+        return self.after(A, x, z, window, state)
+
+
+class WiderSelection(Step):
+    """x_proj makes something that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_proj = nn.Parameter(torch.randn(RANK + 2 * STATES + 5, CHANNELS) / 3)
+
+    def pieces(self, made: Tensor) -> tuple[Tensor, ...]:
+        return super().pieces(made[..., :-5])
+
+
 class ReadTwice(Step):
     def leave(self, y: Tensor, u: Tensor) -> Tensor:
         return super().leave(y, u) + y.sum()
@@ -236,7 +264,7 @@ class ChangesAutocast(Step):
 
 KEPT = [
     ReadsWhatIsBetween, ReadsTheWindow, Writes, AnotherRate, RateBeforeAWrite, GateOfTheInput, SwappedPieces, WithoutSilu,
-    WithoutSoftplus, ReadTwice, ChangesAutocast,
+    WithoutSoftplus, WiderProjection, WiderSelection, ReadTwice, ChangesAutocast,
 ]  # fmt: skip
 
 

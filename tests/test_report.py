@@ -96,16 +96,26 @@ def test_operations_are_those_that_run(family: str, placement: str) -> None:
     assert ran == reported
 
 
+def test_a_score_is_counted_where_there_is_one() -> None:
+    """By place or at random, tokens are ranked without arithmetic."""
+    found = {}
+    for criterion in ("influence", "recent", "random"):
+        options = {**KEEP_FEW, "criterion": criterion}
+        found[criterion] = simba_compile.explain(tiny_model(layers=2), random_ids(1, LENGTH), options=options).flops_pruned
+    scores = 4 * 64 * 8 * LENGTH  # of the second mixer, by channel, state and token
+    assert found["recent"] == found["random"] == found["influence"] - scores
+
+
 @pytest.mark.parametrize(
     ("options", "call", "reason"),
     [
-        ({"keep": 0.1, "min_tokens": 50}, {}, "50 tokens are no more than min_tokens, which is 50"),
+        ({"keep": 0.1, "min_tokens": 50}, {}, "there are no more tokens than min_tokens, which is 50"),
         (
             {**KEEP_FEW, "protect_first": 30},
             {"logits_to_keep": 20},
-            "all 50 tokens are protected: 30 at the start, 20 at the end",
+            "all tokens are protected: 30 at the start, 20 at the end",
         ),
-        ({"keep": 0.995, "min_tokens": 4}, {}, "the shares leave all 50 tokens"),
+        ({"keep": 0.995, "min_tokens": 4}, {}, "the shares leave all tokens"),
         ({"keep": 1.0}, {}, None),
     ],
 )

@@ -52,6 +52,18 @@ def test_wrong_options_raise_from_a_model_too() -> None:
     assert "PyTorch" not in str(error.value)  # how to report a bug there is none of the user's business
 
 
+def test_a_failure_of_a_pass_is_no_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its traceback is there."""
+
+    def broken(*args: Any) -> None:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(simba_compile.backend, "transform", broken)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="not enough values") as error:
+        simba(tiny_model(layers=2))(random_ids(2, 40))
+    assert any(entry.name == "broken" for entry in error.traceback)
+
+
 def test_mode_needs_inductor() -> None:
     backend = functools.partial(simba_compile.backend.simba, options={"inner": "eager"})
     with pytest.raises(ValueError, match=r"mode.*inner"):

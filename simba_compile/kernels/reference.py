@@ -277,8 +277,8 @@ def is_marked(x: Tensor) -> Tensor:
 def last_tokens(x: Tensor, k: int, dim: int) -> Tensor:
     """See `simba_compile.kernels.ops.tokens.last_tokens`."""
     have = min(k, x.shape[dim])
-    pad = [0, 0] * (x.dim() - 1 - dim) + [k - have, 0]
-    return F.pad(x.narrow(dim, x.shape[dim] - have, have), pad)
+    there = x.narrow(dim, x.shape[dim] - have, have)
+    return there if have == k else F.pad(there, [0, 0] * (x.dim() - 1 - dim) + [k - have, 0])
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

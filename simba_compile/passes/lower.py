@@ -25,11 +25,11 @@ NORMS = {OPS.rms_norm, OPS.gated_norm, OPS.add_norm}
 
 def lower(gm: GraphModule) -> None:
     """Run every rewrite over the graph, in place."""
-    plainer = (drop_marks, drop_casts, untranspose_product, cancel_transposes, gather_first, project_kept)
+    plainer = (drop_marks, drop_casts, drop_slices, untranspose_product, cancel_transposes, gather_first, project_kept)
     norms = (fuse_gated_norm, fuse_rounding, fuse_norm)
     fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear)
     steps = (take_logarithm, drop_widening, fuse_step, fuse_ssd_step)
-    for rewrite in (*plainer, *norms, *fusions, *steps, lay_out_rates, leave_unfilled, read_cache):
+    for rewrite in (*plainer, *norms, *fusions, *steps, lay_out_rates, keep_result, leave_unfilled, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -57,6 +57,17 @@ def drop_casts(node: Node) -> None:
         return
     node.replace_all_uses_with(source)
     erase(node)
+
+
+def drop_slices(node: Node) -> None:
+    """``x[..., -n:]`` of n tokens, which takes all of them: x."""
+    if node.target is not operator.getitem or not sizes(node) or sizes(node) != sizes(node.args[0]):
+        return
+    x: Node = node.args[0]  # type: ignore[assignment]
+    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if all(item is Ellipsis or isinstance(item, slice) for item in items) and not mode_changes(x, node):
+        node.replace_all_uses_with(x)
+        erase(node)
 
 
 def drop_widening(node: Node) -> None:
@@ -100,8 +111,25 @@ def lay_out_rates(node: Node) -> None:
         replace(node, insert(node, rates, A_log))
 
 
+def keep_result(node: Node) -> None:
+    """``zeros(...).copy_(state)``, as caches keep their first states, of what a scan or `last_tokens` made: the state."""
+    made, result = (*node.args, None, None)[:2]
+    if node.target != "copy_" or node.kwargs or not isinstance(made, Node) or not isinstance(result, Node):
+        return
+    source = result.args[0] if result.target is operator.getitem else result
+    if not isinstance(source, Node) or source.target not in {*SCANS, OPS.last_tokens} or {*result.users} - {made, node}:
+        return
+    if made.target not in UNFILLED or node is not min(made.users) or not value_of(made).is_contiguous():
+        return
+    alike = sizes(made) == sizes(result) and dtype_of(made) == dtype_of(result)
+    if alike and value_of(made).device == value_of(result).device and not mode_changes(source, node):
+        for copy in (node, made):
+            copy.replace_all_uses_with(result)
+            node.graph.erase_node(copy)
+
+
 def leave_unfilled(node: Node) -> None:
-    """``zeros(...).copy_(x)``, as caches keep their first states: no zeros, for x is written over all of them."""
+    """``zeros(...).copy_(x)``: no zeros, for x is written over all of them."""
     if node.target != "copy_" or len(node.args) < 2:
         return
     made, source = node.args[:2]

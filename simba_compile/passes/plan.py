@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from simba_compile.options import Options
+from simba_compile.options import OptionError, Options
 from simba_compile.passes.match import Mixer
 from simba_compile.passes.padding import padding_reader
 from simba_compile.passes.tokens import Length, suffix
@@ -61,10 +61,10 @@ class Plan:
     def why_all_stay(self, tokens: int) -> str:
         """Why `counts` drops none of a sequence of this length, where it drops none."""
         if tokens <= self.min_tokens:
-            return f"{tokens} tokens are no more than min_tokens, which is {self.min_tokens}"
+            return f"there are no more tokens than min_tokens, which is {self.min_tokens}"
         if tokens <= self.protect_first + self.protect_last:
-            return f"all {tokens} tokens are protected: {self.protect_first} at the start, {self.protect_last} at the end"
-        return f"the shares leave all {tokens} tokens"
+            return f"all tokens are protected: {self.protect_first} at the start, {self.protect_last} at the end"
+        return "the shares leave all tokens"
 
     def without(self, first: int, reason: str) -> "Plan":
         """The plan in which mixer `first` and all after it stay dense; each of them, shared with this plan, notes why."""
@@ -78,12 +78,12 @@ def shares(options: Options, mixers: int) -> list[float]:
 
     Raises
     ------
-    ValueError
+    OptionError
         Where a list was given whose length is not the number of mixers.
     """
     if isinstance(options.schedule, tuple):
         if len(options.schedule) != mixers:
-            raise ValueError(
+            raise OptionError(
                 f"option schedule lists {len(options.schedule)} shares and the model has {mixers} mixers; "
                 "give one share for each mixer."
             )

@@ -49,6 +49,8 @@ def fuse_step(node: Node) -> None:
         return
     channels, states = sizes(state)[1:]
     rank = sizes(dt_proj.args[1])[1]  # type: ignore[union-attr]
+    if sizes(projected)[-1] != 2 * channels or sizes(x_proj)[-1] != rank + 2 * states:
+        return
     pieces = (
         (entering, projected, 0, channels),
         (gate, projected, channels, channels),

@@ -35,7 +35,7 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
     **constants
         Its ``tl.constexpr`` parameters, and `num_warps` and the like.
     """
-    key: list[Any] = [id(kernel), *constants.items()]
+    key: list[Any] = [id(kernel), *constants, *constants.values()]
     first: Any = None
     for value in args:
         kind = value.__class__
@@ -64,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
 def expect(**given: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """Check the shapes of tensors, given by name with the shape that each must have: a kernel reads what it is told to."""
     for name, (value, shape) in given.items():
-        if value is not None and tuple(value.shape) != shape:
+        if value is not None and value.shape != shape:
             raise ValueError(f"{name} is {tuple(value.shape)}; expected {shape}.")
 
 

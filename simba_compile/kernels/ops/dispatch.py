@@ -68,7 +68,7 @@ def _on_gpu(name: str, tensors: list[Tensor]) -> Callable | None:
 
     There is none for tensors of several GPUs: it would read at addresses of another one. Plain torch says what is wrong.
     """
-    if not tensors or tensors[0].device.type != GPU or any(value.device != tensors[0].device for value in tensors):
+    if not tensors or tensors[0].device.type != GPU or len({value.device for value in tensors}) != 1:
         return None
     if name not in COPIES and tensors[0].dtype not in GPU_DTYPES:
         return None
@@ -103,7 +103,8 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     triton_kernel = _on_gpu(name, given)
     if triton_kernel is not None:
         return triton_kernel
-    if {value.device.type for value in given} == {"cpu"} and native.available():
+    devices = {value.device for value in given}  # few, of many tensors
+    if {device.type for device in devices} == {"cpu"} and native.available():
         kernels = _native_module(name)
         if kernels is not None:
             return getattr(kernels, name)

@@ -32,18 +32,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
         (..., column) in x's dtype, contiguous.
     """
     run = implementation("linear", x, weight, bias, add, index)
-    if run is native_linear.linear and not native_linear.is_faster(x, weight):
-        run = _by_torch
-    return run(x, weight, bias, add, index)
+    if run is native_linear.linear and native_linear.is_faster(x, weight):
+        return run(x, weight, bias, add, index)
+    return _by_torch(x, weight, bias, add, index)
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
     """Torch's product, where that is faster than our kernel. Kept tokens are a copy, to which it is added in place."""
+    if bias is not None or add is not None or index is not None:
+        _expect_to_fit(x, weight, bias, add, index)
     if add is None or index is None:
         return by_torch("linear")(x, weight, bias, add)
     kept = torch.ops.simba.gather(add, index, 1)
     kept.view(-1, weight.shape[0]).addmm_(x.reshape(-1, weight.shape[1]), weight.t())
     return kept if bias is None else kept.add_(bias.to(kept.dtype))
+
+
+def _expect_to_fit(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> None:
+    """Refuse what our kernel does: torch would repeat a short bias and leave an index out."""
+    columns = weight.shape[:1]
+    shape = (*x.shape[:-1], *columns)
+    fits = x.dim() >= 1 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:] and weight.dtype == x.dtype
+    fits = fits and (bias is None or bias.shape == columns)
+    if index is None:
+        fits = fits and (add is None or (add.shape == shape and add.dtype == x.dtype))
+    else:
+        fits = fits and add is not None and index.shape == shape[:2] and add.dtype == x.dtype
+        fits = fits and add is not None and add.dim() == len(shape) == 3 and add.shape[::2] == (shape[0], shape[2])
+    if not fits:
+        given = {"x": x, "weight": weight, "bias": bias, "add": add, "index": index}
+        told = ", ".join(f"{name} {tuple(value.shape)}, {value.dtype}" for name, value in given.items() if value is not None)
+        raise ValueError(
+            f"linear was given {told}; expected x (..., depth), weight (column, depth), bias (column), add (..., column), "
+            "or, with an index (batch, kept) of its tokens, add (batch, token, column); weight and add in x's dtype."
+        )
 
 
 @fake("linear")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from eager_reference import contributions
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
@@ -17,7 +18,6 @@ from simba_compile.analysis import flow, redundancy
 from simba_compile.analysis.intervals import interval, paired
 from simba_compile.analysis.variants import ScanRead, Variants, record_scans
 from simba_compile.cli import app
-from simba_compile.kernels import reference
 from simba_compile.options import Options
 from simba_compile.passes.scans import SCANS
 
@@ -58,7 +58,7 @@ def test_flow_is_the_influence_over_the_size_of_the_output() -> None:
     torch.manual_seed(0)
     read = scan(torch.randn(2, 30, CHANNELS), -torch.rand(CHANNELS, STATES), torch.randn(2, 30, STATES))
     given_ = read.arguments
-    parts = reference.contributions(given_["x"], given_["dt"], given_["A"], given_["B"], given_["C"][:, -1]).double()
+    parts = contributions(given_["x"], given_["dt"], given_["A"], given_["B"], given_["C"][:, -1]).double()
     y = parts.sum(1).norm(dim=1, keepdim=True)
     for pool, pooled in (("absmax", parts.abs().amax(-1)), ("l2", parts.norm(dim=-1))):
         found = flow.normalised_influence(read, Options(pool=pool))

@@ -178,6 +178,19 @@ def test_what_is_no_record_is_left_as_it_is(tmp_path: Path) -> None:
         assert path.read_text() == record
 
 
+def test_whole_results_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped while it starts would leave half of them."""
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"of": {"x": 1}, "mean": 2.0}\n')
+    monkeypatch.setattr(Path, "write_text", None)
+    Records(path)
+    monkeypatch.undo()
+    path.write_text(path.read_text().rstrip())  # without its line's end, which the next record would go on
+    Records(path).add({"of": {"x": 2}, "mean": 3.0})
+    assert Records(path).get({"x": 1}) and Records(path).get({"x": 2})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return record | ({"difference": tuple(record["difference"])} if "difference" in record else {})
 

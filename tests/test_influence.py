@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from eager_reference import contributions
 from eager_reference import select as select_by_sorting
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,8 +57,8 @@ def steps(scan: dict[str, Any], include: bool = True) -> Tensor:
 
 
 def parts(scan: dict[str, Any], include: bool = True) -> Tensor:
-    """Each token's part in the last output by `reference.contributions`."""
-    return reference.contributions(
+    """Each token's part in the last output by the contract."""
+    return contributions(
         scan["x"], steps(scan), scan["A"], scan["B"], scan["C"][:, -1], None if include else steps(scan, False)
     )
 

@@ -80,15 +80,20 @@ class Records:
         self.path = path
         self.found: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        text = path.read_bytes() if path.exists() else b""
+        lines, whole = text.splitlines(), text.endswith(b"\n")
         for i, line in enumerate(lines, 1):
             record = _record(line)
             if record is not None:
                 self.found[_key(record["of"])] = record
-            elif i < len(lines) or not line.startswith(BEGINNING[: len(line)]):
+                continue
+            whole = False
+            if i < len(lines) or not line.startswith(BEGINNING[: len(line)]):
                 raise ValueError(f"line {i} of {path} is no result of simba eval: name another file, or remove the line.")
-        if lines:
-            path.write_text("".join(json.dumps(record) + "\n" for record in self.found.values()))
+        if lines and not whole:
+            repaired = path.with_name(path.name + ".repaired")  # so that a run that is stopped here loses nothing
+            repaired.write_text("".join(json.dumps(record) + "\n" for record in self.found.values()))
+            repaired.replace(path)
 
     def get(self, of: dict[str, Any]) -> dict[str, Any] | None:
         """The record of these settings, where there is one."""

@@ -1,9 +1,10 @@
 """The passes, in the order in which they run on a graph that `capture` left with ``simba`` nodes in it.
 
 subgraphs   finds the graphs that higher-order operators run
-functional  writes in-place operations as ordinary ones (and, after `arguments`, what depends on where numbers lie in memory
-            so that it does not)
-arguments   puts calls under one name (before `functional`), and arguments that are given by name in their places
+arguments   name_calls: puts calls under one name
+functional  make_functional: writes in-place operations as ordinary ones
+arguments   place_arguments: puts arguments that are given by name in their places
+functional  allow_any_layout: writes what depends on where numbers lie in memory so that it does not
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers                                       → a record for each
 plan        decides how many tokens each of them keeps             → counts from a length

@@ -266,7 +266,7 @@ def linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, f
 
 
 def fuse_residual(node: Node) -> None:
-    """``residual + linear(x, weight)``: one product, `simba::linear` on the CPU and `linear_onto` elsewhere."""
+    """``residual + linear(x, weight)``: one product, `simba::linear` where it may be ours, else `linear_onto`."""
     if node.target not in ADDS or len(node.args) != 2 or node.kwargs:
         return
     for residual, product in (node.args, reversed(node.args)):

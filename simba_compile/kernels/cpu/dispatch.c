@@ -81,7 +81,7 @@ int simba_set_level(int wanted) {
   return level;
 }
 
-/* Lanes of a float vector at the present level: native.py sizes scratch by it. */
+/* Lanes of a float vector at the present level: the binding sizes scratch by it. */
 int simba_lanes(void) { return 4 << level; }
 
 /* Whether Intel made this CPU: native_linear.py asks. */

@@ -1,4 +1,4 @@
-"""The Triton kernels for CUDA and ROCm, in files by what they compute: kernels, launchers, and how a configuration is chosen.
+"""The Triton kernels for CUDA and ROCm, in files by what they compute: kernels, launchers, how a configuration is chosen.
 
 A launcher has the name and the signature of its operator. Importing this package needs triton; `ops` does so when a tensor
 on a GPU first asks for it. float32, bfloat16 and float16 in and out, float32 inside; any strides.

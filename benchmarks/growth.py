@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from simba_compile.cli import models
-from simba_compile.cli.bench import compile_model
+from simba_compile.cli.bench import compile_model, memory
 from simba_compile.cli.bench_report import DENSE, PRUNED
 from simba_compile.cli.timing import Timing, seconds, side_by_side
 
@@ -137,18 +134,11 @@ def lengths(model: PreTrainedModel, settings: Settings, say: Callable[[str], Non
         row: dict[str, Any] = {"tokens": tokens}
         row |= timed({name: functools.partial(run, ids, **CALL) for name, run in compiled.items()}, settings.repeats)
         row["stages"] = stages.seconds(stages.clock(model, ids, {"keep": KEEP}, settings.repeats))
-        row["memory"] = {name: memory(name, tokens, settings) for name in (DENSE, PRUNED)}
+        row["memory"] = {
+            name: memory(name, settings.few, tokens, settings.first)["growth_mib"] for name in (DENSE, PRUNED)
+        }
         rows.append(row)
     return rows
-
-
-def memory(name: str, tokens: int, settings: Settings) -> float:
-    """Growth of the peak over one prompt, in MiB, in a process of its own."""
-    request = {"name": name, "layers": settings.few, "tokens": tokens, "sizes": settings.first}
-    request |= {"threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "simba_compile.cli.memory", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["growth_mib"]
 
 
 def batches(model: PreTrainedModel, settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:

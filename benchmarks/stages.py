@@ -141,10 +141,9 @@ def clock(model: Callable, ids: Tensor, options: dict[str, Any], repeats: int) -
         made = found[0]
 
         def run(*args: Any) -> Any:
-            counts = [] if made.plan is None else made.plan.inputs(ids.shape[1])
-            prunes = made.pruned is not None and bool(counts) and counts[-1] < ids.shape[1]
-            timed = _Clock(made.pruned if prunes else made.dense)  # type: ignore[arg-type]
-            result = timed.run(*args, *(counts if prunes else []))
+            graph, counts = made.of_length(ids.shape[1])
+            timed = _Clock(graph)
+            result = timed.run(*args, *counts)
             runs.append(timed.ran)
             return result
 

@@ -33,8 +33,8 @@ from torch.fx.experimental import _config as shapes
 from transformers.cache_utils import Cache, DynamicLayer
 
 from simba_compile import substitutes
+from simba_compile.passes.length import value_of
 from simba_compile.passes.scans import CONTRACT
-from simba_compile.passes.tokens import value_of
 
 log = logging.getLogger("simba_compile")
 

@@ -16,7 +16,7 @@ from simba_compile.backend import PADDED, simba
 from simba_compile.capture import with_own_code
 from simba_compile.options import Options
 from simba_compile.passes import Transformed
-from simba_compile.passes.tokens import Length
+from simba_compile.passes.length import Length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,9 @@ from transformers.utils import ModelOutput
 
 import simba_compile.backend
 from simba_compile.cli.models import going_on
-from simba_compile.kernels import native, ops, reference
+from simba_compile.kernels import ops, reference
+from simba_compile.kernels.native import binding
+from simba_compile.kernels.native import tokens as native_tokens
 from simba_compile.passes import Transformed
 from simba_compile.passes.scans import SCANS
 
@@ -55,7 +57,7 @@ OPERATORS = {  # the Python function of each of our operators
     for module in (getattr(ops, part) for part in ops.__all__)
     for name in REGISTERED & vars(module).keys()
 }
-SELECTING = native if native.available() else reference  # whose `select` runs on the CPU
+SELECTING = native_tokens if binding.available() else reference  # whose `select` runs on the CPU
 
 
 def pytest_collectstart() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding
 
 OPS = torch.ops.simba
 DEVICE = os.environ.get("SIMBA_TEST_DEVICE", "cpu")  # "cuda": `tests/interpreted` runs on a GPU, compiled
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAN, INF = math.nan, math.inf
-needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+needs_native = pytest.mark.skipif(not binding.available(), reason="the native kernels were not built")
 each_level = pytest.mark.parametrize("level", [0, 1, 2])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -29,7 +30,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @contextlib.contextmanager
 def at_level(level: int) -> Iterator[None]:
     """Run the kernels that were compiled for one level of CPU."""
-    library = native.library()
+    library = binding.library()
     try:
         if library.simba_set_level(level) != level:
             pytest.skip(f"this CPU does not have level {level}")

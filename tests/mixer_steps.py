@@ -10,7 +10,8 @@ import torch
 from kernel_inputs import assert_near, at_level, spoiled, threads, wide
 from torch import Tensor
 
-from simba_compile.kernels import native_mixer, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import mixer as native_mixer
 
 OPS = torch.ops.simba
 
@@ -67,7 +68,7 @@ def assert_refused(name: str, args: list[Any], fixed: set[int], monkeypatch: pyt
     """Whatever tensor has something wrong about it; those at `fixed` places in another dtype, too. C is called no more."""
     step: Callable[..., Tensor] = getattr(native_mixer, name)
     step(*copied(args))
-    monkeypatch.setattr(native_mixer, "_call", lambda *_: pytest.fail("C was called"))
+    monkeypatch.setattr(native_mixer, "call", lambda *_: pytest.fail("C was called"))
     for place, value in enumerate(args):
         for what, wrong in spoiled(value) if isinstance(value, Tensor) else ():
             if (place, what) == (2, "another rank") or (what == "whole numbers" and place not in fixed):

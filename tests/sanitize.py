@@ -40,10 +40,14 @@ def drive(path: str, seconds: float, seed: int) -> None:
     import torch
     from torch import Tensor
 
-    from simba_compile.kernels import native, native_linear, native_mixer, native_norm, native_ssd, reference
+    from simba_compile.kernels import reference
+    from simba_compile.kernels.native import binding
+    from simba_compile.kernels.native import conv as native_conv
+    from simba_compile.kernels.native import scan as native_scan
+    from simba_compile.kernels.ops import dispatch
 
     library = ctypes.CDLL(path)
-    native.library = functools.cache(lambda: library)
+    binding.library = native_scan.library = functools.cache(lambda: library)
     chance, end, calls = random.Random(seed), time.monotonic() + seconds, 0
     torch.manual_seed(seed)
 
@@ -71,8 +75,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
     def kernel_of(name: str) -> Callable:
-        modules = (native, native_norm, native_ssd, native_linear, native_mixer)
-        return next(getattr(kernels, name) for kernels in modules if hasattr(kernels, name))
+        return getattr(dispatch._native_module(name), name)
 
     def ssd_cases() -> dict[str, tuple[object, ...]]:
         """Calls of Mamba-2's kernels."""
@@ -81,7 +84,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         heads = groups * chance.randint(1, 9)
         channels = chance.choice([0, 1, 3, 4, 8, 15, 16, 17, 64, chance.randint(1, 80)])
         states = chance.choice([1, 2, 3, 8, 15, 16, 17, 64, 128, chance.randint(1, 300)])
-        dtype, held = (chance.choice(list(native.DTYPES)) for _ in range(2))
+        dtype, held = (chance.choice(list(binding.DTYPES)) for _ in range(2))
         one = functools.partial(view, batch, dtype=dtype)
         x, grad = one(tokens, heads, channels), one(tokens, heads, channels)
         dt = view(batch, tokens, heads, dtype=chance.choice([dtype, held]))
@@ -138,12 +141,12 @@ def drive(path: str, seconds: float, seed: int) -> None:
         levels = [library.simba_set_level(level) for level in (0, 1, 2)]
         library.simba_set_level(chance.choice(levels))
         torch.set_num_threads(chance.choice([1, 2, 3]))
-        dtype = chance.choice(list(native.DTYPES))
+        dtype = chance.choice(list(binding.DTYPES))
         make = functools.partial(view, dtype=dtype)
         batch, tokens = chance.choice([0, 1, 2, 3]), chance.choice([0, 1, 2, 15, 16, 17, 33, chance.randint(1, 90)])
         channels = chance.choice([0, 1, 3, 4, 8, 15, 16, 17, 64, 65, chance.randint(1, 900)])
-        states = chance.choice([1, 2, 3, 4, 5, 8, 16, 17, native.MAX_STATES])
-        width = chance.choice([1, 2, 3, 4, 5, native.MAX_WIDTH])
+        states = chance.choice([1, 2, 3, 4, 5, 8, 16, 17, native_scan.MAX_STATES])
+        width = chance.choice([1, 2, 3, 4, 5, native_conv.MAX_WIDTH])
         x, dt, z = (make(batch, tokens, channels) for _ in range(3))
         B, C = (make(batch, tokens, states) for _ in range(2))
         A, D, bias = parameter(dtype, channels, states), maybe(parameter(dtype, channels)), maybe(parameter(dtype, channels))

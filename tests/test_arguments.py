@@ -13,8 +13,8 @@ from toys import HIDDEN, OPS, WIDTH, Captured, matrix, tokens, toys
 from simba_compile import Options
 from simba_compile.passes import transform
 from simba_compile.passes.arguments import place_arguments
+from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.match import match
-from simba_compile.passes.tokens import Length, value_of
 
 layer, last = toys(2)
 weight = torch.rand(HIDDEN) + 0.5

@@ -8,7 +8,8 @@ import pytest
 import torch
 from kernel_inputs import INF, NAN, Source, at_level, each_dtype, each_level, needs_native
 
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding
 
 OPS = torch.ops.simba
 
@@ -101,7 +102,7 @@ def test_influence_of_bad_numbers(level: int, dtype: torch.dtype, pool: str) -> 
 def test_influence_of_an_infinite_step(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """S_t sums the steps after t: the token's own influence is infinite and not NaN, and later ones do not notice."""
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     scan = small_scan()
     before = OPS.influence(*scan.values(), None, True, "absmax", True)
     scan["dt"][1, 7, 2] = INF

@@ -10,10 +10,13 @@ import torch
 from kernel_inputs import spoiled
 from torch import Tensor
 
-from simba_compile.kernels import native
+from simba_compile.kernels.native import binding
+from simba_compile.kernels.native import conv as native_conv
+from simba_compile.kernels.native import scan as native_scan
+from simba_compile.kernels.native import tokens as native_tokens
 from simba_compile.kernels.ops import dispatch
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(not binding.available(), reason="the native kernels were not built")
 
 X, A, B, V = torch.randn(2, 5, 7), -torch.rand(7, 3), torch.randn(2, 5, 3), torch.randn(7)
 ONE, NARROW, W = torch.randn(2, 7), torch.randn(2, 3), torch.randn(7, 4)
@@ -70,7 +73,7 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{name} was called")
 
     for kernels in dispatch.NATIVE:
-        monkeypatch.setattr(kernels, "_call", call)
+        monkeypatch.setattr(kernels, "call", call)
 
 
 @pytest.mark.parametrize(("name", "place", "what"), CASES)
@@ -87,16 +90,16 @@ def test_the_arguments_that_are_spoiled_are_right(name: str) -> None:
 
 
 NUMBERS: dict[str, Callable[[], Any]] = {
-    "k beyond the tokens": lambda: native.select(torch.zeros(2, 5), 6, 0, 1),
-    "k below the ends": lambda: native.select(torch.zeros(2, 5), 2, 2, 1),
-    "negative ends": lambda: native.select(torch.zeros(2, 5), 3, -1, 1),
-    "negative k": lambda: native.select(torch.zeros(2, 5), -1, 0, 0),
-    "no such pool": lambda: native.influence(X, X, A, B, B, V, True, "mean", True),
-    "no states": lambda: native.influence(X, X, A[:, :0], B[..., :0], B[..., :0], V, True, "max", True),
-    "too many states": lambda: native.influence(X, X, A.expand(7, 3).repeat(1, 99), *[WIDE] * 2, V, True, "max", True),
-    "no width": lambda: native.causal_conv1d(X, W[:, :0], V, True),
-    "too wide": lambda: native.causal_conv1d(X, W.repeat(1, 17), V, True),
-    "scattered rows": lambda: native.gather(X.transpose(0, 2), INDEX.repeat(4, 1)[:7]),
+    "k beyond the tokens": lambda: native_tokens.select(torch.zeros(2, 5), 6, 0, 1),
+    "k below the ends": lambda: native_tokens.select(torch.zeros(2, 5), 2, 2, 1),
+    "negative ends": lambda: native_tokens.select(torch.zeros(2, 5), 3, -1, 1),
+    "negative k": lambda: native_tokens.select(torch.zeros(2, 5), -1, 0, 0),
+    "no such pool": lambda: native_scan.influence(X, X, A, B, B, V, True, "mean", True),
+    "no states": lambda: native_scan.influence(X, X, A[:, :0], B[..., :0], B[..., :0], V, True, "max", True),
+    "too many states": lambda: native_scan.influence(X, X, A.expand(7, 3).repeat(1, 99), *[WIDE] * 2, V, True, "max", True),
+    "no width": lambda: native_conv.causal_conv1d(X, W[:, :0], V, True),
+    "too wide": lambda: native_conv.causal_conv1d(X, W.repeat(1, 17), V, True),
+    "scattered rows": lambda: native_tokens.gather(X.transpose(0, 2), INDEX.repeat(4, 1)[:7]),
 }
 
 

@@ -21,7 +21,8 @@ from conftest import random_ids, simba, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simba_compile import capture
-from simba_compile.kernels import library, native, reference
+from simba_compile.kernels import library, reference
+from simba_compile.kernels.native import binding
 from simba_compile.kernels.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_a_library_that_cannot_be_used(
         shared(path, "void simba_no_such_runtime(void); void simba_sources(void) { simba_no_such_runtime(); }")
     with caplog.at_level(logging.WARNING, "simba_compile"):
         put_library(path, monkeypatch)
-        assert native.library.__wrapped__() is None
+        assert binding.library.__wrapped__() is None
     (record,) = caplog.records
     assert "plain torch runs in their place" in record.message
     reasons = {"missing": "not built", "older sources": "of other sources"}
@@ -89,7 +90,7 @@ def test_the_digest_sees_every_change(tmp_path: Path) -> None:
 def test_a_wheel_has_no_sources_to_compare_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert library.digest(tmp_path) == 0
     monkeypatch.setattr(library, "SOURCES", tmp_path)
-    assert (library.library.__wrapped__() is None) == (native.library() is None)
+    assert (library.library.__wrapped__() is None) == (binding.library() is None)
 
 
 def test_without_native_kernels_models_run_and_one_warning_says_so(
@@ -100,13 +101,13 @@ def test_without_native_kernels_models_run_and_one_warning_says_so(
         expected = simba(model, keep=0.2, min_tokens=4)(random_ids(2, 40)).logits
         torch._dynamo.reset()
         with caplog.at_level(logging.WARNING, "simba_compile"):
-            native.library.cache_clear()
+            binding.library.cache_clear()
             try:
                 put_library(None, monkeypatch)
-                assert not native.available()
+                assert not binding.available()
                 actual = simba(model, keep=0.2, min_tokens=4)(random_ids(2, 40)).logits
             finally:
-                native.library.cache_clear()
+                binding.library.cache_clear()
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     assert len([record for record in caplog.records if "plain torch runs" in record.message]) == 1
 
@@ -158,8 +159,8 @@ def test_tensors_of_two_gpus_have_no_kernel(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory_that_a_kernel_does_not_get_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = types.SimpleNamespace(simba_select=lambda *args: native.OUT_OF_MEMORY)
-    monkeypatch.setattr(native, "library", lambda: failing)
+    failing = types.SimpleNamespace(simba_select=lambda *args: binding.OUT_OF_MEMORY)
+    monkeypatch.setattr(binding, "library", lambda: failing)
     with pytest.raises(MemoryError, match="simba::select could not allocate"):
         torch.ops.simba.select(torch.randn(1, 9, dtype=torch.float64), 3, 0, 1)
 
@@ -192,7 +193,7 @@ def test_installing_without_a_compiler_or_openmp_succeeds(kind: str, tmp_path: P
 
 
 def test_an_unknown_cpu_level_is_the_best_there_is() -> None:
-    lib = native.library()
+    lib = binding.library()
     if lib is None:
         pytest.skip("the native kernels were not built")
     best = lib.simba_set_level(-1)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding
 
 OPS = torch.ops.simba
 INF, NAN = math.inf, math.nan
@@ -125,7 +126,7 @@ def test_influence_is_the_logarithm_of_pooled_contributions(
     scale = parts(bare, include).amax(-1)
     with pytest.MonkeyPatch.context() as patch:
         if not with_native:
-            patch.setattr(native, "available", lambda: False)
+            patch.setattr(binding, "available", lambda: False)
         scores = OPS.influence(
             *(scan[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus")), pool, include
         )
@@ -192,7 +193,7 @@ def test_ranks_stay_right_where_float32_reaches_zero(
     assert ((A * S[..., None]).amax((-2, -1)).float().exp() == 0).float().mean() > 0.9  # what the test is about
 
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     args = (long_scan[name] for name in ("x", "dt", "A", "B", "C", "dt_bias"))
     scores = OPS.influence(*args, True, pool, include)[0]
     exact = exact[0]

@@ -27,7 +27,9 @@ from kernel_inputs import (
 )
 from torch import Tensor
 
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding
+from simba_compile.kernels.native import conv as native_conv
 
 OPS = torch.ops.simba
 
@@ -138,7 +140,7 @@ def test_every_half_is_read_and_rounded_as_torch_does(level: int, dtype: torch.d
     for factor in (1.0, 1 / 3, 3.0, 1 / 4096, 1 + 3 / 2048):
         expected = (every.float() * factor).to(dtype)
         with at_level(level):
-            actual = native.causal_conv1d(every[None, None], torch.full((len(every), 1), factor), None, False)[0, 0]
+            actual = native_conv.causal_conv1d(every[None, None], torch.full((len(every), 1), factor), None, False)[0, 0]
         same = (actual.view(torch.int16) == expected.view(torch.int16)) | (actual.isnan() & expected.isnan())
         flushed = (every.float() * factor).abs() < torch.finfo(torch.float32).tiny
         assert (same | flushed).all()
@@ -380,7 +382,7 @@ def test_more_than_one_block_of_everything(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_native", [True, False])
 def test_empty_batch(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     x, B = torch.zeros(0, 5, 6), torch.zeros(0, 5, 3)
     A = -torch.ones(6, 3)
     out, state = OPS.selective_scan(x, x, A, B, B, None, x, None, True, None)
@@ -403,7 +405,7 @@ def test_empty_batch(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("with_native", [True, False])
 def test_no_tokens_at_all(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     x, B, A = torch.zeros(2, 0, 6), torch.zeros(2, 0, 3), -torch.ones(6, 3)
     out, state = OPS.selective_scan(x, x, A, B, B, None, x, None, True, None)
     assert out.shape == (2, 0, 6) and not state.any()

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from kernel_inputs import NAN, Source, at_level, each_dtype, each_level, layouts, needs_native, seeds, threads
 from torch import Tensor
 
-from simba_compile.kernels import native, native_linear, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding
+from simba_compile.kernels.native import linear as native_linear
 
 OPS = torch.ops.simba
 
@@ -116,7 +118,7 @@ def test_linear_does_not_depend_on_the_threads() -> None:
 @pytest.mark.parametrize("with_native", [True, False])
 def test_gradients(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -136,7 +138,7 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
         return native_linear.is_faster(torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth, dtype=dtype))
 
     with threads(2):
-        if native.library().simba_lanes() >= native_linear.AVX2:  # type: ignore[union-attr]
+        if binding.library().simba_lanes() >= native_linear.AVX2:  # type: ignore[union-attr]
             monkeypatch.setattr(native_linear, "mkl_is_at_home", lambda: True)
             assert not taken(1, columns=1024) and taken(4, columns=1024) and taken(15, columns=1024)
             assert not taken(4) and not taken(16, columns=1024) and not taken(2000)

@@ -16,11 +16,11 @@ from toys import HIDDEN, OPS, Captured, half_written, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.passes import lower, prune
+from simba_compile.passes.length import value_of
 from simba_compile.passes.lower import linear_onto, rates
 from simba_compile.passes.match import match
 from simba_compile.passes.plan import make_plan
 from simba_compile.passes.rows import make_rows
-from simba_compile.passes.tokens import value_of
 
 
 def test_lower_fuses_a_layer() -> None:

@@ -20,7 +20,7 @@ from toys import HIDDEN, Captured, matrix, tokens, toys
 import simba_compile
 from simba_compile import Options
 from simba_compile.passes import Transformed, transform
-from simba_compile.passes.tokens import Length, value_of
+from simba_compile.passes.length import Length, value_of
 
 VIRTUAL, LENGTH = 5, 43
 model = toys(2)

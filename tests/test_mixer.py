@@ -20,7 +20,11 @@ from torch.utils._pytree import tree_leaves
 from toys import Captured, lowered_step
 
 from simba_compile.cli.models import going_on
-from simba_compile.kernels import native, native_linear, native_mixer, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import conv as native_conv
+from simba_compile.kernels.native import linear as native_linear
+from simba_compile.kernels.native import mixer as native_mixer
+from simba_compile.kernels.native import scan as native_scan
 
 OPS = torch.ops.simba
 
@@ -61,11 +65,11 @@ def some(batch: int, channels: int, states: int, width: int, rank: int) -> list[
 def in_parts(state, window, projected, weight, bias, x_proj, dt_proj, dt_bias, A_log, D):  # type: ignore[no-untyped-def]
     """The same by the kernels of its parts."""
     x, z = projected.flatten(0, -2).chunk(2, -1)
-    u = native.conv_update(window, x, weight, bias, True)
+    u = native_conv.conv_update(window, x, weight, bias, True)
     sizes = [dt_proj.shape[1], state.shape[2], state.shape[2]]
     dt, B, C = native_linear.linear(u, x_proj, None, None, None).split(sizes, -1)
     dt, A = native_linear.linear(dt, dt_proj, None, None, None), -A_log.to(state.dtype).exp()
-    return native.state_update(state, u, dt, A, B, C, D, z, dt_bias, True).view(*projected.shape[:-1], -1)
+    return native_scan.state_update(state, u, dt, A, B, C, D, z, dt_bias, True).view(*projected.shape[:-1], -1)
 
 
 @needs_native

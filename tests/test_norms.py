@@ -11,7 +11,8 @@ from torch import Tensor
 from toys import HIDDEN, OPS, Captured, half_written, normed, tokens
 
 from simba_compile.passes import lower
-from simba_compile.passes.tokens import CASTS, value_of
+from simba_compile.passes.length import value_of
+from simba_compile.passes.tokens import CASTS
 
 weight = torch.rand(HIDDEN) + 0.5
 NORMS: dict[str, tuple[Callable, int]] = {

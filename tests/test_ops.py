@@ -13,7 +13,7 @@ from kernel_inputs import Source, assert_laid_out_as_shown, leaf, needs_native
 from torch import Tensor
 from torch.library import opcheck
 
-from simba_compile.kernels import native
+from simba_compile.kernels.native import binding
 from simba_compile.kernels.ops import dispatch
 
 OPS = torch.ops.simba
@@ -30,7 +30,7 @@ def test_gradients_of_selective_scan(
     with_native: bool, indexed: bool, optional: bool, softplus: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     x, dt, z, B, C = leaf(2, 5, 3), leaf(2, 5, 3, seed=1), leaf(2, 5, 3, seed=2), leaf(2, 5, 2), leaf(2, 5, 2, seed=4)
     A, D, bias = (-leaf(3, 2).exp()).detach().requires_grad_(), leaf(3), leaf(3, seed=5)
     index = torch.tensor([[0, 2, 4], [1, 3, 4]]) if indexed else None
@@ -56,7 +56,7 @@ def test_gradient_through_the_last_state_alone() -> None:
 @pytest.mark.parametrize("silu", [False, True])
 def test_gradients_of_causal_conv1d(with_native: bool, silu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     inputs = (leaf(2, 5, 3), leaf(3, 4), leaf(3, seed=1))
     torch.autograd.gradcheck(lambda *v: OPS.causal_conv1d(*v, silu), inputs)
     torch.autograd.gradcheck(lambda *v: OPS.causal_conv1d(*v, None, silu), inputs[:2])
@@ -213,7 +213,7 @@ def test_every_operator_is_checked() -> None:
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     for args in samples()[name]:
         opcheck(getattr(OPS, name).default, args)
         assert_laid_out_as_shown(getattr(OPS, name), args)
@@ -224,12 +224,12 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
     ["selective_scan", "influence", "causal_conv1d", "rms_norm", "gated_norm", "add_norm", "state_update", "conv_update"],
 )
 def test_without_native_kernels_the_definitions_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.available():
+    if binding.available():
         expected = getattr(OPS, name)(*samples()[name][0])
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(binding, "available", lambda: False)
     monkeypatch.setattr(dispatch._native_module(name), name, None)
     actual = getattr(OPS, name)(*samples()[name][0])
-    if native.library() is not None:
+    if binding.library() is not None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -22,10 +22,11 @@ from simba_compile import Options
 from simba_compile.kernels.reference import is_marked
 from simba_compile.passes import prune, transform
 from simba_compile.passes.functional import make_functional
+from simba_compile.passes.length import FLAT, NO_TOKENS, UNCLEAR, Length
 from simba_compile.passes.match import _weights, match
 from simba_compile.passes.plan import make_plan, shares
 from simba_compile.passes.rows import make_rows
-from simba_compile.passes.tokens import FLAT, NO_TOKENS, UNCLEAR, Length, suffix
+from simba_compile.passes.tokens import suffix
 
 # --- match and tokens ------------------------------------------------------------------------------------------------
 

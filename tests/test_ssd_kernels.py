@@ -32,7 +32,9 @@ from kernel_inputs import (
 from torch import Tensor
 from torch.library import opcheck
 
-from simba_compile.kernels import native, native_ssd, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding
+from simba_compile.kernels.native import ssd as native_ssd
 from simba_compile.kernels.ops import dispatch
 
 OPS = torch.ops.simba
@@ -218,7 +220,7 @@ def test_the_size_of_mamba2_130m(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_native", [True, False])
 def test_nothing_at_all(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     scan = some(tokens=0)
     y, state = OPS.ssd_scan(*scan.values())
     assert y.shape == (2, 0, 4, 5) and not state.any()
@@ -234,7 +236,7 @@ def test_nothing_at_all(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("with_native", [True, False])
 def test_steps_of_no_channels_have_no_gradient(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     monkeypatch.setattr(torch, "empty", torch.ones)  # what the memory may hold
     scan = {name: value[..., :0] if name == "x" else value for name, value in some().items()}
     gradients = OPS.ssd_scan_backward(scan["x"], None, *list(scan.values())[:-1])
@@ -257,7 +259,7 @@ def test_inputs_of_several_types_are_widened() -> None:
 @pytest.mark.parametrize("softplus", [False, True])
 def test_gradients_of_ssd_scan(with_native: bool, indexed: bool, softplus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     x, dt, B, C = leaf(2, 5, 4, 2), leaf(2, 5, 4, seed=1), leaf(2, 5, 2, 3, seed=2), leaf(2, 5, 2, 3, seed=3)
     A, D, bias = (-leaf(4).exp()).detach().requires_grad_(), leaf(4, seed=4), leaf(4, seed=5)
     index = torch.tensor([[0, 2, 4], [1, 3, 4]]) if indexed else None
@@ -299,7 +301,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_native:
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(binding, "available", lambda: False)
     for args in samples()[name]:
         opcheck(getattr(OPS, name).default, args)
         assert_laid_out_as_shown(getattr(OPS, name), args)
@@ -321,7 +323,7 @@ def test_without_native_kernels_the_definitions_run(name: str, monkeypatch: pyte
 
     torch.manual_seed(0)
     expected = call()
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(binding, "available", lambda: False)
     monkeypatch.setattr(dispatch._native_module(name), name, None)
     torch.manual_seed(0)
     torch.testing.assert_close(call(), expected, rtol=1e-5, atol=1e-5)
@@ -448,7 +450,7 @@ def test_what_c_would_take_on_trust_is_refused(name: str, monkeypatch: pytest.Mo
     def call(*_: Any) -> None:
         raise AssertionError("C was called")
 
-    monkeypatch.setattr(native_ssd, "_call", call)
+    monkeypatch.setattr(native_ssd, "call", call)
     run: Callable = getattr(native_ssd, name)
     for place, value in enumerate(CALLS[name]):
         if not isinstance(value, Tensor):

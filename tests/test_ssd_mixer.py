@@ -21,7 +21,11 @@ from torch.utils._pytree import tree_leaves
 from toys import lowered_step
 
 from simba_compile.cli.models import going_on
-from simba_compile.kernels import native, native_mixer, native_norm, native_ssd, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import conv as native_conv
+from simba_compile.kernels.native import mixer as native_mixer
+from simba_compile.kernels.native import norm as native_norm
+from simba_compile.kernels.native import ssd as native_ssd
 
 OPS = torch.ops.simba
 
@@ -68,7 +72,7 @@ def in_parts(state, window, projected, weight, bias, dt_bias, A_log, D, norm_wei
     (heads, size, states), mixed = state.shape[1:], window.shape[1]
     gate, x, dt = projected.flatten(0, -2).split([heads * size, mixed, heads], -1)
     between = (mixed - heads * size) // 2
-    x, B, C = native.conv_update(window, x, weight, bias, True).split([heads * size, between, between], -1)
+    x, B, C = native_conv.conv_update(window, x, weight, bias, True).split([heads * size, between, between], -1)
     B, C = B.unflatten(-1, (-1, states)), C.unflatten(-1, (-1, states))
     x = x.unflatten(-1, (heads, size))
     y = native_ssd.ssd_state_update(state, x, dt, -A_log.to(state.dtype).exp(), B, C, D, dt_bias, True).flatten(1)

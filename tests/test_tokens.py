@@ -15,7 +15,8 @@ from toys import HIDDEN, OPS, Captured, matrix, tokens
 
 from simba_compile.passes.attention import why_not
 from simba_compile.passes.effects import is_inplace, is_random, written
-from simba_compile.passes.tokens import FLAT, Length, is_one_result, is_tokenwise, value_of
+from simba_compile.passes.length import FLAT, Length, value_of
+from simba_compile.passes.tokens import is_one_result, is_tokenwise
 
 
 def test_length_finds_the_argument_that_shows_it() -> None:

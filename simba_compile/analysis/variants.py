@@ -210,10 +210,9 @@ def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: 
         made = found[0]
 
         def run(*args: Any) -> Any:
-            counts = [] if made.plan is None else made.plan.inputs(ids.shape[1])
-            graph = made.dense if made.pruned is None or not counts or counts[-1] == ids.shape[1] else made.pruned
+            graph, counts = made.of_length(ids.shape[1])
             recorder = _Recorder(graph)
-            result = recorder.run(*args, *(counts if graph is made.pruned else []))
+            result = recorder.run(*args, *counts)
             scans.extend(recorder.scans)
             return result
 

@@ -1,5 +1,6 @@
 """``simba bench``: ours and Hugging Face's, eager and with Inductor, in turns, in one run."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,22 @@ class Settings:
         return min(self.repeats, SLOW_REPEATS) if name in (EAGER, INDUCTOR) else self.repeats
 
 
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """Show Inductor nothing of earlier runs, for the rest of the process: that would hide how long it compiles."""
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        yield
+
+
 def run(settings: Settings, out: Path, command: str) -> None:
     """See `simba_compile.cli.bench`."""
     out.mkdir(parents=True, exist_ok=True)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     models.quiet()
-    # What Inductor kept of an earlier run would hide its compile time. When decoding it compiles each layer by itself, and
-    # Dynamo's limit would leave most of them to eager mode.
-    with tempfile.TemporaryDirectory() as empty, torch._dynamo.config.patch(recompile_limit=4 * settings.layers + 8):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+    # When decoding, Inductor compiles each layer by itself, and Dynamo's limit would leave most of them to eager mode.
+    with empty_cache(), torch._dynamo.config.patch(recompile_limit=4 * settings.layers + 8):
         results = measure(settings)
     results["command"] = command
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -122,7 +129,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         results["memory"] = {}
         for name in (EAGER, DENSE, PRUNED):
             steps.next(f"memory of {name}, in a process of its own")
-            results["memory"][name] = _memory(name, settings)
+            results["memory"][name] = memory(name, settings.layers, settings.tokens, settings.sizes)
     results["targets"] = bench_report.targets(results)
     return results
 
@@ -162,7 +169,7 @@ def _prefill(
     timings = side_by_side(calls, repeats, lambda name: steps.next(f"prompt: {name}"))
     steps.next("taking the profile of the pruned run")
     scoring = _scoring(calls[PRUNED], settings.repeats)
-    return _as_data(timings, first), scoring
+    return as_data(timings, first), scoring
 
 
 def bare_products(model: PreTrainedModel, mixers: list[dict[str, Any]]) -> Callable[[], None]:
@@ -219,7 +226,7 @@ def _decode(steps: Steps, model: PreTrainedModel, ids: Tensor, settings: Setting
     repeats = {name: settings.repeats for name in runs}
     timings = side_by_side(runs, repeats, lambda name: steps.next(f"decoding: {name}"))
     each = {name: Timing(tuple(run / DECODED for run in timing.runs)) for name, timing in timings.items()}
-    return _as_data(each, first)
+    return as_data(each, first)
 
 
 def _repeat(step: Callable[[], object]) -> None:
@@ -238,16 +245,17 @@ def _first_call(name: str, calls: dict[str, Callable[[], object]], first: dict[s
         del calls[name]
 
 
-def _as_data(timings: dict[str, Timing], first: dict[str, float]) -> dict[str, Any]:
+def as_data(timings: dict[str, Timing], first: dict[str, float]) -> dict[str, Any]:
+    """Timings as data; with "compile", what the first call took beyond a later one, for those whose first call was timed."""
     data: dict[str, Any] = {name: timing.to_dict() for name, timing in timings.items()}
     for name in first.keys() & data.keys():
         data[name]["compile"] = max(0.0, first[name] - timings[name].median)
     return data
 
 
-def _memory(name: str, settings: Settings) -> dict[str, float]:
-    request = {"name": name, "layers": settings.layers, "tokens": settings.tokens, "sizes": settings.sizes}
-    request |= {"threads": torch.get_num_threads()}
+def memory(name: str, layers: int, tokens: int, sizes: dict[str, int]) -> dict[str, float]:
+    """What `simba_compile.cli.memory` measures of a contender, in a process of its own."""
+    request = {"name": name, "layers": layers, "tokens": tokens, "sizes": sizes, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "simba_compile.cli.memory", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 
 import simba_compile
 from simba_compile.cli import machine, models
-from simba_compile.cli.bench import KEEP, compile_model
+from simba_compile.cli.bench import KEEP, as_data, compile_model, empty_cache
 from simba_compile.cli.bench_report import DENSE, EAGER, INDUCTOR, PRUNED
 from simba_compile.cli.show import Steps, clock, markdown_table, times
 from simba_compile.cli.timing import seconds, side_by_side
@@ -90,8 +88,7 @@ def run(names: list[str], tokens: int, repeats: int, inductor: bool, out: Path, 
     results: dict[str, Any] = {**same, "models": {}}
     if file.is_file() and same.items() <= (before := json.loads(file.read_text())).items():
         results["models"] = before["models"]
-    with tempfile.TemporaryDirectory() as empty, torch.no_grad(), Steps(2 * len(names)) as steps:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+    with empty_cache(), torch.no_grad(), Steps(2 * len(names)) as steps:
         for name in names:
             steps.next(f"{name}: compiling")
             torch._dynamo.reset()
@@ -126,10 +123,7 @@ def measure(model: PreTrainedModel, ids: Tensor, repeats: int, inductor: bool, s
     say(f"{model.config.model_type}: timing")
     slow = min(repeats, SLOW_REPEATS)
     timings = side_by_side(calls, {name: repeats if name in (DENSE, PRUNED) else slow for name in calls})
-    data: dict[str, Any] = {name: timing.to_dict() for name, timing in timings.items()}
-    for name, taken in first.items():
-        data[name]["compile"] = max(0.0, taken - timings[name].median)
-    return data | {
+    return as_data(timings, first) | {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "mixers": len(report.mixers),
         "pruning": sum(mixer.tokens_out < mixer.tokens_in for mixer in report.mixers),

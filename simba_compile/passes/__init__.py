@@ -57,6 +57,13 @@ class Transformed:
     mixers: list[Mixer]
     options: Options
 
+    def of_length(self, tokens: int) -> tuple[GraphModule, list[int]]:
+        """The graph for sequences of so many tokens that do not end in padding, and the counts that it takes besides."""
+        counts = [] if self.plan is None else self.plan.inputs(tokens)
+        if self.pruned is None or counts[-1] == tokens:
+            return self.dense, []
+        return self.pruned, counts
+
 
 def transform(gm: GraphModule, options: Options, partial: str | None = None) -> Transformed:
     """Run the passes on a graph; `gm` itself becomes the dense one. `partial` says why it is a part only: it stays dense."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.kernels.reference import is_marked
-from simba_compile.passes.tokens import CASTS, CONCATENATIONS, NO_TOKENS, SAME_MEMORY, Length, is_one_result, value_of
+from simba_compile.passes.length import NO_TOKENS, Length, value_of
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, SAME_MEMORY, is_one_result
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS}

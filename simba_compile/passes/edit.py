@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from simba_compile.passes.effects import is_inplace, written_between
+from simba_compile.passes.length import expression, value_of
 from simba_compile.passes.modes import mode_changes
-from simba_compile.passes.tokens import expression, value_of
 
 
 def sizes(node: Any) -> list[sympy.Expr]:

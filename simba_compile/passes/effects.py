@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from simba_compile.passes.tokens import value_of
+from simba_compile.passes.length import value_of
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor")
 IN_PLACE: dict[Any, Any] = {  # operators that write, and those that compute the same without

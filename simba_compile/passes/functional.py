@@ -19,8 +19,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from simba_compile.passes.effects import IN_PLACE, given, is_inplace, place_of, shares_memory, storage_of, written
+from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
-from simba_compile.passes.tokens import RESHAPES, value_of
+from simba_compile.passes.tokens import RESHAPES
 
 _BY_LAYOUT: set[Any] = RESHAPES | {"contiguous", "ravel", torch.ravel}
 _PRODUCTS = {"addmm_", "addmv_", "addr_", "addbmm_", "baddbmm_"}

@@ -9,18 +9,19 @@ from torch.fx import GraphModule, Node
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import dtype_of, erase, insert, is_stale, is_swap, may_move, rank_of, replace, sizes
 from simba_compile.passes.effects import is_inplace, written_between
+from simba_compile.passes.length import value_of
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm, fuse_rounding
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import EXP, NEG, fuse_ssd_step, fuse_step, take_logarithm
-from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_simba, value_of
+from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_simba
 
 OPS = torch.ops.simba
 WIDENED = ("A", "A_log", "D", "dt_bias")  # what operators take in any type, as norms take their weights
 UNFILLED: dict[Any, Any] = {torch.zeros: torch.empty, torch.zeros_like: torch.empty_like, "new_zeros": "new_empty"}
-NORMS = {OPS.rms_norm, OPS.gated_norm, OPS.add_norm}
+OUR_NORMS = {OPS.rms_norm, OPS.gated_norm, OPS.add_norm}
 
 
 def lower(gm: GraphModule) -> None:
@@ -79,7 +80,7 @@ def drop_widening(node: Node) -> None:
         return
     for i, argument in enumerate(node.target.default._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
         cast = node.args[i]
-        takes = argument.name in WIDENED or (argument.name == "weight" and node.target in NORMS)
+        takes = argument.name in WIDENED or (argument.name == "weight" and node.target in OUR_NORMS)
         if not takes or not isinstance(cast, Node) or cast.target not in TO_TYPE:
             continue
         bias: Node = cast.args[0]  # type: ignore[assignment]

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from simba_compile.passes.effects import is_inplace
+from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
-from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, VIEWS, Length, inputs_with_tokens, suffix, value_of
+from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, VIEWS, inputs_with_tokens, suffix
 
 ADDS = {operator.add, torch.add, "add"}
 SEVERAL = "the mixers of this graph do not follow one another, as if a model ran twice in it; compile the model by itself"

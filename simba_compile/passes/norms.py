@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from simba_compile.passes.edit import dtype_of, insert, is_stale, may_move, rank_of, replace, sizes
+from simba_compile.passes.length import value_of
 from simba_compile.passes.match import ADDS
-from simba_compile.passes.tokens import CASTS, MUL, RESHAPES, TO_TYPE, value_of
+from simba_compile.passes.tokens import CASTS, MUL, RESHAPES, TO_TYPE
 
 OPS = torch.ops.simba
 POW, RSQRT, MEAN = (

@@ -15,18 +15,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.passes.effects import is_inplace, is_random
-from simba_compile.passes.tokens import (
-    CASTS,
-    CONCATENATIONS,
-    MUL,
-    NO_TOKENS,
-    POINTWISE,
-    RESHAPES,
-    VIEWS,
-    Length,
-    expression,
-    value_of,
-)
+from simba_compile.passes.length import NO_TOKENS, Length, expression, value_of
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, MUL, POINTWISE, RESHAPES, VIEWS
 
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
 _PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad

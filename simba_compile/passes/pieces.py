@@ -6,7 +6,8 @@ import torch
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from simba_compile.passes.tokens import SPLITS, value_of
+from simba_compile.passes.length import value_of
+from simba_compile.passes.tokens import SPLITS
 
 
 class Piece(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Any
 from torch.fx import Graph
 
 from simba_compile.options import OptionError, Options
+from simba_compile.passes.length import Length
 from simba_compile.passes.match import Mixer
 from simba_compile.passes.padding import padding_reader
-from simba_compile.passes.tokens import Length, suffix
+from simba_compile.passes.tokens import suffix
 
 SCALE = 2**20  # ratios are fractions of this, so that a count is integer arithmetic
 

@@ -27,20 +27,12 @@ from torch.fx import Graph, GraphModule, Node
 from simba_compile.options import Options
 from simba_compile.passes.attention import SAME_DATA, entries, is_attention, query_and_mask, why_not
 from simba_compile.passes.effects import is_inplace, is_random, storage_of, written
+from simba_compile.passes.length import NO_TOKENS, expression, value_of
 from simba_compile.passes.modes import Modes
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import CONTRACT, SCANS
-from simba_compile.passes.tokens import (
-    NO_TOKENS,
-    expression,
-    inputs_with_tokens,
-    is_tokenwise,
-    reorders,
-    suffix,
-    takes_sizes,
-    value_of,
-)
+from simba_compile.passes.tokens import inputs_with_tokens, is_tokenwise, reorders, suffix, takes_sizes
 
 OPS = torch.ops.simba
 

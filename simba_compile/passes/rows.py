@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from simba_compile.passes.edit import insert, is_swap, may_move, replace, sizes
+from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import split_axis
-from simba_compile.passes.tokens import PRODUCTS, value_of
+from simba_compile.passes.tokens import PRODUCTS
 
 OPS = torch.ops.simba
 RESHAPE = {"reshape", "view"}

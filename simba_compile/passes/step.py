@@ -11,9 +11,10 @@ from torch.fx import Node
 
 from simba_compile.passes.edit import erase, insert, is_stale, may_move, replace, sizes
 from simba_compile.passes.effects import is_inplace, shares_memory, storage_of
+from simba_compile.passes.length import expression, value_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import is_of_one_type, linear_arguments
-from simba_compile.passes.tokens import LINEAR, SAME_MEMORY, expression, value_of
+from simba_compile.passes.tokens import LINEAR, SAME_MEMORY
 
 OPS = torch.ops.simba
 EXP: set[Any] = {torch.exp, "exp"}
@@ -100,7 +101,7 @@ def fuse_ssd_step(node: Node) -> None:
         return
     weights = (conv_weight, conv_bias, _unviewed(dt_bias), A_log, _unviewed(D))
     end = _end(node, [*sizes(projected)[:-1], inner])
-    norm = _norm_of(end, node, projected, inner)
+    norm = _norm_after(end, node, projected, inner)
     normed = (None, 0.0, 0) if norm is None else norm.args[2:]
     update = insert(node, OPS.ssd_mixer_update, state, window, projected, *weights, *normed)
     if end is None:  # it is read as heads
@@ -111,7 +112,7 @@ def fuse_ssd_step(node: Node) -> None:
     _drop(node, conv)
 
 
-def _norm_of(value: Node | None, update: Node, projected: Node, channels: sympy.Expr) -> Node | None:
+def _norm_after(value: Node | None, update: Node, projected: Node, channels: sympy.Expr) -> Node | None:
     """The gated norm that alone reads a value, where the update may run it: by the gate before the convolution's input."""
     norm = next(iter(value.users), None) if value is not None and len(value.users) == 1 else None
     if norm is None or norm.target is not OPS.gated_norm or len(norm.args) != 5:

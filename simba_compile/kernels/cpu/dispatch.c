@@ -84,7 +84,7 @@ int simba_set_level(int wanted) {
 /* Lanes of a float vector at the present level: the binding sizes scratch by it. */
 int simba_lanes(void) { return 4 << level; }
 
-/* Whether Intel made this CPU: native_linear.py asks. */
+/* Whether Intel made this CPU: native/linear.py asks. */
 int simba_is_intel(void) {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");

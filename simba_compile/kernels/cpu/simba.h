@@ -1,4 +1,4 @@
-/* The C side of the binding in ../native*.py: what each kernel is called with.
+/* The C side of the binding in ../native: what each kernel is called with.
  *
  * Every struct is a run of 64-bit words, so that Python fills it as one array of int64. A view is a pointer and its
  * strides, counted in elements; the last axis (channels, states) always has stride 1 and carries no stride of its own.

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_compile.kernels import native, native_linear, native_mixer, native_norm, native_ssd, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding, conv, linear, mixer, norm, scan, ssd, tokens
 
 log = logging.getLogger("simba_compile")
 
 LIBRARY = torch.library.Library("simba", "DEF")
 GPU = "cuda"  # the device type of AMD's GPUs too
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NATIVE = (native, native_norm, native_ssd, native_linear, native_mixer)
+NATIVE = (tokens, scan, ssd, conv, linear, norm, mixer)
 COPIES = ("select", "gather")  # whose Triton kernels take every dtype
 FUNCTIONS: dict[Any, Callable] = {}  # by operator: what runs it on every device
 
@@ -104,7 +105,7 @@ def implementation(name: str, *tensors: Tensor | None) -> Callable:
     if triton_kernel is not None:
         return triton_kernel
     devices = {value.device for value in given}  # few, of many tensors
-    if {device.type for device in devices} == {"cpu"} and native.available():
+    if {device.type for device in devices} == {"cpu"} and binding.available():
         kernels = _native_module(name)
         if kernels is not None:
             return getattr(kernels, name)

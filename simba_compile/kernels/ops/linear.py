@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels import native_linear
+from simba_compile.kernels.native import linear as native
 from simba_compile.kernels.ops.dispatch import by_torch, differentiable, fake, implementation, operator
 
 
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
         (..., column) in x's dtype, contiguous.
     """
     run = implementation("linear", x, weight, bias, add, index)
-    if run is native_linear.linear and native_linear.is_faster(x, weight):
+    if run is native.linear and native.is_faster(x, weight):
         return run(x, weight, bias, add, index)
     return _by_torch(x, weight, bias, add, index)
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels import native, reference
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import tokens as native
 from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
 
 # --- selecting ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,19 @@
-"""The C kernels of the norms, ``cpu/norm.h``, called as `simba_compile.kernels.native` calls its own."""
+"""The C kernels of the norms, ``cpu/norm.h``."""
 
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.native import DTYPES, _bits, _call, _constant, _expect, _expect_on_cpu, _flat, _pointer, _stream
+from simba_compile.kernels.native.binding import (
+    DTYPES,
+    as_constant,
+    bits,
+    call,
+    expect,
+    expect_on_cpu,
+    flat_rows,
+    pointer,
+    stream_of,
+)
 from simba_compile.kernels.reference import compute_dtype
 
 MAX_GROUP = 1 << 16  # channels that the norm keeps on its stack
@@ -22,23 +32,23 @@ def gated_norm(
         raise ValueError(
             f"x is {tuple(x.shape)}, {x.dtype}; expected (..., channel) in float32, float64, bfloat16 or float16."
         )
-    _expect_on_cpu("x", x)
+    expect_on_cpu("x", x)
     channels = x.shape[-1]
-    _expect("gate", gate, tuple(x.shape), None)
-    _expect("weight", weight, (channels,), None)
+    expect("gate", gate, tuple(x.shape), None)
+    expect("weight", weight, (channels,), None)
     if groups < 1 or channels % groups or channels // groups > MAX_GROUP:
         raise ValueError(f"groups is {groups}; expected a divisor of {channels} channels, with at most {MAX_GROUP} in each.")
     kind = compute_dtype(x.dtype)
     dtype = dtype or x.dtype
     full = gate is not None and gate.dtype in DTYPES and compute_dtype(gate.dtype) == x.dtype  # the gate is read as it is
-    flat, gates = _flat(x), None if gate is None else _flat(gate if full else gate.to(x.dtype))
+    flat, gates = flat_rows(x), None if gate is None else flat_rows(gate if full else gate.to(x.dtype))
     elements = x.dtype if gates is None else gates.dtype
-    weight = _constant(weight, kind)
+    weight = as_constant(weight, kind)
     out = torch.empty(x.shape, dtype=dtype if dtype in (elements, kind) else kind)
     if x.numel():
-        words = [flat.shape[0], channels, _bits(eps), _pointer(flat), flat.stride(0), _pointer(weight), _pointer(out)]
-        words += [_pointer(gates), 0 if gates is None else gates.stride(0), channels // groups, full, out.dtype == kind]
-        _call("rms_norm", elements, words)
+        words = [flat.shape[0], channels, bits(eps), pointer(flat), flat.stride(0), pointer(weight), pointer(out)]
+        words += [pointer(gates), 0 if gates is None else gates.stride(0), channels // groups, full, out.dtype == kind]
+        call("rms_norm", elements, words)
     return out.to(dtype)
 
 
@@ -54,13 +64,13 @@ def add_norm(
             "beside halves."
         )
     channels = x.shape[-1]
-    _expect_on_cpu("x", x)
-    _expect("weight", weight, (channels,), None)
-    stream, index, counts, strides = _stream("residual", residual, index, x.shape, None)
-    rows, weight = _flat(x), _constant(weight, kind)
+    expect_on_cpu("x", x)
+    expect("weight", weight, (channels,), None)
+    stream, index, counts, strides = stream_of("residual", residual, index, x.shape, None)
+    rows, weight = flat_rows(x), as_constant(weight, kind)
     total, out = torch.empty(x.shape, dtype=residual.dtype), torch.empty(x.shape, dtype=x.dtype)
     if x.numel():
-        words = [rows.shape[0], *counts, channels, _bits(eps), _pointer(stream), *strides, _pointer(index)]
-        words += [_pointer(rows), rows.stride(0), _pointer(weight), _pointer(total), _pointer(out), residual.dtype == kind]
-        _call("add_norm", x.dtype, words)
+        words = [rows.shape[0], *counts, channels, bits(eps), pointer(stream), *strides, pointer(index)]
+        words += [pointer(rows), rows.stride(0), pointer(weight), pointer(total), pointer(out), residual.dtype == kind]
+        call("add_norm", x.dtype, words)
     return total, out

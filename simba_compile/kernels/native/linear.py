@@ -1,4 +1,4 @@
-"""The C kernel of linear layers, ``cpu/linear.h``, called as `simba_compile.kernels.native` calls its own."""
+"""The C kernel of linear layers, ``cpu/linear.h``."""
 
 from functools import cache
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.native import (
+from simba_compile.kernels.library import library
+from simba_compile.kernels.native.binding import (
     DTYPES,
-    _call,
-    _constant,
-    _expect,
-    _expect_on_cpu,
-    _flat,
-    _pointer,
-    _rows,
-    _stream,
-    library,
+    as_constant,
+    by_rows,
+    call,
+    expect,
+    expect_on_cpu,
+    flat_rows,
+    pointer,
+    stream_of,
 )
 from simba_compile.kernels.reference import compute_dtype
 
@@ -75,18 +75,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
             "float64, bfloat16 or float16 and weight (column, depth)."
         )
     columns, depth = weight.shape
-    _expect_on_cpu("x", x)
-    _expect("weight", weight, (columns, x.shape[-1]), x.dtype)
-    _expect("bias", bias, (columns,), None)
+    expect_on_cpu("x", x)
+    expect("weight", weight, (columns, x.shape[-1]), x.dtype)
+    expect("bias", bias, (columns,), None)
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
-    rows, weight, bias = _flat(x), _rows(weight), _constant(bias, compute_dtype(x.dtype))
+    rows, weight, bias = flat_rows(x), by_rows(weight), as_constant(bias, compute_dtype(x.dtype))
     counts, strides = [rows.shape[0], rows.shape[0]], [0, 0]
     if add is not None:
-        add, index, counts, strides = _stream("add", add, index, out.shape, x.dtype)
+        add, index, counts, strides = stream_of("add", add, index, out.shape, x.dtype)
     elif index is not None:
         raise ValueError(f"index is {tuple(index.shape)}; expected none, or an `add` (batch, token, column) that it is of.")
     if out.numel():
         words = [rows.shape[0], *counts, depth, columns]
-        words += [_pointer(rows), _pointer(weight), rows.stride(0), weight.stride(0)]
-        _call("linear", x.dtype, [*words, _pointer(bias), _pointer(add), *strides, _pointer(index), _pointer(out)])
+        words += [pointer(rows), pointer(weight), rows.stride(0), weight.stride(0)]
+        call("linear", x.dtype, [*words, pointer(bias), pointer(add), *strides, pointer(index), pointer(out)])
     return out

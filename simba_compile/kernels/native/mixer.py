@@ -1,22 +1,22 @@
-"""The C kernels of a mixer's step, ``cpu/decode.h``, called as `simba_compile.kernels.native` calls its own."""
+"""The C kernels of a mixer's step, ``cpu/decode.h``."""
 
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.native import (
+from simba_compile.kernels.native.binding import (
     DTYPES,
-    MAX_STATES,
-    MAX_WIDTH,
-    _bits,
-    _call,
-    _constant,
-    _expect,
-    _expect_on_cpu,
-    _flat,
-    _pointer,
-    _rows,
+    as_constant,
+    bits,
+    by_rows,
+    call,
+    expect,
+    expect_on_cpu,
+    flat_rows,
+    pointer,
 )
-from simba_compile.kernels.native_norm import MAX_GROUP
+from simba_compile.kernels.native.conv import MAX_WIDTH
+from simba_compile.kernels.native.norm import MAX_GROUP
+from simba_compile.kernels.native.scan import MAX_STATES
 from simba_compile.kernels.reference import compute_dtype
 
 
@@ -40,8 +40,8 @@ def mixer_update(
             f"dt_proj {tuple(dt_proj.shape)}; expected projected (..., 2 * channel) in float32, float64, bfloat16 or "
             "float16, state (batch, channel, state), window (batch, channel, width) and dt_proj (channel, rank)."
         )
-    _expect_on_cpu("projected", projected)
-    rows = _flat(projected)
+    expect_on_cpu("projected", projected)
+    rows = flat_rows(projected)
     batch, channels, states = state.shape
     width, rank = window.shape[2], dt_proj.shape[1]
     if not 1 <= states <= MAX_STATES or not 1 <= width <= MAX_WIDTH:
@@ -51,24 +51,24 @@ def mixer_update(
         )
     columns = rank + 2 * states
     kind = compute_dtype(dtype)
-    _expect("projected", rows, (batch, 2 * channels), dtype)
-    _expect("window", window, (batch, channels, width), None)
-    _expect("state", state, (batch, channels, states), None)
-    _expect("conv_weight", conv_weight, (channels, width), None)
-    _expect("conv_bias", conv_bias, (channels,), None)
-    _expect("x_proj", x_proj, (columns, channels), dtype)
-    _expect("dt_proj", dt_proj, (channels, rank), dtype)
-    _expect("dt_bias", dt_bias, (channels,), None)
-    _expect("A_log", A_log, (channels, states), None)
-    _expect("D", D, (channels,), None)
+    expect("projected", rows, (batch, 2 * channels), dtype)
+    expect("window", window, (batch, channels, width), None)
+    expect("state", state, (batch, channels, states), None)
+    expect("conv_weight", conv_weight, (channels, width), None)
+    expect("conv_bias", conv_bias, (channels,), None)
+    expect("x_proj", x_proj, (columns, channels), dtype)
+    expect("dt_proj", dt_proj, (channels, rank), dtype)
+    expect("dt_bias", dt_bias, (channels,), None)
+    expect("A_log", A_log, (channels, states), None)
+    expect("D", D, (channels,), None)
     out = torch.empty(*projected.shape[:-1], channels, dtype=dtype)
     if not out.numel():
         return out
-    h: Tensor = _constant(state, kind)  # type: ignore[assignment]
-    held: Tensor = _constant(window, dtype)  # type: ignore[assignment]
-    x_proj, dt_proj = _rows(x_proj), _rows(dt_proj)
+    h: Tensor = as_constant(state, kind)  # type: ignore[assignment]
+    held: Tensor = as_constant(window, dtype)  # type: ignore[assignment]
+    x_proj, dt_proj = by_rows(x_proj), by_rows(dt_proj)
     conv_weight, conv_bias, dt_bias, A_log, D = (  # type: ignore[assignment]
-        _constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D)
+        as_constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D)
     )
     between = torch.empty(batch * (2 * channels + columns), dtype=dtype)
     size = dtype.itemsize
@@ -77,12 +77,13 @@ def mixer_update(
     pieces = dt + size * batch * channels
     x, step, B, C = rows.data_ptr(), pieces, pieces + size * rank, pieces + size * (rank + states)
     unused = [0] * 5  # of a linear layer: bias, what is added, its strides, index
-    words = [batch, channels, width, True, held.data_ptr(), x, row, conv_weight.data_ptr(), _pointer(conv_bias), u]
+    # The fields of MixerUpdateArgs (cpu/simba.h): conv, x_proj, dt_proj, update.
+    words = [batch, channels, width, True, held.data_ptr(), x, row, conv_weight.data_ptr(), pointer(conv_bias), u]
     words += [batch, batch, batch, channels, columns, u, x_proj.data_ptr(), channels, x_proj.stride(0), *unused, pieces]
     words += [batch, batch, batch, rank, channels, step, dt_proj.data_ptr(), columns, dt_proj.stride(0), *unused, dt]
     words += [batch, channels, states, True, True, h.data_ptr(), u, dt, B, C, x + size * channels]
-    words += [channels, channels, columns, columns, row, A_log.data_ptr(), _pointer(D), _pointer(dt_bias), out.data_ptr()]
-    _call("mixer_update", dtype, words)
+    words += [channels, channels, columns, columns, row, A_log.data_ptr(), pointer(D), pointer(dt_bias), out.data_ptr()]
+    call("mixer_update", dtype, words)
     if held is not window:
         window.copy_(held)
     if h is not state:
@@ -111,8 +112,8 @@ def ssd_mixer_update(
             "expected projected (..., 2 * head * p + 2 * group * n + head) in float32, float64, bfloat16 or float16, state "
             "(batch, head, p, n) and window (batch, head * p + 2 * group * n, width)."
         )
-    _expect_on_cpu("projected", projected)
-    rows = _flat(projected)
+    expect_on_cpu("projected", projected)
+    rows = flat_rows(projected)
     batch, heads, size, states = state.shape
     inner, (mixed, width) = heads * size, window.shape[1:]
     groups = (mixed - inner) // (2 * states) if states else 0
@@ -126,34 +127,35 @@ def ssd_mixer_update(
             f"norm_groups is {norm_groups}; expected 0 or a divisor of {inner} channels, with at most {MAX_GROUP} in each."
         )
     kind = compute_dtype(dtype)
-    _expect("projected", rows, (batch, inner + mixed + heads), dtype)
-    _expect("window", window, (batch, mixed, width), None)
-    _expect("state", state, (batch, heads, size, states), None)
-    _expect("conv_weight", conv_weight, (mixed, width), None)
-    _expect("conv_bias", conv_bias, (mixed,), None)
-    _expect("dt_bias", dt_bias, (heads,), None)
-    _expect("A_log", A_log, (heads,), None)
-    _expect("D", D, (heads,), None)
-    _expect("norm_weight", norm_weight, (inner,), None)
+    expect("projected", rows, (batch, inner + mixed + heads), dtype)
+    expect("window", window, (batch, mixed, width), None)
+    expect("state", state, (batch, heads, size, states), None)
+    expect("conv_weight", conv_weight, (mixed, width), None)
+    expect("conv_bias", conv_bias, (mixed,), None)
+    expect("dt_bias", dt_bias, (heads,), None)
+    expect("A_log", A_log, (heads,), None)
+    expect("D", D, (heads,), None)
+    expect("norm_weight", norm_weight, (inner,), None)
     out = torch.empty(*projected.shape[:-1], inner, dtype=dtype)
     if not out.numel():
         return out
-    h: Tensor = _constant(state, kind)  # type: ignore[assignment]
-    held: Tensor = _constant(window, dtype)  # type: ignore[assignment]
+    h: Tensor = as_constant(state, kind)  # type: ignore[assignment]
+    held: Tensor = as_constant(window, dtype)  # type: ignore[assignment]
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = (  # type: ignore[assignment]
-        _constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+        as_constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     )
     scratch, each = torch.empty(batch * (mixed + inner), dtype=dtype), dtype.itemsize
     gate, row, u = rows.data_ptr(), rows.stride(0), scratch.data_ptr()
     entering, step = gate + each * inner, gate + each * (inner + mixed)
     B, C = u + each * inner, u + each * (inner + groups * states)
     y = u + each * batch * mixed if norm_groups else out.data_ptr()
-    words = [batch, mixed, width, True, held.data_ptr(), entering, row, conv_weight.data_ptr(), _pointer(conv_bias), u]
+    # The fields of SsdMixerUpdateArgs (cpu/simba.h): conv, update, norm.
+    words = [batch, mixed, width, True, held.data_ptr(), entering, row, conv_weight.data_ptr(), pointer(conv_bias), u]
     words += [batch, heads, size, groups, states, True, True, h.data_ptr(), u, step, B, C, mixed, size, row]
-    words += [mixed, states, mixed, states, A_log.data_ptr(), _pointer(D), _pointer(dt_bias), y]
-    words += [batch if norm_groups else 0, inner, _bits(eps), y, inner, _pointer(norm_weight), out.data_ptr()]
+    words += [mixed, states, mixed, states, A_log.data_ptr(), pointer(D), pointer(dt_bias), y]
+    words += [batch if norm_groups else 0, inner, bits(eps), y, inner, pointer(norm_weight), out.data_ptr()]
     words += [gate, row, inner // max(norm_groups, 1), False, False]
-    _call("ssd_mixer_update", dtype, words)
+    call("ssd_mixer_update", dtype, words)
     if held is not window:
         window.copy_(held)
     if h is not state:

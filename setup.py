@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CPU = Path("simba_compile/kernels/cpu")
-DIGEST = runpy.run_path("simba_compile/kernels/library.py")["digest"](CPU)
+DIGEST = runpy.run_path("simba_compile/kernels/native/library.py")["digest"](CPU)
 COMPILE = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 
 

@@ -21,8 +21,8 @@ from conftest import random_ids, simba, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simba_compile import capture
-from simba_compile.kernels import library, reference
-from simba_compile.kernels.native import binding
+from simba_compile.kernels import reference
+from simba_compile.kernels.native import binding, library
 from simba_compile.kernels.ops import dispatch
 
 ROOT = Path(__file__).parents[1]

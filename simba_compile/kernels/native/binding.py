@@ -10,7 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.library import library
+from simba_compile.kernels.native.library import library
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MISSING = (0, 0, 0)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.library import library
 from simba_compile.kernels.native.binding import (
     DTYPES,
     as_constant,
@@ -18,6 +17,7 @@ from simba_compile.kernels.native.binding import (
     pointer,
     stream_of,
 )
+from simba_compile.kernels.native.library import library
 from simba_compile.kernels.reference import compute_dtype
 
 THREADS = 8  # up to which sharing out the work was thought through

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.library import library
 from simba_compile.kernels.native.binding import (
     DTYPES,
     MISSING,
@@ -17,6 +16,7 @@ from simba_compile.kernels.native.binding import (
     pointer,
     view_of,
 )
+from simba_compile.kernels.native.library import library
 from simba_compile.kernels.reference import POOLS, compute_dtype
 
 CHUNK = 16  # tokens between two state checkpoints; cpu/simba.h

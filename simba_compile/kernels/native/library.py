@@ -12,7 +12,7 @@ from pathlib import Path
 
 log = logging.getLogger("simba_compile")
 
-SOURCES = Path(__file__).parent / "cpu"
+SOURCES = Path(__file__).parent.parent / "cpu"
 SLOWER = "plain torch runs in their place, many times slower"
 REBUILD = "Reinstall simba_compile, or in a checkout of it run: python setup.py build_ext --inplace --force"
 

@@ -1,6 +1,6 @@
 """What happens while Dynamo traces: scans become single nodes, and the length becomes symbolic.
 
-This is the only file that reaches into Dynamo while it traces.
+This file, and `graph_breaks` after it, reach into Dynamo while it works; no other does.
 
 *Lift.* Hugging Face and mamba_ssm keep the convolution and the scan of every Mamba-based model in module-level functions.
 `torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The `substitutes` act
@@ -15,12 +15,14 @@ The record is put back once the graph is there (`forget`), so that other backend
 """
 
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
 import logging
 import sys
 import types
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Graph
 from torch.fx.experimental import _config as shapes
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import ModelOutput
 
 from simba_compile import substitutes
 from simba_compile.passes.length import value_of
@@ -187,12 +190,20 @@ def _code_id(tx: Any) -> Any:
 
 def _arguments(source: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What a frame was called with, under the names that Dynamo gives it."""
-    if isinstance(value, dict):
+    if isinstance(value, UserDict):  # such as what a tokenizer returns
+        yield from _arguments(f"{source}.data", value.data)
+    elif isinstance(value, ModelOutput):
+        for i, item in enumerate(value.values()):
+            yield from _arguments(f"dict.__getitem__({source}, list(dict.keys({source}))[{i}])", item)
+    elif isinstance(value, dict):
         for key, item in value.items():
             yield from _arguments(f"{source}[{key!r}]", item)
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             yield from _arguments(f"{source}[{i}]", item)
+    elif hasattr(value, "_fields") or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        for name in getattr(value, "_fields", None) or value.__dataclass_fields__:
+            yield from _arguments(f"{source}.{name}", getattr(value, name, None))
     else:
         yield source, value
 

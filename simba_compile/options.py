@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 CHOICES = {
@@ -73,16 +74,18 @@ class Options:
     def __post_init__(self) -> None:
         if not _is_share(self.keep):
             raise OptionError(f"option keep is {self.keep!r}; it must be a number above 0 and at most 1.")
+        object.__setattr__(self, "keep", float(self.keep))
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise OptionError(f"option {name} is {value!r}; {_one_of(value, allowed)}")
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
                 raise OptionError(f"option {name} is {value!r}; it must be a whole number of at least {least}.")
-            if value >= LIMIT:
+            if int(value) >= LIMIT:
                 raise OptionError(f"option {name} is {value}; it must be below 2**62.")
+            object.__setattr__(self, name, int(value))
         if isinstance(self.schedule, str):
             if self.schedule not in ("linear", "uniform"):
                 hint = _one_of(self.schedule, ("linear", "uniform"))
@@ -119,7 +122,8 @@ class Options:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    """Whether it is a number in (0, 1], NumPy's too."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 def _one_of(value: Any, allowed: Sequence[str]) -> str:
@@ -130,8 +134,9 @@ def _one_of(value: Any, allowed: Sequence[str]) -> str:
 
 def _shares(schedule: Any) -> tuple[float, ...]:
     given = f"option schedule is {schedule!r}; "
-    if not isinstance(schedule, Sequence) or not schedule or not all(_is_share(share) for share in schedule):
+    shares = list(schedule) if isinstance(schedule, Iterable) and not isinstance(schedule, Mapping | set) else []
+    if not shares or not all(map(_is_share, shares)):
         raise OptionError(given + "it must be 'linear', 'uniform' or a list of numbers above 0 and at most 1.")
-    if any(later > earlier for earlier, later in itertools.pairwise(schedule)):
+    if any(later > earlier for earlier, later in itertools.pairwise(shares)):
         raise OptionError(given + "no share may be larger than the one before it, for a token that left cannot come back.")
-    return tuple(float(share) for share in schedule)
+    return tuple(map(float, shares))

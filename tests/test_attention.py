@@ -41,6 +41,19 @@ def test_marks_survive_what_a_cache_does(dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.cache_entries, (kept.nan_to_num(), everywhere, 3, 2))
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32])
+def test_marks_survive_widening(narrow: torch.dtype, wide: torch.dtype) -> None:
+    """Torch widens one by one, or many at once with other instructions."""
+    for kept in (1, 5, 50, 2000):
+        entries = torch.randn(1, 1, kept, 3).to(narrow)
+        entries[..., 1:] = torch.nan
+        full = OPS.cache_entries(entries, 2 * torch.arange(kept)[None], 2 * kept, 2)
+        together = torch.cat([full, torch.zeros(1, 1, 1, 3, dtype=wide)], 2)[:, :, :-1]
+        for widened in (full.to(wide), full[..., ::2].to(wide), together):
+            assert reference.is_marked(widened[:, :, 1::2]).all() and not reference.is_marked(widened[:, :, ::2]).any()
+
+
 @given(st.data())
 def test_attention_over_a_cache_is_attention_to_what_is_left(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
@@ -133,6 +146,23 @@ def test_eager_attention_shows_that_entries_are_missing() -> None:
         out = simba(model, keep=0.3, min_tokens=4)(ids, use_cache=True)
         assert cache_of(out).get_seq_length() == 40  # positions and masks are made from it
         assert model(ids[:, -1:], **going_on(out), position_ids=torch.tensor([[40]])).logits.isnan().all()
+
+
+@pytest.mark.parametrize("family", ["jamba", "zamba", "nemotron_h"])
+def test_a_prompt_under_autocast_and_steps_without(family: str) -> None:
+    """Keys in bfloat16 are joined by others in float32; what is pruned among them is still known."""
+    model, ids, token = tiny_model(family), random_ids(2, 40), random_ids(2, 1, seed=1)
+    compiled = simba(model, keep=0.3, min_tokens=4)
+    logits = []
+    with torch.no_grad():
+        for precise in (True, False):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = compiled(ids, use_cache=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+                step = compiled(token, **going_on(out), use_cache=True, position_ids=torch.full((2, 1), 40))
+            logits.append(step.logits.float())
+    precise, rounded = logits
+    assert (precise - rounded).norm() < 0.1 * precise.norm()  # of what bfloat16 rounds off in a step
 
 
 def test_a_second_prompt_stays_dense(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,17 +10,31 @@ import torch
 import torch.nn.functional as F
 from conftest import have_products_of_torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.testing._internal.two_tensor import TwoTensor
 from toys import HIDDEN, OPS, Captured, half_written, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.passes import lower, prune
+from simba_compile.passes.edit import erase
 from simba_compile.passes.length import value_of
 from simba_compile.passes.lower import linear_onto, rates
 from simba_compile.passes.match import match
 from simba_compile.passes.plan import make_plan
 from simba_compile.passes.rows import make_rows
+
+
+def test_nodes_are_erased_once(recwarn: pytest.WarningsRecorder) -> None:
+    """Also those that go with another one. FX warns of more, and a user's -W error would end the compilation."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.sin, (x,))
+    second = graph.call_function(torch.cos, (first,))
+    read = graph.call_function(torch.tan, (x,))
+    last = graph.call_function(torch.add, (second, first))
+    graph.output(read)
+    erase(last, first, second, last, read, x)
+    assert [node.name for node in graph.nodes] == ["x", "tan", "output"] and not recwarn.list
 
 
 def test_lower_fuses_a_layer() -> None:

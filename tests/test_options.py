@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,15 @@ def test_options_are_frozen_and_hashable() -> None:
         options.keep = 0.5  # type: ignore[misc]
     assert hash(options) == hash(Options(schedule=(1.0, 0.5)))
     assert options.schedule == (1.0, 0.5)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given_ = Options(keep=np.float32(0.25), schedule=np.array([1.0, 0.5]), min_tokens=np.int64(4), seed=np.uint8(7))
+    assert given_ == Options(keep=0.25, schedule=(1.0, 0.5), min_tokens=4, seed=7)
+    assert [type(value) for value in (given_.keep, given_.schedule[0], given_.min_tokens)] == [float, float, int]
+    for wrong in ({"keep": np.bool_(True)}, {"every": np.float64(2)}, {"schedule": np.array([0.5, 1.0])}, {"schedule": 0.5}):
+        with pytest.raises(ValueError, match="option"):
+            Options(**wrong)
 
 
 @given(keep=st.floats(0, 1, exclude_min=True), schedule=st.lists(st.floats(0.01, 1), min_size=1, max_size=6))

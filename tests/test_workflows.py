@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import UserDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from conftest import KEEP_FEW, close, pruned_exactly, random_ids, simba, tiny_mo
 from families import tiny_model as family_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import BatchEncoding, PreTrainedTokenizerFast, pipeline
+from transformers.utils import ModelOutput
 
 import simba_compile
 from simba_compile.cli.models import going_on
@@ -44,6 +47,43 @@ def test_a_pipeline(selected: list[Tensor]) -> None:
     assert not selected
     write(1, **KEEP_FEW)
     assert selected
+
+
+class ReadsBatch(nn.Module):
+    """A model that is given all its inputs in one object."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Tensor:
+        """Logits of the next token."""
+        given = dict(batch) if hasattr(batch, "keys") else {"input_ids": batch.input_ids}
+        return self.model(**given).logits[:, -1]
+
+
+class NamedBatch(NamedTuple):
+    input_ids: Tensor
+
+
+@dataclasses.dataclass
+class DataBatch:
+    input_ids: Tensor
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding, UserDict, ModelOutput, NamedBatch, DataBatch])
+def test_inputs_in_an_object(kind: Callable, selected: list[Tensor]) -> None:
+    """The first length prunes as later ones do, whatever holds the inputs."""
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(ReadsBatch(model), fullgraph=False, **KEEP_FEW)
+    by_name = kind in (ModelOutput, NamedBatch, DataBatch)
+    for length in (50, 40):
+        ids = random_ids(2, length)
+        with torch.no_grad():
+            found = compiled(kind(input_ids=ids) if by_name else kind({"input_ids": ids}))
+            expected = pruned_exactly(model, ids, **KEEP_FEW).logits[:, -1]
+        close(found, expected, 1e-6)  # logits are float32
+        assert [index.shape[1] for index in selected.copy()] and not selected.clear()
 
 
 # --- what is around the model in one graph ---------------------------------------------------------------------------

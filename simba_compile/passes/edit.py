@@ -40,13 +40,15 @@ def replace(node: Node, new: Node) -> None:
     erase(node)
 
 
-def erase(node: Node) -> None:
-    """Drop a node that nothing reads, and what only it read; an input stays, and what writes in place."""
-    sources = node.all_input_nodes
-    if not node.users and node.op != "placeholder" and not is_inplace(node):
-        node.graph.erase_node(node)
-        for source in sources:
-            erase(source)
+def erase(*nodes: Node) -> None:
+    """Drop nodes that nothing reads, and what only they read; an input stays, and what writes in place."""
+    unread, gone = list(nodes), set()
+    while unread:
+        node = unread.pop()
+        if node not in gone and not node.users and node.op != "placeholder" and not is_inplace(node):
+            unread += node.all_input_nodes
+            node.graph.erase_node(node)
+            gone.add(node)
 
 
 def may_move(first: Node, last: Node, *sources: Node) -> bool:

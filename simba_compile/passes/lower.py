@@ -252,8 +252,7 @@ def fuse_gather(node: Node) -> None:
     args |= {name: args[name].args[0] for name in kind.along_tokens}  # type: ignore[union-attr]
     args["index"] = gathers[0].args[1]  # type: ignore[union-attr]
     node.args = tuple(args.values())
-    for gathered in dict.fromkeys(gathers):
-        erase(gathered)  # type: ignore[arg-type]
+    erase(*gathers)  # type: ignore[arg-type]
 
 
 def linear_onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, fresh: bool) -> torch.Tensor:

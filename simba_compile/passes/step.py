@@ -130,8 +130,7 @@ def _drop(*updates: Node) -> None:
     for update in updates:
         sources = update.all_input_nodes
         update.graph.erase_node(update)
-        for source in sources:
-            erase(source)
+        erase(*sources)
 
 
 def _made(value: Any) -> Node | None:

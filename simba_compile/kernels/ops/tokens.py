@@ -248,8 +248,8 @@ differentiable("restore", _restore_backward, _restore_setup)
 def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
     """Keys or values of the kept tokens at their places among all; the places of pruned tokens carry a mark.
 
-    The mark is a NaN with bits of its own: copies, concatenations and selections carry it along, and arithmetic that does
-    not know it gives NaN. `simba_compile.kernels.reference.is_marked` tells it.
+    The mark is a NaN with bits of its own: copies, concatenations, selections and the widening of bfloat16 carry it along,
+    and arithmetic that does not know it gives NaN. `simba_compile.kernels.reference.is_marked` tells it.
 
     Parameters
     ----------

@@ -60,9 +60,11 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     return full
 
 
-_MARKS = {  # a NaN that no arithmetic makes, as the integer of its bits
-    torch.float64: (torch.int64, 0x7FF8_51B4_0000_0000),
-    torch.float32: (torch.int32, 0x7FC5_1B40),
+# A NaN that no arithmetic makes, as the integer of its bits. Widened, bfloat16's becomes float32's and that float64's, as
+# where a prompt ran under autocast and decoding does not; of float16's torch's casts keep no bits.
+_MARKS = {
+    torch.float64: (torch.int64, 0x7FF8_A000_0000_0000),
+    torch.float32: (torch.int32, 0x7FC5_0000),
     torch.bfloat16: (torch.int16, 0x7FC5),
     torch.float16: (torch.int16, 0x7E5B),
 }

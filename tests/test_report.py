@@ -137,7 +137,9 @@ def test_a_fixed_length_is_the_reason() -> None:
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         report = simba_compile.explain(tiny_model(layers=2), random_ids(2, LENGTH), options=KEEP_FEW)
     assert tokens_left(report) == [LENGTH] * 2
-    assert {mixer.reason for mixer in report.mixers} == {f"the length is fixed at {LENGTH} in this graph"}
+    assert {mixer.reason for mixer in report.mixers} == {
+        f"the length is fixed at {LENGTH} in this graph (torch.compile's dynamic=True may leave it open)"
+    }
 
 
 def test_a_length_that_the_graph_reads_off_a_tensor_is_the_reason() -> None:

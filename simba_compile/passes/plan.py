@@ -112,9 +112,10 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options, partial: str 
         return None
     length = Length(mixers[0].x)
     if not length.is_symbolic:
-        how = f"{length.tokens}, made out of other sizes," if length.symbols else f"fixed at {length.tokens}"
+        made, fixed = f"{length.tokens}, made out of other sizes,", f"fixed at {length.tokens}"
+        hint = "" if length.symbols else " (torch.compile's dynamic=True may leave it open)"
         for mixer in mixers:
-            mixer.reason = f"the length is {how} in this graph"
+            mixer.reason = f"the length is {made if length.symbols else fixed} in this graph{hint}"
         return None
     for mixer in mixers:
         if (other := Length(mixer.x).tokens) != length.tokens:

@@ -188,24 +188,28 @@ def _code_id(tx: Any) -> Any:
         return pgo.CodeId.make(tx.f_code)
 
 
-def _arguments(source: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What a frame was called with, under the names that Dynamo gives it."""
+def _arguments(source: str, value: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """What a frame was called with, under the names that Dynamo gives it; `around`: the containers that it is in."""
+    items: list[tuple[str, Any]]
     if isinstance(value, UserDict):  # such as what a tokenizer returns
-        yield from _arguments(f"{source}.data", value.data)
+        items = [(f"{source}.data", value.data)]
     elif isinstance(value, ModelOutput):
-        for i, item in enumerate(value.values()):
-            yield from _arguments(f"dict.__getitem__({source}, list(dict.keys({source}))[{i}])", item)
+        items = [
+            (f"dict.__getitem__({source}, list(dict.keys({source}))[{i}])", item) for i, item in enumerate(value.values())
+        ]
     elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _arguments(f"{source}[{key!r}]", item)
+        items = [(f"{source}[{key!r}]", item) for key, item in value.items()]
     elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            yield from _arguments(f"{source}[{i}]", item)
+        items = [(f"{source}[{i}]", item) for i, item in enumerate(value)]
     elif hasattr(value, "_fields") or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        for name in getattr(value, "_fields", None) or value.__dataclass_fields__:
-            yield from _arguments(f"{source}.{name}", getattr(value, name, None))
+        names = getattr(value, "_fields", None) or value.__dataclass_fields__
+        items = [(f"{source}.{name}", getattr(value, name, None)) for name in names]
     else:
         yield source, value
+        return
+    if id(value) not in around:  # an object may be in itself
+        for name, item in items:
+            yield from _arguments(name, item, (*around, id(value)))
 
 
 def _tensors(tx: Any) -> dict[str, torch.Tensor]:

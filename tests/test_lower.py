@@ -446,7 +446,7 @@ def test_a_slice_without_gradients_is_left() -> None:
     "case",
     [
         *("scan", "window", "read", "read later", "zeros read", "twice", "another type", "another shape", "another layout"),
-        *("detached", "not ours"),
+        *("detached", "not ours", "out"),
     ],
 )
 def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
@@ -459,8 +459,11 @@ def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
         make = {"window": lambda: OPS.last_tokens(h, 4, 1), "not ours": lambda: h * 2}
         made = make.get(case, lambda: state)()
         before = made.sum() if case == "read" else y.sum()
+        memory = torch.ones(h.shape[0], HIDDEN, 3)
         if case == "another shape":
             kept = torch.zeros(2, h.shape[0], HIDDEN, 3)
+        elif case == "out":
+            kept = torch.zeros(h.shape[0], HIDDEN, 3, out=memory)
         elif case == "another layout":
             kept = torch.zeros_like(h[:, :3].transpose(1, 2))
         else:
@@ -474,7 +477,7 @@ def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
             kept.copy_(made)
         if case == "twice":
             kept = kept + torch.zeros_like(made).copy_(made)
-        return kept * (made.sum() if case == "read later" else 2) + before
+        return kept * (made.sum() if case == "read later" else 2) + before + memory.sum()
 
     captured = Captured(fill, tokens(), gradients=case == "detached")
     assert ("copy_" in captured.lowered()) is (case not in ("scan", "window"))

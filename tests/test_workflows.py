@@ -69,6 +69,11 @@ class NamedBatch(NamedTuple):
 @dataclasses.dataclass
 class DataBatch:
     input_ids: Tensor
+    origin: Any = None
+
+    def __post_init__(self) -> None:
+        """It is in itself."""
+        self.origin = self
 
 
 @pytest.mark.parametrize("kind", [dict, BatchEncoding, UserDict, ModelOutput, NamedBatch, DataBatch])

@@ -120,7 +120,9 @@ def keep_result(node: Node) -> None:
     source = result.args[0] if result.target is operator.getitem else result
     if not isinstance(source, Node) or source.target not in {*SCANS, OPS.last_tokens} or {*result.users} - {made, node}:
         return
-    if made.target not in UNFILLED or node is not min(made.users) or not value_of(made).is_contiguous():
+    if made.target not in UNFILLED or made.kwargs.get("out") is not None or node is not min(made.users):
+        return
+    if not value_of(made).is_contiguous():
         return
     alike = sizes(made) == sizes(result) and dtype_of(made) == dtype_of(result)
     if alike and value_of(made).device == value_of(result).device and not mode_changes(source, node):

@@ -106,11 +106,11 @@ def _warn_of_splitting() -> None:
 
 
 @torch._dynamo.assume_constant_result
-def _make_length_dynamic() -> bool:
+def _make_length_dynamic() -> None:
     """Have Dynamo trace anew with symbolic batch, length and number of cached keys, unless they are (or cannot be)."""
     tx = InstructionTranslator.current_tx().output.root_tx
     if not config.automatic_dynamic_shapes or tx is None:
-        return False
+        return
     batch, length = _traced_sizes(tx.output.graph)
     sizes = [size if isinstance(size, int) else size.node.hint for size in (batch, length)]
     inputs = {
@@ -127,22 +127,20 @@ def _make_length_dynamic() -> bool:
         changed = _mark(tx, inputs, lambda axis, size: axis < 2)
     if changed:
         _start_over(tx, "simba: the length is made symbolic")
-    return True
 
 
 @torch._dynamo.assume_constant_result
-def _make_cache_dynamic() -> bool:
+def _make_cache_dynamic() -> None:
     """Have Dynamo trace a decoding step anew with a symbolic number of cached keys: each step has one more."""
     tx = InstructionTranslator.current_tx().output.root_tx
     if not config.automatic_dynamic_shapes or tx is None:
-        return False
+        return
     cached = _keys_and_values(tx)
     lengths = {value.shape[2] + 1 for value in cached.values()}  # of masks
     changed = _mark(tx, cached, lambda axis, size: axis == 2)
     changed |= _mark(tx, _tensors(tx), lambda axis, size: axis > 0 and size in lengths)
     if changed:
         _start_over(tx, "simba: the number of cached keys is made symbolic")
-    return True
 
 
 def _start_over(tx: Any, reason: str) -> None:

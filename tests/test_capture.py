@@ -74,8 +74,8 @@ def results(function: Callable, args: tuple, kwargs: dict[str, Any]) -> list[tor
 @pytest.mark.parametrize("name", sorted(set(capture.LIFTS) - WHOLE_MIXERS))
 def test_a_substitute_computes_the_same(name: str, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_lifting", lambda: ours)
-    monkeypatch.setattr(capture, "_make_length_dynamic", lambda: True)
-    monkeypatch.setattr(capture, "_make_cache_dynamic", lambda: True)
+    monkeypatch.setattr(capture, "_make_length_dynamic", lambda: None)
+    monkeypatch.setattr(capture, "_make_cache_dynamic", lambda: None)
     original = getattr(modeling_mamba2 if name.startswith("mamba2") else modeling_mamba, name)
     substitute = capture.LIFTS[name](original)
     for args, kwargs in cases(name):

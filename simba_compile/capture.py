@@ -22,7 +22,7 @@ import inspect
 import logging
 import sys
 import types
-from collections import UserDict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +33,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Graph
 from torch.fx.experimental import _config as shapes
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.utils import ModelOutput
 
 from simba_compile import substitutes
 from simba_compile.passes.length import value_of
@@ -186,12 +185,13 @@ def _code_id(tx: Any) -> Any:
         return pgo.CodeId.make(tx.f_code)
 
 
-def _arguments(source: str, value: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """What a frame was called with, under the names that Dynamo gives it; `around`: the containers that it is in."""
+def _arguments(source: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """What a frame was called with, under the names that Dynamo gives it; of a container that is seen twice, the first."""
     items: list[tuple[str, Any]]
+    seen = set() if seen is None else seen
     if isinstance(value, UserDict):  # such as what a tokenizer returns
         items = [(f"{source}.data", value.data)]
-    elif isinstance(value, ModelOutput):
+    elif isinstance(value, dict) and type(value) not in (dict, OrderedDict, defaultdict):  # such as what a model returns
         items = [
             (f"dict.__getitem__({source}, list(dict.keys({source}))[{i}])", item) for i, item in enumerate(value.values())
         ]
@@ -199,15 +199,17 @@ def _arguments(source: str, value: Any, around: tuple[int, ...] = ()) -> Iterato
         items = [(f"{source}[{key!r}]", item) for key, item in value.items()]
     elif type(value) in (list, tuple):
         items = [(f"{source}[{i}]", item) for i, item in enumerate(value)]
-    elif hasattr(value, "_fields") or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        names = getattr(value, "_fields", None) or value.__dataclass_fields__
-        items = [(f"{source}.{name}", getattr(value, name, None)) for name in names]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = [(f"{source}.{name}", getattr(value, name)) for name in value._fields]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(f"{source}.{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value)]
     else:
         yield source, value
         return
-    if id(value) not in around:  # an object may be in itself
+    if id(value) not in seen:  # an object may be in itself
+        seen.add(id(value))
         for name, item in items:
-            yield from _arguments(name, item, (*around, id(value)))
+            yield from _arguments(name, item, seen)
 
 
 def _tensors(tx: Any) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 CHOICES = {
@@ -77,7 +77,7 @@ class Options:
         object.__setattr__(self, "keep", float(self.keep))
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise OptionError(f"option {name} is {value!r}; {_one_of(value, allowed)}")
         for name, least in LEAST.items():
             value = getattr(self, name)
@@ -123,7 +123,7 @@ class Options:
 
 def _is_share(value: Any) -> bool:
     """Whether it is a number in (0, 1], NumPy's too."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) <= 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(0 < value <= 1)  # type: ignore[operator]
 
 
 def _one_of(value: Any, allowed: Sequence[str]) -> str:
@@ -134,7 +134,10 @@ def _one_of(value: Any, allowed: Sequence[str]) -> str:
 
 def _shares(schedule: Any) -> tuple[float, ...]:
     given = f"option schedule is {schedule!r}; "
-    shares = list(schedule) if isinstance(schedule, Iterable) and not isinstance(schedule, Mapping | set) else []
+    try:
+        shares = [] if isinstance(schedule, Mapping | Set | Iterator) else list(schedule)  # an iterator is read once only
+    except TypeError:
+        shares = []
     if not shares or not all(map(_is_share, shares)):
         raise OptionError(given + "it must be 'linear', 'uniform' or a list of numbers above 0 and at most 1.")
     if any(later > earlier for earlier, later in itertools.pairwise(shares)):

@@ -204,6 +204,7 @@ def test_what_does_not_fit_is_refused_whatever_runs(faster: bool, monkeypatch: p
     x, weight, add = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 6, 5)
     index = torch.tensor([[0, 1, 2], [3, 4, 5]])
     for args in (
+        (x, torch.zeros(4), None, None, None),
         (x, weight, torch.zeros(1), None, None),
         (x, weight, None, add[:, :1], None),
         (x, weight, None, torch.zeros(5, 2, 3, 5), None),

@@ -430,6 +430,13 @@ def test_slices_that_take_all_are_left_out(case: str) -> None:
     assert (operator.getitem in Captured(function, tokens()).lowered()) is is_left
 
 
+def test_what_is_returned_is_no_input_itself() -> None:
+    """A caller may change what is no number in it: its shape, whether it needs gradients."""
+    captured = Captured(lambda h: (h[:, -h.shape[1] :], h.sum()), tokens())
+    lower(captured.gm)
+    assert operator.getitem in captured.targets()
+
+
 def test_a_slice_without_gradients_is_left() -> None:
     """What it gives needs none, and what it is of does."""
 
@@ -446,7 +453,7 @@ def test_a_slice_without_gradients_is_left() -> None:
     "case",
     [
         *("scan", "window", "read", "read later", "zeros read", "twice", "another type", "another shape", "another layout"),
-        *("detached", "not ours", "out"),
+        *("detached", "not ours", "out", "part of it"),
     ],
 )
 def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
@@ -456,7 +463,8 @@ def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
     def fill(h: Tensor) -> Tensor:
         B = h[..., :3].contiguous()
         y, state = OPS.selective_scan(h, h, A, B, B, None, None, None, True, None)
-        make = {"window": lambda: OPS.last_tokens(h, 4, 1), "not ours": lambda: h * 2}
+        window = OPS.last_tokens(h, 4, 1)
+        make = {"window": lambda: window, "part of it": lambda: window[:, 1:], "not ours": lambda: h * 2}
         made = make.get(case, lambda: state)()
         before = made.sum() if case == "read" else y.sum()
         memory = torch.ones(h.shape[0], HIDDEN, 3)
@@ -475,6 +483,8 @@ def test_lower_keeps_what_an_operator_made_for_a_cache(case: str) -> None:
                 kept.copy_(made)
         else:
             kept.copy_(made)
+        if case == "part of it":
+            window.mul_(2)
         if case == "twice":
             kept = kept + torch.zeros_like(made).copy_(made)
         return kept * (made.sum() if case == "read later" else 2) + before + memory.sum()

@@ -42,11 +42,18 @@ def test_options_are_frozen_and_hashable() -> None:
     assert options.schedule == (1.0, 0.5)
 
 
+ODD: list[dict[str, Any]] = [  # what is no list of shares, too large a number, no name
+    *({"schedule": odd} for odd in (np.array(0.5), iter([1.0, 0.5]), frozenset({1.0, 0.5}), {1.0: 0}.keys(), [10**400])),
+    *({"keep": 10**400}, {"criterion": np.array(["recent", "random"])}, {"pool": ["max"]}),
+]
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     given_ = Options(keep=np.float32(0.25), schedule=np.array([1.0, 0.5]), min_tokens=np.int64(4), seed=np.uint8(7))
     assert given_ == Options(keep=0.25, schedule=(1.0, 0.5), min_tokens=4, seed=7)
     assert [type(value) for value in (given_.keep, given_.schedule[0], given_.min_tokens)] == [float, float, int]
-    for wrong in ({"keep": np.bool_(True)}, {"every": np.float64(2)}, {"schedule": np.array([0.5, 1.0])}, {"schedule": 0.5}):
+    rising = {"schedule": np.array([0.5, 1.0])}
+    for wrong in ({"keep": np.bool_(True)}, {"every": np.float64(2)}, rising, {"schedule": 0.5}, *ODD):
         with pytest.raises(ValueError, match="option"):
             Options(**wrong)
 

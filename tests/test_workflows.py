@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +66,21 @@ class NamedBatch(NamedTuple):
     input_ids: Tensor
 
 
+class DictBatch(dict[str, Any]):
+    pass
+
+
+class AnyBatch:
+    """It has whatever it is asked for."""
+
+    def __init__(self, input_ids: Tensor) -> None:
+        self.input_ids = input_ids
+
+    def __getattr__(self, name: str) -> None:
+        if name == "keys":
+            raise AttributeError(name)
+
+
 @dataclasses.dataclass
 class DataBatch:
     input_ids: Tensor
@@ -76,7 +91,7 @@ class DataBatch:
         self.origin = self
 
 
-@pytest.mark.parametrize("kind", [dict, BatchEncoding, UserDict, ModelOutput, NamedBatch, DataBatch])
+@pytest.mark.parametrize("kind", [dict, DictBatch, OrderedDict, BatchEncoding, UserDict, ModelOutput, NamedBatch, DataBatch])
 def test_inputs_in_an_object(kind: Callable, selected: list[Tensor]) -> None:
     """The first length prunes as later ones do, whatever holds the inputs."""
     model = tiny_model(dtype=torch.float64, layers=2)
@@ -89,6 +104,16 @@ def test_inputs_in_an_object(kind: Callable, selected: list[Tensor]) -> None:
             expected = pruned_exactly(model, ids, **KEEP_FEW).logits[:, -1]
         close(found, expected, 1e-6)  # logits are float32
         assert [index.shape[1] for index in selected.copy()] and not selected.clear()
+
+
+def test_inputs_in_an_object_of_its_own_kind(selected: list[Tensor]) -> None:
+    """The first length is dense, and says what to do; later ones prune."""
+    compiled = simba(ReadsBatch(tiny_model(layers=2)), fullgraph=False, **KEEP_FEW)
+    with torch.no_grad():
+        for length in (50, 40):
+            assert not selected
+            compiled(AnyBatch(random_ids(2, length)))
+    assert selected
 
 
 # --- what is around the model in one graph ---------------------------------------------------------------------------

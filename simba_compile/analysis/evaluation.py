@@ -91,9 +91,10 @@ class Records:
             if i < len(lines) or not line.startswith(BEGINNING[: len(line)]):
                 raise ValueError(f"line {i} of {path} is no result of simba eval: name another file, or remove the line.")
         if lines and not whole:
-            repaired = path.with_name(path.name + ".repaired")  # so that a run that is stopped here loses nothing
+            file = path.resolve()  # what a link leads to
+            repaired = file.with_name(file.name + ".repaired")  # so that a run that is stopped here loses nothing
             repaired.write_text("".join(json.dumps(record) + "\n" for record in self.found.values()))
-            repaired.replace(path)
+            repaired.replace(file)
 
     def get(self, of: dict[str, Any]) -> dict[str, Any] | None:
         """The record of these settings, where there is one."""

@@ -16,7 +16,7 @@ from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import EXP, NEG, fuse_ssd_step, fuse_step, take_logarithm
-from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_simba
+from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_one_result, is_simba
 
 OPS = torch.ops.simba
 WIDENED = ("A", "A_log", "D", "dt_bias")  # what operators take in any type, as norms take their weights
@@ -66,6 +66,8 @@ def drop_slices(node: Node) -> None:
         return
     x: Node = node.args[0]  # type: ignore[assignment]
     items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if x.op in ("placeholder", "get_attr") and node.graph.output_node() in node.users:
+        return  # the caller's own tensor would be returned, where a view of it was
     if all(item is Ellipsis or isinstance(item, slice) for item in items) and not mode_changes(x, node):
         node.replace_all_uses_with(x)
         erase(node)
@@ -117,7 +119,7 @@ def keep_result(node: Node) -> None:
     made, result = (*node.args, None, None)[:2]
     if node.target != "copy_" or node.kwargs or not isinstance(made, Node) or not isinstance(result, Node):
         return
-    source = result.args[0] if result.target is operator.getitem else result
+    source = result.args[0] if is_one_result(result) else result
     if not isinstance(source, Node) or source.target not in {*SCANS, OPS.last_tokens} or {*result.users} - {made, node}:
         return
     if made.target not in UNFILLED or made.kwargs.get("out") is not None or node is not min(made.users):

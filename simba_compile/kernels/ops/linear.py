@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, index: Tensor | None) -> Tensor:
     """Torch's product, where that is faster than our kernel. Kept tokens are a copy, to which it is added in place."""
-    if bias is not None or add is not None or index is not None:
+    if weight.dim() != 2 or bias is not None or add is not None or index is not None:  # torch refuses the rest
         _expect_to_fit(x, weight, bias, add, index)
     if add is None or index is None:
         return by_torch("linear")(x, weight, bias, add)

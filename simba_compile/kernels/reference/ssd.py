@@ -57,6 +57,8 @@ def ssd_scan(
     state, outputs = next(states), []
     for t, state in enumerate(states):
         outputs.append((state * c[:, t, :, None]).sum(-1))
+    if not outputs:
+        state = state.clone()  # not the initial one itself
     y = torch.stack(outputs, 1) if outputs else u.clone()
     return (y if D is None else y + u * D.to(u.dtype)[:, None]), state
 

@@ -85,8 +85,8 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
 
     def run(*args: Any) -> Any:
         tokens = tokens_of(args)
-        counts = plan.inputs(tokens)
-        if counts[-1] == tokens:
+        graph, counts = result.of_length(tokens)
+        if graph is result.dense:
             level, reason = logging.INFO, plan.why_all_stay(int(tokens))
         elif plan.ends_in_padding(args):
             level, reason = logging.WARNING, PADDED

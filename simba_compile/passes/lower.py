@@ -116,15 +116,11 @@ def lay_out_rates(node: Node) -> None:
 
 def keep_result(node: Node) -> None:
     """``zeros(...).copy_(state)``, as caches keep their first states, of what a scan or `last_tokens` made: the state."""
-    made, result = (*node.args, None, None)[:2]
-    if node.target != "copy_" or node.kwargs or not isinstance(made, Node) or not isinstance(result, Node):
+    made, result = _written_over(node)
+    if made is None or result is None or node.kwargs or not value_of(made).is_contiguous():
         return
     source = result.args[0] if is_one_result(result) else result
     if not isinstance(source, Node) or source.target not in {*SCANS, OPS.last_tokens} or {*result.users} - {made, node}:
-        return
-    if made.target not in UNFILLED or made.kwargs.get("out") is not None or node is not min(made.users):
-        return
-    if not value_of(made).is_contiguous():
         return
     alike = sizes(made) == sizes(result) and dtype_of(made) == dtype_of(result)
     if alike and value_of(made).device == value_of(result).device and not mode_changes(source, node):
@@ -135,13 +131,19 @@ def keep_result(node: Node) -> None:
 
 def leave_unfilled(node: Node) -> None:
     """``zeros(...).copy_(x)``: no zeros, for x is written over all of them."""
-    if node.target != "copy_" or len(node.args) < 2:
-        return
-    made, source = node.args[:2]
+    made, _ = _written_over(node)
+    if made is not None:
+        made.target = UNFILLED[made.target]
+
+
+def _written_over(node: Node) -> tuple[Node | None, Node | None]:
+    """The zeros of ``zeros(...).copy_(x)``, which nothing reads before, and x where it is a node; else neither."""
+    made, source = node.args[:2] if node.target == "copy_" and len(node.args) > 1 else (None, None)
     if not isinstance(made, Node) or made.target not in UNFILLED or made.kwargs.get("out") is not None:
-        return
-    if node is min(made.users) and source is not made:
-        made.target = UNFILLED[made.target]  # type: ignore[index]
+        return None, None
+    if node is not min(made.users) or source is made:
+        return None, None
+    return made, source if isinstance(source, Node) else None
 
 
 def untranspose_product(node: Node) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_ids, simba, tiny_model
+from kernel_inputs import needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simba_compile import capture
@@ -71,6 +72,34 @@ def test_a_library_that_cannot_be_used(
     reasons = {"missing": "not built", "older sources": "of other sources"}
     assert reasons.get(kind, "do not load") in record.message
     assert ("Install a C compiler" if kind == "missing" else "setup.py build_ext --inplace --force") in record.message
+
+
+LOADED_FOR_TORCH_ALONE = """
+import ctypes, runpy, sys
+openmp, native, library = sys.argv[1:]
+ctypes.CDLL(openmp)
+try:
+    ctypes.CDLL(native)
+except OSError as error:
+    assert "undefined symbol: " in str(error)
+else:
+    raise AssertionError("it should need OpenMP's runtime")
+runpy.run_path(library)["share_openmp"]()
+ctypes.CDLL(native)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="only there the kernels are built for OpenMP")
+def test_openmps_runtime_may_be_loaded_for_torch_alone() -> None:
+    """As torch's wheels for arm64 load it; those for x86-64 load it for everyone, so here is a process without torch."""
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    openmp = next(path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp5")))
+    native = importlib.util.find_spec("simba_compile.kernels._native")
+    assert native is not None and native.origin is not None
+    command = [sys.executable, "-c", LOADED_FOR_TORCH_ALONE, openmp, native.origin, library.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_digest_sees_every_change(tmp_path: Path) -> None:

@@ -24,6 +24,20 @@ def digest(folder: Path) -> int:
     return int(hashlib.sha256(repr(contents).encode()).hexdigest()[:16], 16) if files else 0
 
 
+def share_openmp() -> None:
+    """Lets what is loaded next use the OpenMP runtime that torch has loaded, so that both share one pool of threads.
+
+    torch's wheels for x86-64 load it for everyone, those for arm64 for torch alone. A second runtime would have threads of
+    its own, which spin against the other's.
+    """
+    maps = Path("/proc/self/maps")
+    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
+    runtimes = {line[-1] for line in lines if Path(line[-1]).name.startswith(("libgomp", "libomp", "libiomp5"))}
+    torchs = [path for path in runtimes if Path(path).parent.match("torch/lib") or Path(path).parent.name == "torch.libs"]
+    for path in sorted(torchs or runtimes)[:1]:  # other packages bring runtimes of their own
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None (with one warning) where it was not built, cannot be loaded or is of other sources."""
@@ -36,7 +50,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     try:
-        # OpenMP's symbols come from the runtime that torch has loaded, so that both share one pool of threads.
+        share_openmp()
         lib = ctypes.CDLL(spec.origin)
         lib.simba_sources.restype = ctypes.c_uint64
         built_from, here = lib.simba_sources(), digest(SOURCES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import subprocess
 import sys
 import types
@@ -29,6 +28,8 @@ from interpreter_server import Place
 from torch._dynamo.device_interface import CpuInterface
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.runtime import triton_heuristics
 
 from simba_compile.cli.models import going_on
 from simba_compile.kernels import gpu
@@ -48,14 +49,21 @@ class Launcher:
     name : str
         The kernel.
     source : str
-        Inductor's text of it: its parameters in order, and which of them are constants.
+        Inductor's text of it: a module with the kernel, what it calls and the constants that it names.
     """
 
     def __init__(self, process: subprocess.Popen, name: str, source: str) -> None:
         self.process, self.name = process, name
-        read = {"DeviceProperties": lambda **facts: facts}
-        texts = (re.search(rf"{kind}_meta=(\{{.*\}}),\n", source)[1] for kind in ("triton", "inductor"))
-        about, declared = (eval(text, read) for text in texts)
+        loaded: list[tuple[Any, dict[str, Any], Any, Any]] = []
+
+        def heuristic(configs: Any, inductor_meta: Any, triton_meta: Any, **others: Any) -> Callable:
+            return lambda kernel: loaded.append((kernel, triton_meta, inductor_meta, configs))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_heuristics, "user_autotune", heuristic)
+            PyCodeCache.load(source)
+        ((kernel, about, declared, (config,)),) = loaded
+        compile_for_target(kernel, about, config)
         constants = declared.get("declared_constexpr_names", ())
         self.parameters = [name for name in about["signature"] if name not in constants]
         self.constants = about["constants"]
@@ -79,6 +87,16 @@ class Launcher:
         for held, after in zip(memory, answer, strict=True):
             if after:
                 held.copy_(torch.frombuffer(bytearray(after), dtype=torch.uint8))
+
+
+def compile_for_target(kernel: Any, about: dict[str, Any], config: dict[str, Any]) -> None:
+    """Triton makes machine code of Inductor's text, with the types, the constants and the alignment that stand there."""
+    names = list(kernel.arg_names)
+    signature = {name: about["signature"][name] for name in names}
+    constants = {(names.index(name),): value for name, value in about["constants"].items()}
+    source = triton.compiler.ASTSource(kernel, signature, constants, about["configs"][0])
+    options = {option: config[option] for option in ("num_warps", "num_stages")}
+    triton.compile(source, target=triton_targets.TARGETS["sm_90"], options=options)
 
 
 @pytest.fixture

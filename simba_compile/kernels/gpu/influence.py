@@ -28,7 +28,6 @@ SHORT = 16  # the shortest chunk: what a program does once, for all of its token
 GROUP = 4  # tokens that a lane takes together
 UNDERFLOW = tl.constexpr(-126.0)  # the exponent below which a power of two is 0 in float32, subnormals aside
 SAFE = tl.constexpr(2.0**-60)  # what is far above all that underflows beside it
-MISSING = tl.constexpr(-float("inf"))  # the dt whose softplus is no step
 
 
 @triton.jit(do_not_specialize=runtime.LENGTHS)
@@ -47,7 +46,8 @@ def _chunk_sums(
     for start in range(0, chunk, BLOCK_T):
         t = (place * chunk + start + 1 + tl.arange(0, BLOCK_T)).to(tl.int64)
         valid = (t < tokens)[:, None] & inside[None, :]
-        raw = tl.load(dt + batch * dt_batch + t[:, None] * dt_token + c[None, :] * dt_channel, mask=valid, other=MISSING)
+        raw = dt + batch * dt_batch + t[:, None] * dt_token + c[None, :] * dt_channel
+        raw = tl.load(raw, mask=valid, other=-float("inf"))  # whose softplus is no step
         step = step_size(raw, bias, SOFTPLUS)
         if CLAMP:
             step = clamp(step, low, high)
@@ -163,7 +163,7 @@ def _chunk_scores(
         for j in tl.static_range(GROUP - 1, -1, -1):
             row = tl.minimum(first + j, tokens - 1).to(tl.int64)
             here = c < tl.where(first + j < tokens, channels, 0)
-            decay = step_size(tl.load(dt + row * dt_token, mask=here, other=MISSING), decay_bias, SOFTPLUS)
+            decay = step_size(tl.load(dt + row * dt_token, mask=here, other=-float("inf")), decay_bias, SOFTPLUS)
             after = carry.to(tl.float32) + local
             lead = high
             if not SOFTPLUS:  # S may be negative, and change its sign

@@ -24,7 +24,7 @@ from ptx.steps import Program
 
 from simba_compile.cli import bench_kernels
 from simba_compile.cli.device import Device
-from simba_compile.kernels import gpu
+from simba_compile.kernels import gpu, reference
 from simba_compile.kernels.gpu import runtime
 
 SHAPE = {"batch": 2, "tokens": 37, "channels": 96, "states": 16}
@@ -148,6 +148,16 @@ def test_out_of_bounds() -> None:
     x, out = torch.zeros(64), torch.zeros(64)
     with simulated(), pytest.raises(Fault, match=r"_shift, block 1: warp 0, .*ld\.global.* out of bounds"):
         runtime.launch(_shift, (2,), x, out, BLOCK=32, WAIT=False, num_warps=1)
+
+
+def test_few_states_have_no_spare_warps() -> None:
+    """Two warps with the same numbers would both write their sum, and the last bits may differ."""
+    x, dt, A = torch.randn(1, 20, 2, 4), torch.randn(1, 20, 2), -torch.ones(2)
+    B, C = torch.randn(2, 1, 20, 1, 3)
+    args = (x, dt, A, B, C, None, True, 0.0, 9.0, "max", True)
+    with simulated("sm_80", "random"):
+        scores = gpu.KERNELS["ssd_influence"](*args)
+    torch.testing.assert_close(scores, reference.ssd_influence(*args), rtol=1e-5, atol=1e-5)
 
 
 def test_a_view_at_an_odd_place() -> None:

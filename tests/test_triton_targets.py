@@ -54,10 +54,10 @@ def mixer_step(dtype: torch.dtype, states: int, rank: int, batch: int = 1) -> tu
     return state, window, projected, filters, D, x_proj, dt_proj, D, A_log, D
 
 
-def mamba2(dtype: torch.dtype, pool: str) -> tuple[Any, ...]:
-    """The arguments of `ssd_influence`: 80 heads of 64 channels, 128 states."""
+def mamba2(dtype: torch.dtype, pool: str, states: int = 128) -> tuple[Any, ...]:
+    """The arguments of `ssd_influence`: 80 heads of 64 channels."""
     x, dt, B = (empty(BATCH, TOKENS, *shape, dtype=dtype) for shape in ((80, 64), (80,), (1, 128)))
-    head = empty(80, dtype=F32)
+    head, B = empty(80, dtype=F32), B[..., :states]
     return x, dt, head, B, B, head, True, 0.0, 1e6, pool, True
 
 
@@ -126,6 +126,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "influence-fp32-l2": ("influence", lambda: scored(F32, "l2")),
     "influence-no-softplus": ("influence", lambda: scored(BF16, "absmax", softplus=False, bias=False)),
     "ssd_influence": ("ssd_influence", lambda: mamba2(BF16, "l2")),
+    "ssd_influence-few": ("ssd_influence", lambda: mamba2(F32, "max", states=3)),
     "scan-16": ("selective_scan", lambda: scan(BF16, 16, kept=512)),
     "scan-64": ("selective_scan", lambda: scan(F32, 64)),
     "scan-256": ("selective_scan", lambda: scan(F32, 256, batch=128)),

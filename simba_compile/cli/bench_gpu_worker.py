@@ -25,6 +25,7 @@ from simba_compile.cli.bench_gpu import GRAPH, HF, INDUCTOR, INNER, MAMBA_SSM, R
 from simba_compile.cli.device import RANGE, Device
 
 AGREE_TOKENS, AGREE = 300, 1e-3  # how far float32 may be off, as a share of the largest logit
+RUNS_ALIKE = 8  # of an operator, to the last bit
 TRACE = 4000  # characters of a failure's trace that are kept: its end says where it was
 
 
@@ -54,7 +55,7 @@ class Worker:
 
     def correct(self, operator: str, dtype: str, **shape: int) -> dict[str, Any]:
         """One operator against float64, and against itself in a second run."""
-        return _judged(bench_kernels.error(operator, self.device, dtype, shape, runs=2), bench_kernels.most(dtype))
+        return _judged(bench_kernels.error(operator, self.device, dtype, shape, RUNS_ALIKE), bench_kernels.most(dtype))
 
     def far(self, operator: str, **shape: int) -> dict[str, Any]:
         """One operator where offsets take more than 32 bits."""

@@ -294,9 +294,9 @@ def copy_bandwidth(device: Device, megabytes: int) -> float:
 def error(name: str, device: Device, dtype: str, shape: dict[str, int], runs: int = 1) -> float:
     """How far a case is off its definition in float64; what is updated in place counts as a result.
 
-    `dtype` is what takes bfloat16's place. Infinite where two runs differ: so a race between programs shows.
+    `dtype` is what takes bfloat16's place. Infinite where runs differ: so a race between programs shows.
     """
-    made = []
+    made: list[list[Tensor]] = []
     for _ in range(runs):  # each on arguments of its own, laid out as they are made
         torch.manual_seed(0)
         with device.on():
@@ -304,9 +304,9 @@ def error(name: str, device: Device, dtype: str, shape: dict[str, int], runs: in
         args = [_instead(value, TYPES[dtype]) for value in case.args]
         exact_args = [_exact(value) for value in args]
         result = dataclasses.replace(case, args=tuple(args)).run()
-        made.append([*_all(result), *_all(args)])
-    if not all(map(torch.equal, made[0], made[-1])):
-        return math.inf
+        made = [*made[:1], [*_all(result), *_all(args)]]
+        if not all(map(torch.equal, made[0], made[-1])):
+            return math.inf
     exact = getattr(reference, case.operator)(*exact_args)
     return off(list(zip(made[0], [*_all(exact), *_all(exact_args)], strict=True)), case.operator)
 

@@ -103,10 +103,10 @@ def ssd_influence(
     later = influence.suffix_sums(dt, dt_bias if bias_in_decay else None, softplus, influence.CHUNK, (dt_min, dt_max))
     chunks, last = later.shape[1], C[:, -1]
     products = x.new_empty((batch, tokens, groups), dtype=torch.float32)
-    spans = runtime.blocks_of(tokens, BLOCK_T)
+    spans, width = runtime.blocks_of(tokens, BLOCK_T), runtime.power_of_two(states)
     runtime.launch(
         _products, (batch * spans * groups,), B, *B.stride(), last, *last.stride(), products, tokens, groups, states, spans,
-        BLOCK_T=BLOCK_T, BLOCK_N=runtime.power_of_two(states), num_warps=4,
+        BLOCK_T=BLOCK_T, BLOCK_N=width, num_warps=max(1, min(4, BLOCK_T * width // 32)),
     )  # fmt: skip
     partial = x.new_empty((batch, heads, tokens), dtype=torch.float64)
     runtime.launch(

@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need in .venv: Python 3.10 or newer with pip and venv, and a
+# `make demo` and `make test` set up all they need in .venv: Python 3.11 or newer with pip and venv, and a
 # C compiler, are enough.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -34,5 +34,5 @@ mount_at "--bind $root/opt/cpuinfo" proc/cpuinfo
 mount_at "--bind $root/opt/sys" sys
 mount_at "--bind /dev" dev
 export QEMU_CPU=neoverse-n1 PYTHONPATH=/opt/packages:/opt/simba LC_ALL=C
-chroot "$root" sh -c 'cd /opt/simba && python3 setup.py --quiet build_ext --inplace'
+chroot "$root" sh -c 'cd /opt/simba && python3 setup.py --quiet egg_info build_ext --inplace'
 chroot "$root" sh -c 'cd /opt/simba && python3 -m pytest -p no:xdist -o addopts= -q "$@"' sh "$@"

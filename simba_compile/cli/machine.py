@@ -19,7 +19,7 @@ def command(*program: str) -> str:
 
 def now() -> str:
     """The time of a measurement."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def cpu_name() -> str:

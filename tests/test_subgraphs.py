@@ -143,3 +143,30 @@ def test_a_subgraph_after_a_pruned_mixer_sees_every_token(writes: bool, selected
         assert bool(selected) is not writes
         same = model.backbone if writes else simba(model.backbone, **KEEP_FEW)
         close(found, 2 * same(ids, use_cache=False).last_hidden_state, 1e-5)
+
+
+class Checkpointed(nn.Module):
+    """A norm that is computed again for the backward pass."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.weight = norm, norm.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return checkpoint(self.norm, hidden, use_reentrant=False)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_an_input_named_as_a_method(family: str, graphs: list[Transformed], selected: list[Tensor]) -> None:
+    """Dynamo calls it as the node that it comes from: `to`, `add`."""
+    model, ids = tiny_model(family), random_ids(2, 50)
+    for layer in model.backbone.layers:
+        layer.norm = Checkpointed(layer.norm)
+    expected = model(ids).logits
+    close(simba(model, keep=1.0)(ids).logits, expected, 1e-5)
+    inside = with_subgraphs(graphs[0].dense)[1:]
+    names = {node.target for graph in inside for node in graph.graph.find_nodes(op="placeholder")}
+    assert inside and not any(hasattr(Tensor, name) for name in names)
+    assert all(OPS.rms_norm in [node.target for node in graph.graph.nodes] for graph in inside)
+    simba(model, **KEEP_FEW)(ids)
+    assert selected

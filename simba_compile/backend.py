@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from simba_compile import capture, kernels
-from simba_compile.eager import as_it_is
+from simba_compile.eager import as_it_is, without_tangents
 from simba_compile.graph_breaks import why_partial
 from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
@@ -119,9 +119,9 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
 
     backend = Inductor(mode, None, True) if inner == "inductor" else inner
     compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=True)
-    if inner == "aot_eager":
-        return on_gpu_of_inputs(compiled)
-    return lambda *args: compiled(*args)  # not `compiled`: Dynamo unwraps what it is given, to disable itself around it
+    # A function around it in any case: Dynamo unwraps what it is given, to disable itself around it.
+    around = on_gpu_of_inputs(compiled) if inner == "aot_eager" else lambda *args: compiled(*args)
+    return without_tangents(around, graph)
 
 
 class Inductor(torch._TorchCompileInductorWrapper):

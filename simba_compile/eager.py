@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simba_compile.kernels.ops.dispatch import FUNCTIONS
+from simba_compile.passes.subgraphs import with_subgraphs
 from simba_compile.passes.tokens import is_simba
 
 ROOM = 3200  # words of a frame that fits no chunk of CPython's, and gets one of 64 KiB with 38 KiB left
@@ -18,7 +19,23 @@ TANGENTS = "simba's operators have no forward-mode derivatives: call the uncompi
 
 def as_it_is(gm: GraphModule) -> Callable:
     """What runs a graph."""
-    return with_room(past_autograd(gm) if records_nothing(gm) else gm)
+    return with_room(past_autograd(gm) if records_nothing(gm) else without_tangents(gm, gm))
+
+
+def without_tangents(function: Callable, gm: GraphModule) -> Callable:
+    """The function, which runs the graph; it raises an error where forward-mode derivatives would get lost.
+
+    An operator of torch.library's drops the tangents of its inputs.
+    """
+    if not any(is_simba(node) for each in with_subgraphs(gm) for node in each.graph.nodes):
+        return function
+
+    def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(TANGENTS)
+        return function(*args)
+
+    return run
 
 
 def records_nothing(gm: GraphModule) -> bool:
@@ -36,18 +53,14 @@ def past_autograd(gm: GraphModule) -> Callable:
     """The graph; where no gradients are recorded, its operators are called without detours.
 
     An operator that is written in Python goes through two functions of autograd's before its own, to find that there is
-    nothing to record, and through torch's dispatcher, to find that there is one way to run it (docs/decisions.md). Neither
-    way knows the tangents of forward-mode differentiation.
+    nothing to record, and through torch's dispatcher, to find that there is one way to run it (docs/decisions.md).
     """
     ours = any(is_simba(node) for node in gm.graph.nodes)
-    straight = past_dispatcher(gm) if ours else gm
+    straight, recording = past_dispatcher(gm) if ours else gm, without_tangents(gm, gm)
 
     def run(*args: Any) -> Any:
-        forward_mode = forward_ad._current_level >= 0
-        if forward_mode and ours:
-            raise NotImplementedError(TANGENTS)
-        if forward_mode or torch.is_grad_enabled():
-            return gm(*args)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return recording(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return gm(*args) if is_watched() else straight(*args)
 

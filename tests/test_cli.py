@@ -99,6 +99,33 @@ def test_demo_explains_what_is_missing(model: Path, text: Path, tmp_path: Path, 
     assert "simba_compile[plot]" in told
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo", "--plot"),
+        ("bench", "--out"),
+        ("families", "--out"),
+        ("eval", "--model", "x", "--plot"),
+        ("analyze", "redundancy", "--model", "x", "--text", __file__, "--data"),
+        ("analyze", "flow", "--model", "x", "--text", __file__, "--plot"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_written_is_told_before_the_work(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "place.png"
+    assert f"'{command[-1]}': {place}" in (told := refused(*command, place)) and "cannot be written" in told
+
+
+def test_where_results_go_is_left_as_it_was(model: Path, tmp_path: Path) -> None:
+    """Until there are some; a folder is made for them."""
+    made, kept = tmp_path / "new" / "data.json", tmp_path / "kept.png"
+    kept.write_text("kept")
+    command = ("analyze", "redundancy", "--model", model, "--text", tmp_path / "missing", "--data", made, "--plot", kept)
+    assert "--text" in refused(*command)
+    assert made.parent.is_dir() and not made.exists() and kept.read_text() == "kept"
+
+
 def test_demo_wants_bytes(text: Path, tmp_path: Path) -> None:
     MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path)
     assert "vocabulary of 300" in refused("demo", "--model", tmp_path, "--file", text)

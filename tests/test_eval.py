@@ -331,6 +331,7 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     assert "--every has several" in told(*on_text, "--smaller", folder / "bytes", "--every", "1,2")
     assert "--min-tokens has several" in told(*on_text, "--budget", 0.8, "--min-tokens", "4,8")
     assert "--length has several" in told("--model", folder / "bytes", "--budget", 0.8, "--length", "50,60")
+    assert "nan is no share" in told(*on_text, "--budget", "nan")
     assert "without --task recall, --smaller" in told(
         *("--model", folder / "recall", "--task", "recall", "--budget", 0.8, "--smaller", folder / "small")
     )

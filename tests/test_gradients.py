@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,19 @@ def test_second_derivatives_are_refused() -> None:
     (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_gradients_in_a_batch(family: str) -> None:
+    """As `jacobian` asks for them: all of torch's operations in our gradients can be batched."""
+    model, embeddings = families.tiny_model(family), torch.randn(1, 20, families.HIDDEN)
+    expected, actual = (
+        torch.autograd.functional.jacobian(
+            lambda x, run=run: run(inputs_embeds=x, use_cache=False).logits[0, -1, :3], embeddings, vectorize=True
+        )
+        for run in (model, simba(model, keep=1.0))
+    )
+    close(actual, expected, 1e-5)
 
 
 def test_a_training_step_in_place() -> None:

@@ -57,13 +57,20 @@ def test_a_graph_that_records_nothing(outer: Callable[[], Any], selected: list[T
     assert not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
+def in_a_graph_of_its_own(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: checkpoint(run, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_tangents_are_refused_where_they_would_be_lost(mode: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("within", [lambda run: run, torch.no_grad(), torch.enable_grad(), in_a_graph_of_its_own])
+def test_tangents_are_refused_where_they_would_be_lost(mode: Callable[[], Any], within: Callable, inner: str) -> None:
     linear, h = nn.Linear(8, 8), torch.randn(2, 5, 8)
+    refused = torch.compile(within(lambda x: linear(x) * 2), backend="simba", options={"inner": inner})
     with mode(), forward_ad.dual_level():
         dual = forward_ad.make_dual(h, torch.ones_like(h))
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
-            torch.compile(lambda x: linear(x) * 2, backend="simba")(dual)
+            refused(dual)
         tangent = forward_ad.unpack_dual(torch.compile(lambda x: x.sin() * 2, backend="simba")(dual)).tangent
     torch.testing.assert_close(tangent, h.cos() * 2)
 

@@ -5,6 +5,7 @@ without loading torch.
 """
 
 import enum
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,27 @@ def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(simba_compile.__version__)
         raise typer.Exit
+
+
+def _file(path: Path | None) -> Path | None:
+    """Say at once that a file cannot be written, before the work whose results go there; makes its folder."""
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            path.open("a").close()
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise typer.BadParameter(f"{path} cannot be written: {error.strerror}.") from None
+    return path
+
+
+def _folder(path: Path | None) -> Path | None:
+    """Say at once that nothing can be written into a folder; makes it."""
+    if path is not None:
+        _file(path / ".simba")
+    return path
 
 
 @app.callback()
@@ -50,7 +72,9 @@ def demo(
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="How many bytes of the file the model reads.")] = 4096,
     large: Annotated[bool, typer.Option(help="Also time a model of mamba-130m's size with random weights.")] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw tokens by layer, and speed against quality, here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=_file, help="Draw tokens by layer, and speed against quality, here.")
+    ] = None,
 ) -> None:
     """Read a file with and without pruning: tokens left, time, bits per byte and a continuation."""
     from simba_compile.cli.demo import run
@@ -74,6 +98,7 @@ def bench(
         Path | None,
         typer.Option(
             file_okay=False,
+            callback=_folder,
             help="Folder for the figures, as JSON and Markdown.",
             show_default="benchmarks/results; with --quick, build/benchmarks",
         ),
@@ -124,7 +149,11 @@ def bench(
 def families(
     out: Annotated[
         Path,
-        typer.Option(file_okay=False, help="Folder for families.json and families.md; what other models have there stays."),
+        typer.Option(
+            file_okay=False,
+            callback=_folder,
+            help="Folder for families.json and families.md; what other models have there stays.",
+        ),
     ] = Path("benchmarks/results"),
     only: Annotated[str, typer.Option(help="Names of models, with commas.", show_default="all")] = "",
     tokens: Annotated[int, typer.Option(min=64, help="Length of the prompt.")] = 2048,
@@ -238,7 +267,7 @@ def evaluate(
             help="Results, one JSON object a line; what is there of a model and a text of these names is not run again."
         ),
     ] = Path("eval.jsonl"),
-    plot: Annotated[Path | None, typer.Option(help="Draw quality by keep here; needs matplotlib.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_file, help="Draw quality by keep here; needs matplotlib.")] = None,
 ) -> None:
     """Score a model at a grid of options: quality against FLOPs, with 95% intervals.
 
@@ -247,6 +276,8 @@ def evaluate(
     """
     from simba_compile.cli.eval import Request, run
 
+    if budget is not None and not math.isfinite(budget):
+        raise typer.BadParameter(f"{budget} is no share.", param_hint="--budget")
     if any(map(str.isdigit, schedule)):
         raise typer.BadParameter("only names are compared; simba explain takes a list of shares.", param_hint="--schedule")
     numbers = {"keep": keep}
@@ -285,8 +316,10 @@ ModelName = Annotated[str, typer.Option(help="A folder, or a name on the Hugging
 Texts = Annotated[list[Path], typer.Option("--text", help="A file to read; several are joined.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 Windows = Annotated[int, typer.Option(min=2, help="Windows of the text.")]
-Figures = Annotated[Path, typer.Option(dir_okay=False, help="The figures, as JSON.")]
-Picture = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw it here; needs matplotlib.")]
+Figures = Annotated[Path, typer.Option(dir_okay=False, callback=_file, help="The figures, as JSON.")]
+Picture = Annotated[
+    Path | None, typer.Option(dir_okay=False, callback=_file, help="Draw it here; needs matplotlib.")
+]
 
 
 @analyze.command()

@@ -46,8 +46,8 @@ _KNOWN = (POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | _NEXT.keys(
 def name_calls(graph: Graph) -> None:
     """Run over a graph, in place."""
     for node in graph.nodes:
-        if node.op == "placeholder" and hasattr(torch.Tensor, node.target):  # in a graph inside: Dynamo calls it as what made it
-            node.target = f"{node.target}_input"  # or it would be taken for the method
+        if node.op == "placeholder" and hasattr(torch.Tensor, node.target):
+            node.target = f"{node.target}_input"  # in a graph inside, Dynamo names inputs after what makes them
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and node.args and getattr(torch.Tensor, name, None) is node.target:
             node.op, node.target = "call_method", name

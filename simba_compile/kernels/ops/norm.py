@@ -1,5 +1,6 @@
 """The RMS norms: plain, with the gate of Mamba-2, and of a residual stream that a layer's output is added to."""
 
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ def _norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
+def _over_rows(value: Tensor) -> Tensor:
+    """The sum over all axes but the last. By `reshape`: torch cannot batch `flatten` (``is_grads_batched=True``)."""
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1]).sum(0)
+
+
+def _in_groups(value: Tensor, groups: int) -> Tensor:
+    return value.reshape(*value.shape[:-1], groups, value.shape[-1] // groups)
+
+
 def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     return *_through_norm(grad, x, weight, ctx.eps), None
@@ -51,7 +61,7 @@ def _through_norm(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) ->
     u, g = x.to(kind), grad.to(kind)
     inverse = torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
     normed = u * inverse
-    dweight = None if weight is None else (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    dweight = None if weight is None else _over_rows(g * normed).to(weight.dtype)
     g = g if weight is None else g * weight.to(kind)
     dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), dweight
@@ -104,12 +114,12 @@ def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
     kind = compute_dtype(x.dtype)
     u, z, g = x.to(kind), gate.to(kind), grad.to(kind)
     sigmoid = torch.sigmoid(z)
-    grouped = (u * z * sigmoid).unflatten(-1, (ctx.groups, -1))
+    grouped = _in_groups(u * z * sigmoid, ctx.groups)
     inverse = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + ctx.eps)
     normed = grouped * inverse
-    dweight = None if weight is None else (g * normed.flatten(-2)).flatten(0, -2).sum(0).to(weight.dtype)
-    g = (g if weight is None else g * weight.to(kind)).unflatten(-1, (ctx.groups, -1))
-    dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).flatten(-2)
+    dweight = None if weight is None else _over_rows(g * normed.reshape(x.shape)).to(weight.dtype)
+    g = _in_groups(g if weight is None else g * weight.to(kind), ctx.groups)
+    dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).reshape(x.shape)
     dgate = dy * u * (sigmoid + z * sigmoid * (1 - sigmoid))
     return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None, None
 

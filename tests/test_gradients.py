@@ -44,11 +44,14 @@ def test_gradients_are_the_references(family: str, options: dict[str, Any], sele
         close(ours.grad, theirs.grad, 1e-5)
 
 
-def test_second_derivatives_are_refused() -> None:
-    """Those of the kernels would be missing from the sum."""
+@pytest.mark.parametrize("options", [{"keep": 1.0}, KEEP_FEW], ids=["dense", "pruned"])
+def test_second_derivatives_are_refused(options: dict[str, Any]) -> None:
+    """Those of the kernels would be missing from the sum. First ones may ask for a graph."""
     embeddings = torch.randn(2, 20, 32, requires_grad=True)
-    loss = simba(tiny_model(layers=1), keep=1.0)(inputs_embeds=embeddings).logits.square().sum()
+    loss = simba(tiny_model(layers=2), **options)(inputs_embeds=embeddings).logits.square().sum()
+    (plain,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
     (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    assert torch.equal(gradient, plain)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.square().sum().backward()
 

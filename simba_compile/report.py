@@ -33,7 +33,7 @@ class MixerReport:
         Tokens of a sequence that enter the mixer, and that are left after it.
     flops_dense, flops_pruned : int
         Its arithmetic for one sequence on all tokens, and with the options that were given (that of the influence included).
-        With another criterion some of it may be less: what only the influence needs of all tokens is counted for all.
+        With another criterion it may be too high: what only the influence needs on all tokens is counted on all tokens.
     reason : str or None
         Why it does not prune, where something keeps it from that.
     """

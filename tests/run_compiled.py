@@ -45,7 +45,7 @@ def cases(names: list[str], shape: dict[str, int], dtype: torch.dtype) -> Iterat
 
 
 def odd_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Every operator but `mixer_update` at odd shapes."""
+    """Every operator but the whole steps of mixers at odd shapes."""
 
     def odd(*size: int) -> Tensor:
         """A view that begins one number into its storage."""

@@ -188,11 +188,15 @@ def explain(
     ] = False,
     keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.", rich_help_panel=ONE)] = 0.1,
     schedule: Annotated[
-        str, typer.Option(help="linear, uniform, or shares with commas, one for each mixer.", rich_help_panel=ONE)
+        str,
+        typer.Option(
+            help="linear, uniform, or shares with commas, one for each mixer (--keep then does not count).",
+            rich_help_panel=ONE,
+        ),
     ] = "linear",
     every: Annotated[int, typer.Option(help="Prune at every k-th mixer only.", rich_help_panel=ONE)] = 1,
     placement: Annotated[
-        str, typer.Option(help="Drop tokens before a layer's scan, or (layer) from its output.", rich_help_panel=ONE)
+        str, typer.Option(help="Drop tokens before a layer's scan (scan), or from its output (layer).", rich_help_panel=ONE)
     ] = "scan",
     protect_first: Annotated[int, typer.Option(help="First tokens that always stay.", rich_help_panel=ONE)] = 0,
     protect_last: Annotated[int, typer.Option(help="Last tokens that always stay.", rich_help_panel=ONE)] = 1,
@@ -238,7 +242,7 @@ def evaluate(
     keep: Annotated[str, _several("Share of the tokens left at the last mixer.")] = "0.5,0.3,0.1",
     criterion: Annotated[str, _several("What ranks tokens: influence, recent, uniform or random.")] = "influence",
     pool: Annotated[str, _several("A token's score over channels: max, absmax or l2.")] = "max",
-    dt_bias: Annotated[str, _several("Of Δ, in the score's decay: include or exclude.")] = "include",
+    dt_bias: Annotated[str, _several("Bias of the step size Δ: does the score include or exclude it.")] = "include",
     placement: Annotated[str, _several("Drop tokens before a layer's scan (scan), or from its output (layer).")] = "scan",
     schedule: Annotated[str, _several("linear or uniform; no lists of shares.")] = "linear",
     every: Annotated[str, _several("Prune at every k-th mixer only.")] = "1",
@@ -246,7 +250,7 @@ def evaluate(
     protect_last: Annotated[str, _several("Last tokens that always stay; those that are scored do in any case.")] = "1",
     min_tokens: Annotated[str, _several("No layer has fewer tokens left.")] = "32",
     seed: Annotated[str, _several("For the criterion random.")] = "0",
-    windows: Annotated[int, typer.Option(min=2, help="Task text: windows of the text.")] = 48,
+    windows: Annotated[int, typer.Option(min=2, help="Task text: how many windows of it are scored.")] = 48,
     last: Annotated[int, typer.Option(min=1, help="Task text: tokens scored, and protected, at each window's end.")] = 32,
     sequences: Annotated[int, typer.Option(min=2, help="Task recall: how many sequences.")] = 256,
     pairs: Annotated[str, typer.Option(help="Task recall: pairs in a sequence; several with commas.")] = "2",
@@ -254,7 +258,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Task recall: plant pairs only among this many last tokens.")
     ] = None,
     smaller: Annotated[
-        str | None, typer.Option(help="A smaller model: dense, against MODEL at as many FLOPs and one value of each option.")
+        str | None,
+        typer.Option(help="A smaller model, run dense, against MODEL pruned to as many FLOPs; options take one value."),
     ] = None,
     budget: Annotated[
         float | None,
@@ -264,7 +269,7 @@ def evaluate(
     out: Annotated[
         Path,
         typer.Option(
-            help="Results, one JSON object a line; what is there of a model and a text of these names is not run again."
+            help="Results, one JSON object a line; those already there for the same names of model and text are taken over."
         ),
     ] = Path("eval.jsonl"),
     plot: Annotated[Path | None, typer.Option(callback=_file, help="Draw quality by keep here; needs matplotlib.")] = None,
@@ -345,8 +350,8 @@ def flow(
     windows: Windows = 8,
     keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.")] = 0.1,
     pool: Annotated[str, typer.Option(help="A score over channels: max, absmax or l2.")] = "max",
-    dt_bias: Annotated[str, typer.Option(help="Of Δ, in the score's decay: include or exclude.")] = "include",
-    layers: Annotated[str | None, typer.Option(help="Mixers, from 1, separated by commas.", show_default="all")] = None,
+    dt_bias: Annotated[str, typer.Option(help="Bias of the step size Δ: does the score include or exclude it.")] = "include",
+    layers: Annotated[str | None, typer.Option(help="Mixers, from 1 on, separated by commas.", show_default="all")] = None,
     bins: Annotated[int, typer.Option(min=2, help="Points of a curve.")] = 32,
     data: Figures = Path("flow.json"),
     plot: Picture = None,

@@ -6,8 +6,9 @@ functional  make_functional: writes in-place operations as ordinary ones
 arguments   place_arguments: puts arguments that are given by name in their places
 functional  allow_any_layout: writes what depends on where numbers lie in memory so that it does not
 rows        writes what is computed with the tokens last as operations on rows, one for each token
-match       finds the mixers                                       → a record for each
+match       finds the mixers (find_mixers: also those inside)      → a record for each
 plan        decides how many tokens each of them keeps             → counts from a length
+subgraphs   checkpoint_as_eager; then the graphs inside are lowered
 prune       scores, selects, and lets what follows run on what is left (with `attention`; with `restore` where full length is
             needed)
 lower       fuses what belongs together

@@ -44,8 +44,8 @@ def library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("simba_compile.kernels._native")
     if spec is None or spec.origin is None:
         log.warning(
-            "The native CPU kernels were not built (no C compiler at install time?): %s. Install a C compiler and reinstall "
-            "simba_compile.",
+            "The native CPU kernels were not built (no C compiler at install time? or a checkout that pip has not "
+            "installed with -e?): %s. Install a C compiler and reinstall simba_compile.",
             SLOWER,
         )
         return None

@@ -227,13 +227,13 @@ def _chunk_scores(
 def suffix_sums(
     dt: Tensor, dt_bias: Tensor | None, softplus: bool, chunk: int, limits: tuple[float, float] | None = None
 ) -> Tensor:
-    """The steps of all tokens after the first one of each chunk, and of later chunks: (batch, chunk, channel), float64.
+    """The steps of all tokens after the first one of each chunk, and of later chunks: (batch · chunk, channel), float64.
 
     A chunk has `chunk` tokens, a multiple of 8; `limits` are what the steps are clamped to.
     """
     batch, tokens, channels = dt.shape
     chunks = runtime.blocks_of(tokens, chunk)
-    sums = dt.new_empty((batch, chunks, channels), dtype=torch.float64)
+    sums = dt.new_empty((batch * chunks, channels), dtype=torch.float64)
     block = 128
     blocks = runtime.blocks_of(channels, block)
     low, high = limits or (0.0, 0.0)
@@ -282,7 +282,7 @@ def influence(
     chunk = chunk_of(batch * blocks, tokens, x.device)
     later = suffix_sums(dt, dt_bias if bias_in_decay else None, softplus, chunk)
     partial = x.new_empty((batch, blocks, tokens), dtype=torch.float64)
-    chunks, last = later.shape[1], C[:, -1]
+    chunks, last = runtime.blocks_of(tokens, chunk), C[:, -1]
     runtime.launch(
         _chunk_scores, (batch * chunks * blocks,),
         x, *x.stride(), dt, *dt.stride(), A.t().contiguous(), B, *B.stride(), last, *last.stride(),

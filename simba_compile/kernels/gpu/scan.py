@@ -329,27 +329,28 @@ def chunk_states(
     chunk: int,
     chunks: int,
 ) -> Tensor:
-    """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch, chunk, state, channel).
+    """Passes 1 and 2: the state after each of the first `chunks` chunks, (batch · chunk, state, channel).
 
     A is laid out as they are: (state, channel).
     """
     batch, (states, channels) = x.shape[0], A.shape
     tile = tile_of(states)
-    sums = x.new_empty((batch, chunks, channels), dtype=torch.float32)
-    ends = x.new_empty((batch, chunks, states, channels), dtype=torch.float32)
+    sums = x.new_empty((batch * chunks, channels), dtype=torch.float32)
+    ends = x.new_empty((batch * chunks, states, channels), dtype=torch.float32)
     runtime.launch(
         chunk_kernel, (batch * chunks * runtime.blocks_of(channels, tile["CHANNELS"]),),
         x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), dt_bias, index, *strides(index, 2), sums, ends,
         channels, chunk, chunks, SOFTPLUS=softplus, **tile, num_warps=1,
     )  # fmt: skip
-    carry(A, sums, ends, reverse=False)
+    carry(A, sums, ends, chunks, reverse=False)
     return ends
 
 
-def carry(A: Tensor, sums: Tensor, ends: Tensor, reverse: bool) -> None:
+def carry(A: Tensor, sums: Tensor, ends: Tensor, chunks: int, reverse: bool) -> None:
     """Pass 2, in place on `ends`."""
-    batch, chunks, states, channels = ends.shape
+    rows, states, channels = ends.shape
     runtime.launch(
-        carry_kernel, (batch * runtime.blocks_of(channels * states, CARRY_BLOCK),), A, sums, ends, chunks, channels, states,
+        carry_kernel, (rows // chunks * runtime.blocks_of(channels * states, CARRY_BLOCK),),
+        A, sums, ends, chunks, channels, states,
         REVERSE=reverse, CHUNKS=CARRY_CHUNKS, BLOCK=CARRY_BLOCK, num_warps=1,
     )  # fmt: skip

@@ -238,7 +238,7 @@ def selective_scan_backward(
         starts = ends = None
         if chunks > 1:
             starts = chunk_states(x, dt, A, B, dt_bias, softplus, None, CHUNK, chunks - 1)
-            sums = x.new_empty((batch, chunks - 1, channels), dtype=wide)
+            sums = x.new_empty((batch * (chunks - 1), channels), dtype=wide)
             ends = torch.empty_like(starts)
             runtime.launch(
                 adjoint_kernel, (batch * (chunks - 1) * runtime.blocks_of(channels, tile["CHANNELS"]),),
@@ -246,7 +246,7 @@ def selective_scan_backward(
                 grad, *grad.stride(), grad_state, sums, ends, tokens, channels, CHUNK, chunks,
                 SOFTPLUS=softplus, **tile, num_warps=1,
             )  # fmt: skip
-            carry(A, sums, ends, reverse=True)
+            carry(A, sums, ends, chunks - 1, reverse=True)
         runtime.launch(
             gradient_kernel, (batch * chunks * blocks,),
             x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, z, *strides(z, 3), dt_bias,

@@ -165,7 +165,7 @@ def ssd_scan(
     A, D, dt_bias = A.contiguous(), runtime.flat(D), runtime.flat(dt_bias)
     held, last = chunk_states(x, dt, A, B, dt_bias, softplus, (dt_min, dt_max), initial, index, C.dtype)
     tile = tile_of(x, states)
-    chunks = held.shape[1]
+    chunks = runtime.blocks_of(tokens, tile["CHUNK"])
     runtime.launch(
         _outputs, (batch * chunks * heads * runtime.blocks_of(size, tile["BLOCK_P"]),),
         x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(), C, *C.stride(), D, dt_bias, index, *strides(index, 2), held,
@@ -197,7 +197,7 @@ def chunk_states(
     dtype: torch.dtype,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The states before each chunk, (batch, chunk, head, p, n) in `dtype`, and the last one in float32.
+    """The states before each chunk, (batch · chunk, head, p, n) in `dtype`, and the last one in float32.
 
     reverse: their gradients after each chunk, of x = ∂y and B = C, and that of the first; `initial` is that of the last.
     """
@@ -206,7 +206,7 @@ def chunk_states(
     groups, states = B.shape[2:]
     tile = tile_of(x, states)
     chunks = runtime.blocks_of(tokens, tile["CHUNK"])
-    held = x.new_empty((batch, chunks, heads, size, states), dtype=dtype)
+    held = x.new_empty((batch * chunks, heads, size, states), dtype=dtype)
     last = x.new_empty((batch, heads, size, states), dtype=torch.float32)
     blocks = runtime.blocks_of(size, tile["BLOCK_P"]) * runtime.blocks_of(states, tile["BLOCK_N"])
     warps = 8 if dtype == x.dtype else 4  # a chain of chunks is the shorter, the more warps; for gradients of halves 8 spill

@@ -241,7 +241,7 @@ def ssd_scan_backward(
     dx = x.new_empty(x.shape)
     ddt, dD, from_start, to_end = (x.new_empty(dt.shape, dtype=wide) for _ in range(4))
     dB, dC = (x.new_empty((batch, tokens, heads, states), dtype=wide) for _ in range(2))
-    dA, through = (x.new_empty((batch, chunks, heads), dtype=wide) for _ in range(2))
+    dA, through = (x.new_empty((batch * chunks, heads), dtype=wide) for _ in range(2))
     if x.numel() == 0:
         start = x.new_zeros((batch, heads, size, states), dtype=wide) + (0 if grad_state is None else grad_state)
     else:
@@ -267,7 +267,7 @@ def ssd_scan_backward(
     of_group = (batch, tokens, groups, heads // groups, states)
     none = x.new_empty(0, dtype=wide)
     return (
-        dx, ddt.to(dt.dtype), dA.sum((0, 1)), dB.view(of_group).sum(3).to(B.dtype), dC.view(of_group).sum(3).to(C.dtype),
+        dx, ddt.to(dt.dtype), dA.sum(0), dB.view(of_group).sum(3).to(B.dtype), dC.view(of_group).sum(3).to(C.dtype),
         none if D is None else dD.sum((0, 1)), none.clone() if dt_bias is None else ddt.sum((0, 1)),
         none.clone() if initial is None else start,
     )  # fmt: skip

@@ -101,7 +101,7 @@ def ssd_influence(
     if x.numel() == 0:
         return x.new_full((batch, tokens), -torch.inf, dtype=torch.float64)
     later = influence.suffix_sums(dt, dt_bias if bias_in_decay else None, softplus, influence.CHUNK, (dt_min, dt_max))
-    chunks, last = later.shape[1], C[:, -1]
+    chunks, last = runtime.blocks_of(tokens, influence.CHUNK), C[:, -1]
     products = x.new_empty((batch, tokens, groups), dtype=torch.float32)
     spans, width = runtime.blocks_of(tokens, BLOCK_T), runtime.power_of_two(states)
     runtime.launch(

@@ -19,7 +19,7 @@ TANGENTS = "simba's operators have no forward-mode derivatives: call the uncompi
 
 def as_it_is(gm: GraphModule) -> Callable:
     """What runs a graph."""
-    return with_room(past_autograd(gm) if records_nothing(gm) else without_tangents(gm, gm))
+    return with_room(without_tangents(past_autograd(gm) if records_nothing(gm) else gm, gm))
 
 
 def without_tangents(function: Callable, gm: GraphModule) -> Callable:
@@ -55,12 +55,11 @@ def past_autograd(gm: GraphModule) -> Callable:
     An operator that is written in Python goes through two functions of autograd's before its own, to find that there is
     nothing to record, and through torch's dispatcher, to find that there is one way to run it (docs/decisions.md).
     """
-    ours = any(is_simba(node) for node in gm.graph.nodes)
-    straight, recording = past_dispatcher(gm) if ours else gm, without_tangents(gm, gm)
+    straight = past_dispatcher(gm) if any(is_simba(node) for node in gm.graph.nodes) else gm
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return recording(*args)
+            return gm(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return gm(*args) if is_watched() else straight(*args)
 

@@ -93,8 +93,8 @@ ctypes.CDLL(native)
 @pytest.mark.skipif(sys.platform != "linux", reason="only there the kernels are built for OpenMP")
 def test_openmps_runtime_may_be_loaded_for_torch_alone() -> None:
     """As torch's wheels for arm64 load it; those for x86-64 load it for everyone, so here is a process without torch."""
-    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    openmp = next(path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp5")))
+    openmp = library.loaded_openmp()
+    assert openmp is not None
     native = importlib.util.find_spec("simba_compile.kernels._native")
     assert native is not None and native.origin is not None
     command = [sys.executable, "-c", LOADED_FOR_TORCH_ALONE, openmp, native.origin, library.__file__]

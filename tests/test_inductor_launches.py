@@ -223,7 +223,10 @@ def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.Mo
     assert {"_head_scores", "_select", "_states", "_outputs", "_rms_norm", "_ssd_step"} <= {*started}
 
 
-def test_a_whole_model(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch", "lengths"), [(2, (21, 30)), (1, (150, 300))], ids=["two-sequences", "one-in-chunks"])
+def test_a_whole_model(
+    batch: int, lengths: tuple[int, ...], started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the backend: prompts of two lengths, pruned, on a cache, and a step; all of it in Inductor's code."""
     model = tiny_model(layers=2, hidden_size=8, state_size=4)
     expected, seen = [], []
@@ -234,9 +237,9 @@ def test_a_whole_model(started: list[str], monkeypatch: pytest.MonkeyPatch) -> N
             have_products_of_torch(monkeypatch)
         compiled = simba(model, keep=0.3, min_tokens=4, inner=inner)
         with torch.no_grad():
-            for length in (150, 300):
-                out = compiled(random_ids(1, length), use_cache=True)
-                step = compiled(random_ids(1, 1), **going_on(out), use_cache=True)
+            for length in lengths:
+                out = compiled(random_ids(batch, length), use_cache=True)
+                step = compiled(random_ids(batch, 1), **going_on(out), use_cache=True)
                 made += [out.logits, step.logits]
     for ours, theirs in zip(seen, expected, strict=True):
         close(ours, theirs, 1e-5)

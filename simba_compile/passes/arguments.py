@@ -44,7 +44,7 @@ _KNOWN = (POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | _NEXT.keys(
 
 
 def name_calls(graph: Graph) -> None:
-    """Run over a graph, in place."""
+    """Run over a graph, in place. An input that is named as a method gets another name: it is no call of that method."""
     for node in graph.nodes:
         if node.op == "placeholder" and hasattr(torch.Tensor, node.target):
             node.target = f"{node.target}_input"  # in a graph inside, Dynamo names inputs after what makes them

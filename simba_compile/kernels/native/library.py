@@ -24,17 +24,23 @@ def digest(folder: Path) -> int:
     return int(hashlib.sha256(repr(contents).encode()).hexdigest()[:16], 16) if files else 0
 
 
+def loaded_openmp() -> str | None:
+    """Where the OpenMP runtime lies that torch has loaded, as Linux shows it."""
+    maps = Path("/proc/self/maps")
+    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
+    runtimes = {line[-1] for line in lines if Path(line[-1]).name.startswith(("libgomp", "libomp", "libiomp5"))}
+    torchs = [path for path in runtimes if Path(path).parent.match("torch/lib") or Path(path).parent.name == "torch.libs"]
+    return min(torchs or runtimes, default=None)  # other packages bring runtimes of their own
+
+
 def share_openmp() -> None:
     """Lets what is loaded next use the OpenMP runtime that torch has loaded, so that both share one pool of threads.
 
     torch's wheels for x86-64 load it for everyone, those for arm64 for torch alone. A second runtime would have threads of
     its own, which spin against the other's.
     """
-    maps = Path("/proc/self/maps")
-    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
-    runtimes = {line[-1] for line in lines if Path(line[-1]).name.startswith(("libgomp", "libomp", "libiomp5"))}
-    torchs = [path for path in runtimes if Path(path).parent.match("torch/lib") or Path(path).parent.name == "torch.libs"]
-    for path in sorted(torchs or runtimes)[:1]:  # other packages bring runtimes of their own
+    path = loaded_openmp()
+    if path is not None:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 

@@ -80,7 +80,7 @@ def launch_by_triton(kernel: Any, grid: tuple[int], *args: Any, **constants: Any
         kernel[grid](*args, **constants)
 
 
-def without_products(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
+def without_products(gm: GraphModule, *_: Any, **__: Any) -> Callable:
     """What runs a graph as it is, but for its products, which leave their results as the memory was."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from simba_compile import capture, kernels
+from simba_compile.cuda_graphs import beside_cuda_graphs, varies
 from simba_compile.eager import as_it_is, without_tangents
 from simba_compile.graph_breaks import why_partial
 from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
+from simba_compile.passes.length import value_of
 
 log = logging.getLogger("simba_compile")
 
@@ -76,7 +78,8 @@ def simba(
 
 def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     """What runs the graph: pruned where its length leaves something to prune, else dense."""
-    dense = compile_inner(result.dense, result.options.inner, mode)
+    is_prompt = bool(result.mixers)
+    dense = compile_inner(result.dense, result.options.inner, mode, record=is_prompt or not varies(result.dense))
     if result.pruned is None or result.plan is None:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
@@ -100,8 +103,8 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     return run
 
 
-def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
-    """Hand a lowered graph to what compiles the rest.
+def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, record: bool = True) -> Callable:
+    """Hand a lowered graph to what compiles the rest; Inductor may `record` it, if it records CUDA graphs at all.
 
     "auto" runs it as it is: on the CPU, where the time goes into matrix products and our kernels, that is as fast as
     Inductor's code and needs no compiling (docs/decisions.md).
@@ -117,11 +120,19 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None) -> Calla
     def whole(*args: Any) -> Any:
         return graph(*args)
 
-    backend = Inductor(mode, None, True) if inner == "inductor" else inner
-    compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=True)
+    backend = Inductor(mode, None if record else {"triton.cudagraphs": False}, True) if inner == "inductor" else inner
+    compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=not is_fixed(graph))
     # A function around it in any case: Dynamo unwraps what it is given, to disable itself around it.
     around = on_gpu_of_inputs(compiled) if inner == "aot_eager" else lambda *args: compiled(*args)
+    if isinstance(backend, Inductor) and backend.records_cuda_graphs:
+        around = beside_cuda_graphs(around, graph)
     return without_tangents(around, graph)
+
+
+def is_fixed(gm: GraphModule) -> bool:
+    """Whether the graph is for inputs of these sizes alone, as a decoding step's may be."""
+    values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return all(isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape) for value in values)
 
 
 class Inductor(torch._TorchCompileInductorWrapper):
@@ -129,6 +140,11 @@ class Inductor(torch._TorchCompileInductorWrapper):
 
     AOTAutograd writes the operators' gradients, sizes and kernels into what it caches, and looks it up by their names.
     """
+
+    @property
+    def records_cuda_graphs(self) -> bool:
+        """Whether its mode, or torch's configuration, says so."""
+        return self.config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Callable:
         """Compile a graph."""

@@ -70,7 +70,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[GraphModule, tuple]]:
     """The graphs that run, and what on."""
     calls: list[tuple[GraphModule, tuple]] = []
 
-    def spy(gm: GraphModule, inner: str, mode: str | None = None) -> Callable:
+    def spy(gm: GraphModule, inner: str, mode: str | None = None, **_: Any) -> Callable:
         def run(*args: Any) -> Any:
             calls.append((gm, args))
             return gm(*args)

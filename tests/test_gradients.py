@@ -111,7 +111,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         return gm
 
     original = simba_compile.backend.compile_inner
-    monkeypatch.setattr(simba_compile.backend, "compile_inner", lambda gm, chosen, mode=None: original(gm, inner, mode))
+    monkeypatch.setattr(simba_compile.backend, "compile_inner", lambda gm, chosen, mode=None, **_: original(gm, inner, mode))
     return graphs
 
 

@@ -74,7 +74,7 @@ def test_mode_is_for_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.compile` takes a mode or options, not both: a mode alone has Inductor compile the rest."""
     asked = []
 
-    def spy(gm: torch.fx.GraphModule, inner: str, mode: str | None = None) -> Callable:
+    def spy(gm: torch.fx.GraphModule, inner: str, mode: str | None = None, **_: Any) -> Callable:
         asked.append((inner, mode))
         return gm
 

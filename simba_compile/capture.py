@@ -36,7 +36,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from simba_compile import substitutes
 from simba_compile.passes.length import value_of
-from simba_compile.passes.scans import CONTRACT
+from simba_compile.passes.scans import MIXER_OPERATORS
 
 log = logging.getLogger("simba_compile")
 
@@ -151,7 +151,7 @@ def _start_over(tx: Any, reason: str) -> None:
 
 def _traced_sizes(graph: Graph) -> tuple[Any, Any]:
     """Batch and tokens of the convolution or scan that was traced last: an input of the model may be anything."""
-    value = value_of(next(node for node in reversed(graph.nodes) if node.target in CONTRACT))
+    value = value_of(next(node for node in reversed(graph.nodes) if node.target in MIXER_OPERATORS))
     return (value[0] if isinstance(value, list | tuple) else value).shape[:2]
 
 
@@ -242,8 +242,13 @@ def _put_back(state: dict[str, Any], name: str, entry: Any) -> None:
 
 def with_own_code(function: Any) -> Callable:
     """The same function with a code object of its own: Dynamo keeps a limited number of compilations for each."""
-    code = function.__code__.replace()
-    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    return _twin(function, function.__code__.replace())
+
+
+def _twin(function: Any, code: types.CodeType) -> Callable:
+    twin = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 def forget(*_: Any) -> None:
@@ -327,11 +332,7 @@ PACKAGES = {  # of other packages, by the module that defines them; where they a
 
 def _copy(function: types.FunctionType) -> Callable:
     """The same function under another identity, so that Dynamo traces into it instead of substituting again."""
-    twin = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return functools.wraps(function)(twin)
+    return functools.wraps(function)(_twin(function, function.__code__))
 
 
 def install(backend: Callable) -> None:

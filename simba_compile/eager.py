@@ -39,7 +39,7 @@ def without_tangents(function: Callable, gm: GraphModule) -> Callable:
 
 
 def records_nothing(gm: GraphModule) -> bool:
-    """Whether a graph that is called without gradients records none, and is of plain operators and tensors."""
+    """Whether the graph, called without gradients, records none on its own, and holds only plain operators and tensors."""
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator) or is_traceable_wrapper_subclass(node.meta.get("example_value")):
             return False

@@ -6,7 +6,8 @@ schedule anew, at full length, and drop at once what the whole model drops step 
 """
 
 import sys
-from types import FrameType
+from collections.abc import Iterator
+from types import CodeType, FrameType
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -51,24 +52,29 @@ def why_partial(gm: GraphModule) -> str | None:
 
 
 def _broken(gm: GraphModule) -> tuple[nn.Module | None, bool]:
-    """The outermost module that Dynamo gave up to trace as one graph, where this graph is a part of its call.
+    """The outermost module in whose call Dynamo broke the graph, None if there is none; and whether layers may follow.
 
-    And whether that call may go on with layers after this graph. It does not where all that is left to do is to return what
-    Dynamo's resumed function returns, behind the last break.
+    None can follow where all that is left to do is to return what Dynamo's resumed function returns, behind the last break.
     """
-    if getattr(gm, "compile_subgraph_reason", None) is None:
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None:
         return None, False  # it is not Dynamo's
     tx = InstructionTranslator.current_tx()
-    goes_on = gm.compile_subgraph_reason.graph_break  # type: ignore[union-attr]
-    found = tx.f_locals.get("self") if goes_on else None
+    goes_on = bool(reason.graph_break)
+    outermost = tx.f_locals.get("self") if goes_on else None
     called = tx.f_code.co_name
+    for code, module in _running():
+        outermost = module
+        if code.co_filename != nn.modules.module.__file__:  # torch's own returns what the module's method returns
+            goes_on = goes_on or not called.startswith("torch_dynamo_resume_in_")
+        called = code.co_name
+    return (outermost if isinstance(outermost, nn.Module) else None), goes_on
+
+
+def _running() -> Iterator[tuple[CodeType, nn.Module]]:
+    """Modules whose methods run on Python's stack, without Dynamo: inner ones first, to where a compiled one was called."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":  # there what torch.compile returned was called
-        code = frame.f_code
-        if "self" in code.co_varnames and isinstance(frame.f_locals.get("self"), nn.Module):  # it runs without Dynamo
-            found = frame.f_locals["self"]
-            if code.co_filename != nn.modules.module.__file__:
-                goes_on = goes_on or not called.startswith("torch_dynamo_resume_in_")
-            called = code.co_name
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if "self" in frame.f_code.co_varnames and isinstance(frame.f_locals.get("self"), nn.Module):
+            yield frame.f_code, frame.f_locals["self"]
         frame = frame.f_back
-    return (found if isinstance(found, nn.Module) else None), bool(goes_on)

@@ -24,7 +24,16 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "deviation": lambda h: h / h.std(1, keepdim=True),
     "cumsum": lambda h: h.cumsum(1) / 10,
     "flip": lambda h: h.flip(1),
+    "flip of a sum": lambda h: h.cumsum(1).flip(1) / 10,
     "roll": lambda h: torch.roll(h, 1, 1),
+    "roll by cat": lambda h: torch.cat([h[:, 1:], h[:, :1]], 1),
+    "roll back by cat": lambda h: torch.cat((h[:, -1:, :], h[:, :-1]), dim=-2),
+    "roll by narrow": lambda h: torch.cat([h.narrow(1, 3, h.shape[1] - 3), h.narrow(1, 0, 3)], 1),
+    "halves swapped": lambda h: torch.cat([h[:, h.shape[1] // 2 :], h[:, : h.shape[1] // 2]], 1),
+    "two pieces swapped": lambda h: torch.cat([h[:, :2], h[:, 5:], h[:, 2:5]], 1),
+    "ends swapped": lambda h: torch.cat([h[:, :-4], h[:, -2:], h[:, -4:-2]], 1),
+    "first ones replaced": lambda h: torch.cat([torch.ones_like(h[:, :3]), h[:, 3:]], 1),
+    "shift by cat onto the first": lambda h: h + torch.cat([h[:, :1], h[:, :-1]], 1),
     "shift by cat": lambda h: h + torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1),
     "softmax": lambda h: h * torch.softmax(h, dim=1),
     "softmax of scores": lambda h: h + torch.softmax(h @ h.transpose(1, 2), -1) @ h,
@@ -55,6 +64,11 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "gate": lambda h: h * torch.sigmoid(h),
     "over the length": lambda h: h + h / h.shape[1] * 10,
 }
+
+
+REORDERED = {"flip", "flip of a sum", "roll", "sorted", "permuted", "permuted by an index"}
+REORDERED |= {"roll by cat", "roll back by cat", "roll by narrow", "halves swapped", "two pieces swapped", "ends swapped"}
+IN_PLACE = {"shift by cat", "first ones replaced", "shift by cat onto the first", "mean", "cumsum", "gate"}
 
 
 class Between(nn.Module):
@@ -124,8 +138,10 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
             allowed = acceptable(model, h, sizes)
             dense = model(h)
     reasons = [mixer.reason for graph in found for mixer in graph.mixers]
-    if name in ("flip", "roll", "sorted", "permuted", "permuted by an index"):
+    if name in REORDERED:
         assert "another order" in str(reasons)
+    elif name in IN_PLACE:
+        assert len(prunings) == 2
     is_dense = torch.allclose(out, dense, rtol=1e-7, atol=1e-7)
     if not prunings:
         assert is_dense and all(reasons) and reasons

@@ -257,6 +257,8 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = models["mamba2-130m"]
     assert (data["mixers"], data["pruning"], data["dense because"]) == (2, 1, [])
     assert "over keep 1.0" in (tmp_path / "families.md").read_text()
+    assert "another length" in refused("families", "--only", "falcon_mamba", "--tokens", 200, "--out", tmp_path)
+    assert json.loads((tmp_path / "families.json").read_text())["models"] == models
     assert "mamba2-130m, bamba-150m" in refused("families", "--only", "mamba9")
 
 

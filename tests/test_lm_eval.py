@@ -88,3 +88,20 @@ def test_the_context_is_pruned_and_the_continuation_is_not(model: Path, task: Pa
 def test_bad_options_are_told(model: Path, task: Path) -> None:
     with pytest.raises(ValueError, match="option keep is 2"):
         scores("simba", model, task, keep=2)
+
+
+def test_whole_documents_share_a_graph(model: Path) -> None:
+    """Perplexities of documents prune nothing, and each has a length of its own."""
+    from simba_compile.lm_eval import SimbaLM
+
+    harness = SimbaLM(str(model), keep=0.1, min_tokens=1)
+    plain = MambaForCausalLM.from_pretrained(model).eval()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for length in (9, 14, 22, 31, 47):
+        ids = torch.randint(1, len(WORDS), (1, length))
+        ((total, _),) = harness._score(ids, length - 1)
+        with torch.no_grad():
+            each = F.log_softmax(plain(ids[:, :-1]).logits, -1).gather(2, ids[:, 1:, None])
+        assert total == pytest.approx(each.sum().item(), abs=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first length's, and one for all

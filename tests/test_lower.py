@@ -403,6 +403,9 @@ TURNS: dict[str, tuple[Callable, int]] = {  # and how many transposes are left
         lambda h: (lambda y: y.copy_(-y) + h)(h.transpose(1, 2).contiguous().transpose(1, 2)),
         2,
     ),
+    "the copy is returned": (lambda h: h.transpose(1, 2).contiguous().transpose(1, 2), 2),
+    "a view of the copy is returned": (lambda h: h.transpose(1, 2).contiguous().transpose(1, 2)[:, :2], 2),
+    "the input is returned": (lambda h: h.transpose(1, 2).transpose(1, 2), 2),
     "a view is written": (lambda h: (lambda x: x.transpose(1, 2).transpose(1, 2).copy_(-x) + x)(h.clone()), 0),
 }
 

@@ -160,18 +160,18 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         {**BOTH, **LAYER},
         [None, "the layer's output does not have the tokens that its scan ran on"],
     ),
-    "tokens before the batch": (tokens_before_the_batch, BOTH, ["the tokens of transpose_.* cannot be gathered"] * 2),
+    "tokens before the batch": (tokens_before_the_batch, BOTH, ["transpose_.* has tokens that cannot be gathered"] * 2),
     "channels before tokens before the batch": (
         tokens_before_the_batch_and_behind_channels,
         BOTH,
-        ["the tokens of permute_.* cannot be gathered"] * 2,
+        ["permute_.* has tokens that cannot be gathered"] * 2,
     ),
     "a mixer's output averaged": (
         output_averaged,
         BOTH,
         ["is needed for all tokens, and is not defined for pruned ones"] * 2,
     ),
-    "channels before tokens": (channels_before_tokens, BOTH, ["the residual stream across_2 has its tokens in axis 2"] * 2),
+    "channels before tokens": (channels_before_tokens, BOTH, ["across_2 is the residual stream.* tokens in axis 2"] * 2),
     "a sum under autocast": (
         sum_under_autocast,
         BOTH,
@@ -202,11 +202,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         BOTH,
         ["relu writes in place into a value that has lost tokens"] * 2,
     ),
-    "a doubled batch": (doubled_batch, SECOND, [None, "the tokens of selective_scan_1 cannot be told from its other axes"]),
+    "a doubled batch": (doubled_batch, SECOND, [None, "selective_scan_1 has tokens that cannot be told"]),
     "a doubled batch, by layers": (
         doubled_batch,
         {**SECOND, **LAYER},
-        [None, "the tokens of selective_scan_1 cannot be told from its other axes"],
+        [None, "selective_scan_1 has tokens that cannot be told"],
     ),
     "half the tokens": (
         lambda h: b(a(h[:, : h.shape[1] // 2])),

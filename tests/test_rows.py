@@ -159,6 +159,7 @@ def test_other_padding_stays() -> None:
         lambda x: F.pad(x, (2, 0)),
         lambda x: F.pad(x, (x.shape[-1] - 3, 0)),
         lambda x: F.pad(x, (3, 0), value=1.0),
+        lambda x: torch._C._nn.pad(x, (WIDTH - x.shape[-1], 0), value=1.0),
     ):
         torch._dynamo.reset()
         assert OPS.last_tokens not in targets(rewritten(pad, numbers(BATCH, CHANNELS, 9), 2))

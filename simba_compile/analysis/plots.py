@@ -121,6 +121,8 @@ def evaluation(path: Path, results: Sequence[dict[str, Any]], subject: str) -> N
 def _keeps(axes: Any, found: Sequence[dict[str, Any]]) -> None:
     """One panel: the dense model as a line across, every other setting over its keeps, with intervals."""
     lines: dict[str, list[tuple[float, float, float, float]]] = {}  # label → keep, mean, lower, upper
+    least = {result["of"]["options"].get("min_tokens") for result in found} - {None}
+    left_out = {"keep", "min_tokens"} if len(least) < 2 else {"keep"}
     for result in found:
         options = result["of"]["options"]
         mean, low, high = result["difference"]
@@ -129,8 +131,8 @@ def _keeps(axes: Any, found: Sequence[dict[str, Any]]) -> None:
         if options == {"keep": 1.0}:
             axes.axhline(mean, color=MUTED, linestyle="--", linewidth=1.2, label="dense")
         else:
-            rest = [str(value) for name, value in options.items() if name not in ("keep", "min_tokens")]
-            lines.setdefault(", ".join(rest) or "influence", []).append((options["keep"], mean, low, high))
+            label = ", ".join(_told(*option) for option in options.items() if option[0] not in left_out)
+            lines.setdefault(label or "influence", []).append((options["keep"], mean, low, high))
     for colour, (label, points) in zip(COLOURS * len(lines), lines.items(), strict=False):
         at, means, lows, highs = zip(*sorted(points), strict=True)
         reach = [
@@ -138,3 +140,8 @@ def _keeps(axes: Any, found: Sequence[dict[str, Any]]) -> None:
             [max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)],
         ]
         axes.errorbar(at, means, reach, color=colour, marker="o", markersize=4, linewidth=1.5, capsize=2, label=label)
+
+
+def _told(name: str, value: Any) -> str:
+    """An option in a legend. Criteria are named by themselves."""
+    return str(value) if name == "criterion" else f"{name} {value}"

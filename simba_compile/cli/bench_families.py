@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -86,8 +87,13 @@ def run(names: list[str], tokens: int, repeats: int, inductor: bool, out: Path, 
     out.mkdir(parents=True, exist_ok=True)
     same = {"machine": machine.describe(), "settings": {"tokens": tokens, "keep": KEEP}}
     results: dict[str, Any] = {**same, "models": {}}
-    if file.is_file() and same.items() <= (before := json.loads(file.read_text())).items():
-        results["models"] = before["models"]
+    if file.is_file():
+        before = json.loads(file.read_text())
+        if same.items() <= before.items():
+            results["models"] = before["models"]
+        elif set(names) != set(MODELS):
+            told = f"{file} has models of another machine, other versions or another length of prompt: name another folder."
+            raise typer.BadParameter(told, param_hint="--out")
     with empty_cache(), torch.no_grad(), Steps(2 * len(names)) as steps:
         for name in names:
             steps.next(f"{name}: compiling")

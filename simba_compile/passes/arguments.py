@@ -14,7 +14,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from simba_compile.passes.scans import CONTRACT
+from simba_compile.passes.scans import MIXER_OPERATORS
 from simba_compile.passes.tokens import (
     ALONG_AXES,
     CASTS,
@@ -64,7 +64,7 @@ def place_arguments(graph: Graph) -> None:
 
 def _place(node: Node) -> None:
     named = dict(node.kwargs)
-    if node.target in CONTRACT:
+    if node.target in MIXER_OPERATORS:
         order = [{argument.name} for argument in node.target.default._schema.arguments]  # type: ignore[union-attr]
     elif node.target in _KNOWN:
         named = {_OF_NUMPY.get(name, name): value for name, value in named.items()}

@@ -130,4 +130,4 @@ def _place(size: sympy.Expr, values: Sequence[Any]) -> tuple[int, int | None]:
         sizes = list(map(expression, value.shape)) if isinstance(value, Tensor) else []
         if size in sizes:
             return place, sizes.index(size)
-    raise ValueError(f"no input of the graph has the length {size}")
+    raise ValueError(f"no input of the graph has the length {size}: make the sequence outside of what is compiled")

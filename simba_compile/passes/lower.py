@@ -8,14 +8,14 @@ from torch.fx import GraphModule, Node
 
 from simba_compile.passes.attention import read_cache
 from simba_compile.passes.edit import dtype_of, erase, insert, is_stale, is_swap, may_move, rank_of, replace, sizes
-from simba_compile.passes.effects import is_inplace, written_between
+from simba_compile.passes.effects import is_inplace, shares_memory, written_between
 from simba_compile.passes.length import value_of
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm, fuse_rounding
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
-from simba_compile.passes.step import EXP, NEG, fuse_ssd_step, fuse_step, take_logarithm
+from simba_compile.passes.step import fuse_ssd_step, fuse_step, log_of_minus, take_logarithm
 from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_one_result, is_simba
 
 OPS = torch.ops.simba
@@ -66,11 +66,16 @@ def drop_slices(node: Node) -> None:
         return
     x: Node = node.args[0]  # type: ignore[assignment]
     items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if x.op in ("placeholder", "get_attr") and node.graph.output_node() in node.users:
-        return  # the caller's own tensor would be returned, where a view of it was
+    if _is_callers_own(x, node):
+        return
     if all(item is Ellipsis or isinstance(item, slice) for item in items) and not mode_changes(x, node):
         node.replace_all_uses_with(x)
         erase(node)
+
+
+def _is_callers_own(x: Node, view: Node) -> bool:
+    """Whether the caller's own tensor would be returned, where a view of it is."""
+    return x.op in ("placeholder", "get_attr") and view.graph.output_node() in view.users
 
 
 def drop_widening(node: Node) -> None:
@@ -100,17 +105,16 @@ def rates(A_log: torch.Tensor) -> torch.Tensor:
 
 def lay_out_rates(node: Node) -> None:
     """``A = -exp(A_log)``, which only a GPU's score and scan read: laid out for them once, and not by each."""
-    exp = node.args[0] if node.target in NEG else None
-    if not isinstance(exp, Node) or exp.target not in EXP or _is_on_cpu(node):
+    A_log = log_of_minus(node)
+    if A_log is None or _is_on_cpu(node):
         return
-    A_log: Node = exp.args[0]  # type: ignore[assignment]
     if any(reader.target not in {OPS.influence, OPS.selective_scan} for reader in node.users):
         return
-    if rank_of(node) != 2 or {dtype_of(node), dtype_of(A_log)} != {torch.float32} or node.kwargs or exp.kwargs:
+    if rank_of(node) != 2 or {dtype_of(node), dtype_of(A_log)} != {torch.float32}:
         return
     if A_log.target in TO_TYPE and dtype_of(A_log.args[0]) in (torch.bfloat16, torch.float16):
         A_log = A_log.args[0]  # type: ignore[assignment]
-    if value_of(A_log).device == value_of(node).device and not is_stale(exp, node, A_log):
+    if value_of(A_log).device == value_of(node).device and not is_stale(node.args[0], node, A_log):  # type: ignore[arg-type]
         replace(node, insert(node, rates, A_log))
 
 
@@ -170,8 +174,13 @@ def cancel_transposes(node: Node) -> None:
     if not is_swap(inner) or mode_changes(inner, node):
         return
     x: Node = inner.args[0]  # type: ignore[assignment]
-    if inner is not node.args[0] and written_between(inner, node.graph.output_node(), x, node):
+    is_copied, output = inner is not node.args[0], node.graph.output_node()
+    if is_copied and written_between(inner, output, x, node):
         return  # the copy is there because x changes, or the copy itself
+    if is_copied and any(shares_memory(node, returned) for returned in output.all_input_nodes):
+        return  # the caller gets the copy, and may write into it
+    if _is_callers_own(x, node):
+        return
     node.replace_all_uses_with(x)
     erase(node)
 

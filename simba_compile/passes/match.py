@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from simba_compile.passes.effects import is_inplace
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.pieces import pieces_of
-from simba_compile.passes.scans import CONTRACT, CONV, MAMBA1, SCANS
+from simba_compile.passes.scans import CONV, MAMBA1, MIXER_OPERATORS, SCANS
 from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, VIEWS, inputs_with_tokens, suffix
 
 ADDS = {operator.add, torch.add, "add"}
@@ -87,7 +87,7 @@ def match(graph: Graph) -> list[Mixer]:
 
 
 def _convolution(scan: Node) -> Node | None:
-    found = _before(scan.args[0], lambda node: node.target in CONTRACT)  # type: ignore[arg-type]
+    found = _before(scan.args[0], lambda node: node.target in MIXER_OPERATORS)  # type: ignore[arg-type]
     return found if found is not None and found.target is CONV else None  # else the scan of the layer before
 
 
@@ -116,7 +116,7 @@ def _mixer(scans: list[Node]) -> Mixer:
             reason = "it goes on from a cache, or the prompt is shorter than the convolution"
     work = [_arithmetic(head) for head in scans]
     return Mixer(
-        path=_path(scan),
+        path=path_of(scan),
         scans=scans,
         conv=conv,
         x=value_of(x),
@@ -185,7 +185,14 @@ def _gate_weights(in_proj: Node | None, scans: list[Node]) -> int:
     return sum(piece.last - piece.first for piece in spared) * value_of(in_proj.args[1]).shape[1]
 
 
-def _path(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """A node's name, with the module that computes it, which is what a person can look for in the model."""
+    path = path_of(node)
+    return node.name if path == node.name else f"{node.name} in {path}"
+
+
+def path_of(node: Node) -> str:
+    """The module that computes a node, as the model names it; the node's own name where it is in none."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name

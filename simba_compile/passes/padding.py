@@ -16,20 +16,19 @@ from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.passes.effects import is_inplace, is_random
 from simba_compile.passes.length import NO_TOKENS, Length, expression, value_of
-from simba_compile.passes.tokens import CASTS, CONCATENATIONS, MUL, POINTWISE, RESHAPES, VIEWS
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, MUL, PAD, POINTWISE, RESHAPES, VIEWS
 
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
-_PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad
 _ZEROS: set[Any] = {torch.zeros, torch.zeros_like, "new_zeros"}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
     *(POINTWISE | CONCATENATIONS | _SAME_NUMBERS),
     *(torch.arange, torch.zeros, torch.ones, torch.full, torch.eq, torch.ne, torch.logical_and, torch.logical_not),
-    *("size", "long", "int", "logical_and", "logical_not", "new_ones", "new_zeros", _PAD),
+    *("size", "long", "int", "logical_and", "logical_not", "new_ones", "new_zeros", PAD),
 }
 
 
 def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Callable[[Sequence[Any]], bool]:
-    """What tells of the arguments of a call whether a mask ends in padding, in any sequence.
+    """A function of a call's arguments: whether the mask of some sequence ends in padding.
 
     Masks on a GPU are not looked at: the host would have to wait for them.
 
@@ -100,7 +99,7 @@ def _pads_the_end(node: Node, length: Length) -> bool:
     axis, value = length.of(node), value_of(node)
     if axis < 0 or _is_narrow(value, length):
         return False
-    if node.target is _PAD:
+    if node.target is PAD:
         source, sizes = node.args[:2]
         behind = 2 * (value.dim() - 1 - axis) + 1  # a size for each end of each axis, and the last axis first
         return length.of(source) < 0 and len(sizes) > behind and bool(sizes[behind])  # type: ignore[arg-type, index]

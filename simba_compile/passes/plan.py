@@ -88,12 +88,12 @@ def shares(options: Options, mixers: int) -> list[float]:
                 f"option schedule lists {len(options.schedule)} shares and the model has {mixers} mixers; "
                 "give one share for each mixer."
             )
-        every = list(options.schedule)
+        all_shares = list(options.schedule)
     elif options.schedule == "uniform" or mixers == 1:
-        every = [options.keep] * mixers
+        all_shares = [options.keep] * mixers
     else:
-        every = [1 - (1 - options.keep) * mixer / (mixers - 1) for mixer in range(mixers)]
-    return [every[mixer // options.every * options.every] for mixer in range(mixers)]
+        all_shares = [1 - (1 - options.keep) * mixer / (mixers - 1) for mixer in range(mixers)]
+    return [all_shares[mixer // options.every * options.every] for mixer in range(mixers)]
 
 
 def ratios_of(options: Options, mixers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

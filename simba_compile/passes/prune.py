@@ -28,10 +28,11 @@ from simba_compile.options import Options
 from simba_compile.passes.attention import SAME_DATA, entries, is_attention, query_and_mask, why_not
 from simba_compile.passes.effects import is_inplace, is_random, storage_of, written
 from simba_compile.passes.length import NO_TOKENS, expression, value_of
+from simba_compile.passes.match import name_of
 from simba_compile.passes.modes import Modes
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
-from simba_compile.passes.scans import CONTRACT, SCANS
+from simba_compile.passes.scans import MIXER_OPERATORS, SCANS
 from simba_compile.passes.tokens import inputs_with_tokens, is_tokenwise, reorders, suffix, takes_sizes
 
 OPS = torch.ops.simba
@@ -63,6 +64,7 @@ class _Pruning:
         self.gm, self.plan, self.options, self.length = gm, plan, options, plan.length
         self.out = Graph()
         self.stream = Stream(gm.graph, plan.mixers)
+        self.scans = {scan: i for i in plan.pruning for scan in plan.mixers[i].scans}  # and the mixer of each
         self.convolutions = {mixer.conv for mixer in plan.mixers if self.length.of(mixer.conv) >= 0}
         self.windows = {window: mixer.conv for mixer in plan.mixers for window in mixer.windows if mixer.conv}
         self.version: dict[Node, int] = {}  # of every node of the old graph
@@ -85,6 +87,9 @@ class _Pruning:
     @property
     def latest(self) -> int:
         return len(self.kept)
+
+    def _cannot(self, node: Node, reason: str) -> Unprunable:
+        return Unprunable(self.mixer, f"{name_of(node)} {reason}")
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
@@ -112,20 +117,15 @@ class _Pruning:
         if self.length.is_number(node):
             self.version[node] = 0  # written where it is used, for the version that it is used in
             return
-        mixer = next((i for i in self.plan.pruning if node in self.plan.mixers[i].scans), None)
+        mixer = self.scans.get(node)
         if mixer is not None and node is self.plan.mixers[mixer].scans[0]:
             self._select(mixer)
-        versions = [self.version[source] for source in inputs_with_tokens(node, self.length)]
-        if mixer is not None or node in self.convolutions:  # also behind what needs all tokens
-            versions.append(self.latest)
-        elif node in self.windows:
-            versions.append(self.version.get(self.windows[node], self.latest))
-        newest = max(versions, default=0)
+        newest = self._newest(node)
         if self._among_experts(node, newest):
             return
         if is_inplace(node):
             if newest > 0:
-                raise Unprunable(self.mixer, f"{node.name} writes in place into a value that has lost tokens")
+                raise self._cannot(node, "writes in place into a value that has lost tokens")
             self._check_write(node)
         if newest == 0:
             self._emit(node, 0)
@@ -133,7 +133,7 @@ class _Pruning:
             self._emit_last_tokens(node, newest)
         elif is_attention(node):
             self._attend(node, newest)
-        elif node.target in CONTRACT:
+        elif node.target in MIXER_OPERATORS:
             self._check_tokens(node)
             self._emit(node, newest)
         else:
@@ -143,6 +143,15 @@ class _Pruning:
         self.stream.note(node)
         if self.pending is not None and node is self.plan.mixers[self.mixer].add:
             self._prune_layer(node)
+
+    def _newest(self, node: Node) -> int:
+        """The newest version among what a node reads; of a mixer's scan and convolution, the latest that there is."""
+        if node in self.scans or node in self.convolutions:  # also behind what needs all tokens
+            return self.latest
+        versions = [self.version[source] for source in inputs_with_tokens(node, self.length)]
+        if node in self.windows:
+            versions.append(self.version.get(self.windows[node], self.latest))
+        return max(versions, default=0)
 
     def _drop_unread(self) -> None:
         """Erase what was written for pruned tokens and then only read at full length: the head, for all the logits."""
@@ -159,23 +168,27 @@ class _Pruning:
     def _check_tokens(self, node: Node) -> None:
         """A scan, or a convolution, of pruned tokens has its tokens where it is taken to have them."""
         if not is_tokenwise(node, self.length):
-            raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be told from its other axes")
+            raise self._cannot(node, "has tokens that cannot be told from its other axes")
 
     def _check_write(self, node: Node) -> None:
         """Pruned tokens read gathered copies and full-length values are computed late: none may be written to since."""
         for place in {storage_of(value) for value in written(node)} - {None} & self.read.keys():
-            reader = self.read[place].name
-            raise Unprunable(self.mixer, f"{node.name} writes in place into what {reader} read for pruned tokens")
+            reader = self.read[place]
+            raise self._cannot(node, f"writes in place into what {name_of(reader)} read for pruned tokens")
 
     def _check_order(self, residual: Node) -> None:
         """What a mixer is added onto has its tokens in their places: else those that stay would be others from here on."""
-        queue = [residual]
-        for node in queue:  # grows while it is walked, back to the stream
-            if node in self.stream.before:
-                continue
-            if reorders(node, self.length) and self.version[node.args[0]] > 0:  # type: ignore[index]
-                raise Unprunable(self.mixer, f"{node.name} may put tokens in another order")
-            queue += [source for source in inputs_with_tokens(node, self.length) if source not in queue]
+        for node in self._made_of(residual):
+            if reorders(node, self.length) and any(self.version[source] > 0 for source in self._made_of(node)):
+                raise self._cannot(node, "may put tokens in another order")
+
+    def _made_of(self, node: Node) -> list[Node]:
+        """The node and the values with tokens that it is made of, back to the stream."""
+        found = [node]
+        for value in found:  # grows while it is walked
+            if value not in self.stream.before:
+                found += [source for source in inputs_with_tokens(value, self.length) if source not in found]
+        return found
 
     def _set_version(self, node: Node, version: int) -> None:
         self.version[node] = version
@@ -193,7 +206,7 @@ class _Pruning:
         if version == 0 and node.target not in SAME_DATA:  # a cache may take its entries with marks; what computes may not
             marked = self.entries.intersection(node.all_input_nodes) - self.stream.before.keys()
             if any(self.version[source] > 0 for source in marked):
-                raise Unprunable(self.mixer, f"{node.name} reads keys or values of attention for all tokens")
+                raise self._cannot(node, "reads keys or values of attention for all tokens")
         return self.out.node_copy(
             node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)
         )
@@ -362,7 +375,7 @@ class _Pruning:
         axis, value = self.length.of(node), value_of(node)
         have_batch = self.length.batch_axis(value) == 0 or self.length.is_shared(value)
         if axis < 1 or not have_batch:  # FLAT is less, too
-            raise Unprunable(self.mixer, f"the tokens of {node.name} cannot be gathered: it is {list(value.shape)}")
+            raise self._cannot(node, f"has tokens that cannot be gathered: it is {list(value.shape)}")
         if have == 0:
             return self._call(OPS.gather, self.made[node, 0], self._positions(version), axis)
         return self._call(OPS.gather, self.at(node, version - 1), self.kept[version - 1], axis)
@@ -370,19 +383,19 @@ class _Pruning:
     def _restore(self, node: Node, version: int) -> Node:
         """The value at full length, where a token that left is what it was on leaving."""
         if version != 0:
-            raise Unprunable(self.mixer, f"{node.name} would be needed with more tokens than it has")
+            raise self._cannot(node, "would be needed with more tokens than it has")
         if node in self.stream.before:
             return self._restore_stream(node)
         if node in self.entries:
             have = self.version[node]
             where = (self._positions(have), self.tokens, self.length.of(node))
             return self._call(OPS.cache_entries, self.made[node, have], *where)
-        if node.target in CONTRACT or not is_tokenwise(node, self.length):
-            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and is not defined for pruned ones")
+        if node.target in MIXER_OPERATORS or not is_tokenwise(node, self.length):
+            raise self._cannot(node, "is needed for all tokens, and is not defined for pruned ones")
         mode = self.modes.of[node]
         if mode != self.modes.present:
             if not self.modes.leads_to(mode):
-                raise Unprunable(self.mixer, f"{node.name} is needed for all tokens within a no_grad or autocast of others")
+                raise self._cannot(node, "is needed for all tokens within a no_grad or autocast of others")
             outside = self._take_derived()
             with self.modes.switched_to(mode, self.out):
                 new = self._restore(node, version)
@@ -393,13 +406,13 @@ class _Pruning:
         if not is_random(node):
             return self._copy(node, 0)
         if self.length.of(node) != 1:
-            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and draws random numbers")
+            raise self._cannot(node, "is needed for all tokens, and draws random numbers")
         have = self.version[node]  # the tokens of this version have theirs already
         return self._call(OPS.restore, self._copy(node, 0), [self.made[node, have]], [self._positions(have)])
 
     def _restore_stream(self, node: Node) -> Node:
         if self.length.of(node) != 1:
-            raise Unprunable(self.mixer, f"the residual stream {node.name} has its tokens in axis {self.length.of(node)}")
+            raise self._cannot(node, f"is the residual stream, and has its tokens in axis {self.length.of(node)}")
         layers: dict[int, Node] = {}  # version → the last value of the stream in it
         while node in self.stream.before and self.version[node] > 0 and (node, 0) not in self.made:
             for version in range(self.version[node], 0, -1):  # "layer": the add also stands in the version before
@@ -407,7 +420,7 @@ class _Pruning:
                     layers.setdefault(version, self.made[node, version])
             node = self.stream.uncast(self.stream.before[node])
         if node in self.entries and node not in self.stream.before:  # at full length it has marks
-            raise Unprunable(self.mixer, f"{node.name} is needed for all tokens, and attention reads it as keys or values")
+            raise self._cannot(node, "is needed for all tokens, and attention reads it as keys or values")
         order = sorted(layers)
         positions = [self._positions(version) for version in order]
         return self._call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

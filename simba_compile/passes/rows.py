@@ -22,11 +22,9 @@ from simba_compile.passes.edit import insert, is_swap, may_move, replace, sizes
 from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import split_axis
-from simba_compile.passes.tokens import PRODUCTS
+from simba_compile.passes.tokens import PAD, PRODUCTS, RESHAPES
 
 OPS = torch.ops.simba
-RESHAPE = {"reshape", "view"}
-PAD = {F.pad, torch._C._nn.pad}
 
 
 def make_rows(graph: Graph) -> None:
@@ -52,20 +50,21 @@ def project_rows(node: Node) -> None:
     swapped = _only_user(apart)
     if rows is None or apart is None or swapped is None or len(sizes(weight)) != 2:
         return
-    if apart.target not in RESHAPE or not _permutes(swapped, (1, 0, 2)):
+    if apart.target not in RESHAPES or not _permutes(swapped, (1, 0, 2)):
         return
     given = apart.args[1] if isinstance(apart.args[1], list | tuple) else apart.args[1:]
     if len(given) != 3:  # the shape of another value
         return
-    channels, batch, tokens = given  # type: ignore[misc]
     if not may_move(node.args[1], swapped, rows, weight):  # type: ignore[arg-type]
         return
-    flat = len(sizes(rows)) == 2
-    if sizes(rows)[: 1 if flat else 2] != ([sizes(apart)[1] * sizes(apart)[2]] if flat else sizes(apart)[1:]):
+    _, batch, tokens = sizes(apart)
+    is_flat = len(sizes(rows)) == 2
+    if sizes(rows)[:-1] != ([batch * tokens] if is_flat else [batch, tokens]):
         return
     new = _insert(swapped, F.linear, rows, weight)
-    if flat:
-        new = _insert(swapped, "reshape", new, (batch, tokens, channels))
+    if is_flat:
+        channels, *places = given  # type: ignore[misc]
+        new = _insert(swapped, "reshape", new, (*places, channels))
     replace(swapped, _insert(swapped, "transpose", new, 1, 2))
 
 
@@ -73,7 +72,7 @@ def _rows_of(across: Node) -> Node | None:
     """What a (channel, batch · token) value is made of, as (batch, token, channel) or (batch · token, channel)."""
     if across.target == "t":
         return across.args[0]  # type: ignore[return-value]
-    if across.target in RESHAPE and isinstance(across.args[0], Node) and _permutes(across.args[0], (2, 0, 1)):
+    if across.target in RESHAPES and isinstance(across.args[0], Node) and _permutes(across.args[0], (2, 0, 1)):
         rows: Node = across.args[0].args[0]  # type: ignore[assignment]
         batch, tokens, channels = sizes(rows)
         return rows if sizes(across) == [channels, batch * tokens] else None
@@ -115,7 +114,9 @@ def convolve_rows(node: Node) -> None:
 
 def keep_window(node: Node) -> None:
     """``pad(x, (k - l, 0))`` of l tokens: the last k of them, with zeros in front where there are fewer."""
-    if node.target not in PAD or len(sizes(node)) != 3 or list(node.args[2:]) not in ([], ["constant"], ["constant", None]):
+    if node.target is not PAD or node.kwargs or len(sizes(node)) != 3:
+        return
+    if list(node.args[2:]) not in ([], ["constant"], ["constant", None]):
         return
     x, amount = node.args[:2]
     if len(amount) != 2 or amount[1] != 0 or not isinstance(amount[0], Node):  # type: ignore[arg-type, index]

@@ -66,4 +66,5 @@ MAMBA2 = Scan(
     scored=("x", "dt", "A", "B", "C", "dt_bias", "softplus", "dt_min", "dt_max"),
 )
 SCANS = {scan.operator: scan for scan in (MAMBA1, MAMBA2)}
-CONTRACT = {CONV, *SCANS}  # what these compute on kept tokens is the contract's; no full-length value stands behind it
+# What these compute on kept tokens is what the method says (docs/method.md); no value at full length stands behind it.
+MIXER_OPERATORS = {CONV, *SCANS}

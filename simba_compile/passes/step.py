@@ -28,7 +28,7 @@ def take_logarithm(node: Node) -> None:
         return
     A: Node = node.args[3]  # type: ignore[assignment]
     minus = _made(A)
-    A_log = _log_of_minus(minus)
+    A_log = log_of_minus(minus)
     if minus is None or A_log is None or storage_of(A) != storage_of(minus) or is_stale(A, node, A_log):
         return
     if _layout(minus) not in (_layout(A), _layout(A_log)):
@@ -159,7 +159,7 @@ def _is_product(node: Node | None) -> bool:
 
 
 def _viewed(view: Node, whole: Node, other: Node) -> Node:
-    """What a view of one value is of another that lies as it does; itself, where the view is all there is."""
+    """The view `view` of `whole`, taken of `other` instead, which lies in memory as `whole` does: all of it, or a part."""
     if _layout(view) == _layout(whole):
         return other
     source = _viewed(view.args[0], whole, other)  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def _viewed(view: Node, whole: Node, other: Node) -> Node:
 
 
 def _unviewed(value: Any) -> Any:
-    """What a value is a view of all of, such as one that was repeated along an axis of which one entry is read."""
+    """The value that this is a view of, where the view is all of it; else the value itself."""
     made = _made(value)
     return made if made is not None and storage_of(made) == storage_of(value) and _layout(made) == _layout(value) else value
 
@@ -178,7 +178,7 @@ def _layout(node: Node) -> tuple[Any, ...]:
     return sizes(node), [expression(step) for step in value.stride()], expression(value.storage_offset())
 
 
-def _log_of_minus(A: Any) -> Node | None:
+def log_of_minus(A: Any) -> Node | None:
     """A_log where A is ``-exp(A_log)``."""
     exp = A.args[0] if isinstance(A, Node) and A.target in NEG and not A.kwargs else None
     if not isinstance(exp, Node) or exp.target not in EXP or exp.kwargs or not isinstance(exp.args[0], Node):

@@ -4,6 +4,7 @@ Symbolic sizes show most that do not (the axis is gone, or its size is another);
 lists of operations. What is not known to be safe is not.
 """
 
+import itertools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from simba_compile.passes.length import FLAT, NO_TOKENS, UNCLEAR, Length, expression, value_of
-from simba_compile.passes.scans import CONTRACT
+from simba_compile.passes.scans import MIXER_OPERATORS
 
 _F = torch.nn.functional
 
@@ -43,6 +44,7 @@ REORDERS: set[Any] = {  # may put what stands along an axis in another order
     *(torch.flip, torch.fliplr, torch.roll, torch.sort, torch.msort, torch.gather, torch.index_select, torch.take_along_dim),
 }
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad
 NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has the third for the second
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}
 SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
@@ -97,14 +99,7 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target in VIEWS:
         return len(node.args) + len(node.kwargs) > 1  # a bare squeeze() would take a token axis of one away
     if node.target in ALONG_AXES:
-        if any(isinstance(value_of(given), Tensor) and given not in sources for given in node.all_input_nodes):
-            return False  # an index without tokens, whose rows are those of the first ones
-        at = DIM_AT.get(node.target, 1)
-        dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
-        dims = dims if isinstance(dims, list | tuple) else [dims]
-        (given, *others) = {(_rank(v), max(length.axis(v), 0), length.batch_axis(v)) for v in values}
-        taken = given[1:]
-        return not others and all(isinstance(dim, int) and dim % given[0] not in taken for dim in dims)
+        return _is_along_other_axes(node, sources, length)
     if node.target in CONCATENATIONS:
         return _joins_elsewhere(node, rank, axis, length)
     if node.target in NORMS:
@@ -116,7 +111,7 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         return len(sources) == 1 and (rank - axis <= 2 or _is_repeated(node, rank - axis, sources))
     if node.target is _F.embedding:
         return sources == [node.args[0]]  # a table with tokens is looked up in among them
-    return node.target in CONTRACT
+    return node.target in MIXER_OPERATORS
 
 
 def _is_repeated(node: Node, end: int, sources: list[Node]) -> bool:
@@ -126,12 +121,60 @@ def _is_repeated(node: Node, end: int, sources: list[Node]) -> bool:
     return all(value.dim() < end or expression(value.shape[-end]) == 1 for value in tensors)
 
 
+def _is_along_other_axes(node: Node, sources: list[Node], length: Length) -> bool:
+    """Whether an operation along axes leaves alone the tokens' axis and the batch's, which are the same in all it reads."""
+    if any(isinstance(value_of(read), Tensor) and read not in sources for read in node.all_input_nodes):
+        return False  # an index without tokens, whose rows are those of the first ones
+    layouts = {(_rank(value), max(length.axis(value), 0), length.batch_axis(value)) for value in map(value_of, sources)}
+    if len(layouts) != 1:
+        return False
+    ((rank, *taken),) = layouts
+    at = DIM_AT.get(node.target, 1)
+    dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
+    dims = dims if isinstance(dims, list | tuple) else [dims]
+    return all(isinstance(dim, int) and dim % rank not in taken for dim in dims)
+
+
 def reorders(node: Node, length: Length) -> bool:
     """Whether the node may put tokens in another order: their places would be those of others."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or NO_TOKENS in (length.of(source), length.of(node)) or is_tokenwise(node, length):
+    if length.of(node) == NO_TOKENS or is_tokenwise(node, length):
         return False
-    return node.target in REORDERS or (node.target is operator.getitem and not _is_plain_index(node))
+    if node.target in CONCATENATIONS:
+        return _swaps_pieces(node, length)
+    takes = node.target in REORDERS or (node.target is operator.getitem and not _is_plain_index(node))
+    return takes and length.of(node.args[0]) != NO_TOKENS
+
+
+def _swaps_pieces(node: Node, length: Length) -> bool:
+    """Whether a concatenation of tokens has pieces of one value in another order: ``cat([x[:, 1:], x[:, :1]], 1)``."""
+    parts, axis = node.args[0], max(length.of(node), 0)
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if not isinstance(parts, list | tuple) or not isinstance(dim, int) or dim % _rank(value_of(node)) != axis:
+        return False
+    pieces = [_piece(part, axis) for part in parts]
+    return any(
+        of is other and _is_before(start, first) for (other, first), (of, start) in itertools.combinations(pieces, 2) if of
+    )
+
+
+def _piece(part: Any, axis: int) -> tuple[Node | None, Any]:
+    """What a value is a piece of, if of one, and where along the axis the piece begins."""
+    source = part.args[0] if isinstance(part, Node) and part.args else None
+    if not isinstance(source, Node):
+        return None, None
+    if is_one_result(part):  # of a split
+        return source, part.args[1]
+    if part.target in ("narrow", torch.narrow):
+        return source, part.args[2]
+    slices = _slices(part)
+    return (None, None) if slices is None else (source, slices[axis].start or 0)
+
+
+def _is_before(start: Any, other: Any) -> bool:
+    """Whether a place along an axis is known to be before another one; negative ones count from the end."""
+    if not isinstance(start, int):
+        return False
+    return other != 0 if start == 0 else isinstance(other, int) and start < other and (start < 0) == (other < 0)
 
 
 def _keeps_rows(source: Tensor, value: Tensor, length: Length) -> bool:
@@ -189,22 +232,28 @@ def suffix(node: Node, length: Length) -> int | None:
         return k if length.of(source) == dim else None  # type: ignore[return-value]
     if node.target is not operator.getitem or not isinstance(node.args[0], Node) or length.of(node.args[0]) < 0:
         return None
-    source, index = node.args
-    items = list(index) if isinstance(index, tuple) else [index]
-    rank, axis = _rank(value_of(source)), length.of(source)
+    slices, axis = _slices(node), length.of(node.args[0])
+    if slices is None or any(item != slice(None) for i, item in enumerate(slices) if i != axis):
+        return None
+    cut = slices[axis]
+    start = _number(cut.start, length)
+    if cut.stop is not None or cut.step is not None or start is None or start >= 0:
+        return None
+    return -start
+
+
+def _slices(node: Node) -> list[slice] | None:
+    """The slice of each axis that ``x[...]`` takes; None where it does anything else."""
+    source, index = node.args if node.target is operator.getitem else (None, None)
+    if not isinstance(value_of(source), Tensor):
+        return None
+    items, rank = list(index) if isinstance(index, tuple) else [index], _rank(value_of(source))
     at = next((i for i, item in enumerate(items) if item is Ellipsis), None)
     if at is not None:
         items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
     items += [slice(None)] * (rank - len(items))
-    if len(items) != rank or not all(isinstance(item, slice) for item in items):
-        return None
-    if any(item != slice(None) for i, item in enumerate(items) if i != axis):
-        return None
-    cut = items[axis]
-    start = _number(cut.start, length)  # type: ignore[union-attr]
-    if cut.stop is not None or cut.step is not None or start is None or start >= 0:  # type: ignore[union-attr]
-        return None
-    return -start
+    found = [item for item in items if isinstance(item, slice)]
+    return found if len(found) == len(items) == rank else None
 
 
 def _number(value: Any, length: Length) -> int | None:

@@ -35,7 +35,7 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     if dim != 1 or x.dim() > 3 or x.is_complex() or x.numel() == 0 or index.numel() == 0:
         return reference.gather(x, index, dim)
     if x.shape[0] not in (1, index.shape[0]):
-        raise ValueError(f"x has {x.shape[0]} sequences and index {index.shape[0]}.")
+        raise ValueError(f"x has {x.shape[0]} sequences and index {index.shape[0]}; expected as many, or one in x for all.")
     rows = x[:, :, None] if x.dim() == 2 else x
     (batch, kept), size = index.shape, rows.shape[2]
     out = x.new_empty((batch, kept, *x.shape[2:]))

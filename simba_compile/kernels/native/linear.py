@@ -45,7 +45,7 @@ def has_instructions(dtype: torch.dtype) -> bool:
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel beats torch's product on these: where MKL is not at home or weak, or torch is, with halves.
+    """Whether the kernel beats torch's product: torch has no MKL made for this CPU, MKL is weak, or the CPU has no halves.
 
     docs/kernels-cpu.md has the measurements. Torch's products of halves use instructions that this kernel does not use,
     where the CPU has them.

@@ -70,19 +70,20 @@ def mixer_update(
     conv_weight, conv_bias, dt_bias, A_log, D = (  # type: ignore[assignment]
         as_constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D)
     )
-    between = torch.empty(batch * (2 * channels + columns), dtype=dtype)
-    size = dtype.itemsize
-    u, row = between.data_ptr(), rows.stride(0)
-    dt = u + size * batch * channels
-    pieces = dt + size * batch * channels
-    x, step, B, C = rows.data_ptr(), pieces, pieces + size * rank, pieces + size * (rank + states)
+    scratch, each = torch.empty(batch * (2 * channels + columns), dtype=dtype), dtype.itemsize
+    x, row_stride, u = rows.data_ptr(), rows.stride(0), scratch.data_ptr()
+    z, dt = x + each * channels, u + each * batch * channels
+    of_rank = dt + each * batch * channels  # of each sequence the rank of Δ, B and C
+    B, C = of_rank + each * rank, of_rank + each * (rank + states)
     unused = [0] * 5  # of a linear layer: bias, what is added, its strides, index
-    # The fields of MixerUpdateArgs (cpu/simba.h): conv, x_proj, dt_proj, update.
-    words = [batch, channels, width, True, held.data_ptr(), x, row, conv_weight.data_ptr(), pointer(conv_bias), u]
-    words += [batch, batch, batch, channels, columns, u, x_proj.data_ptr(), channels, x_proj.stride(0), *unused, pieces]
-    words += [batch, batch, batch, rank, channels, step, dt_proj.data_ptr(), columns, dt_proj.stride(0), *unused, dt]
-    words += [batch, channels, states, True, True, h.data_ptr(), u, dt, B, C, x + size * channels]
-    words += [channels, channels, columns, columns, row, A_log.data_ptr(), pointer(D), pointer(dt_bias), out.data_ptr()]
+    # The fields of MixerUpdateArgs (cpu/simba.h).
+    conv = [batch, channels, width, True, held.data_ptr(), x, row_stride, conv_weight.data_ptr(), pointer(conv_bias), u]
+    to_rank = [batch, batch, batch, channels, columns, u, x_proj.data_ptr(), channels, x_proj.stride(0), *unused, of_rank]
+    to_dt = [batch, batch, batch, rank, channels, of_rank, dt_proj.data_ptr(), columns, dt_proj.stride(0), *unused, dt]
+    read = [u, dt, B, C, z, channels, channels, columns, columns, row_stride]  # and the strides between sequences
+    update = [batch, channels, states, True, True, h.data_ptr(), *read]
+    update += [A_log.data_ptr(), pointer(D), pointer(dt_bias), out.data_ptr()]
+    words = [*conv, *to_rank, *to_dt, *update]
     call("mixer_update", dtype, words)
     if held is not window:
         window.copy_(held)
@@ -145,16 +146,18 @@ def ssd_mixer_update(
         as_constant(value, kind) for value in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     )
     scratch, each = torch.empty(batch * (mixed + inner), dtype=dtype), dtype.itemsize
-    gate, row, u = rows.data_ptr(), rows.stride(0), scratch.data_ptr()
-    entering, step = gate + each * inner, gate + each * (inner + mixed)
+    gate, row_stride, u = rows.data_ptr(), rows.stride(0), scratch.data_ptr()
+    x, dt = gate + each * inner, gate + each * (inner + mixed)
     B, C = u + each * inner, u + each * (inner + groups * states)
     y = u + each * batch * mixed if norm_groups else out.data_ptr()
-    # The fields of SsdMixerUpdateArgs (cpu/simba.h): conv, update, norm.
-    words = [batch, mixed, width, True, held.data_ptr(), entering, row, conv_weight.data_ptr(), pointer(conv_bias), u]
-    words += [batch, heads, size, groups, states, True, True, h.data_ptr(), u, step, B, C, mixed, size, row]
-    words += [mixed, states, mixed, states, A_log.data_ptr(), pointer(D), pointer(dt_bias), y]
-    words += [batch if norm_groups else 0, inner, bits(eps), y, inner, pointer(norm_weight), out.data_ptr()]
-    words += [gate, row, inner // max(norm_groups, 1), False, False]
+    # The fields of SsdMixerUpdateArgs (cpu/simba.h).
+    conv = [batch, mixed, width, True, held.data_ptr(), x, row_stride, conv_weight.data_ptr(), pointer(conv_bias), u]
+    update = [batch, heads, size, groups, states, True, True, h.data_ptr(), u, dt, B, C]
+    update += [mixed, size, row_stride, mixed, states, mixed, states]  # strides
+    update += [A_log.data_ptr(), pointer(D), pointer(dt_bias), y]
+    norm = [batch if norm_groups else 0, inner, bits(eps), y, inner, pointer(norm_weight), out.data_ptr()]
+    norm += [gate, row_stride, inner // max(norm_groups, 1), False, False]
+    words = [*conv, *update, *norm]
     call("ssd_mixer_update", dtype, words)
     if held is not window:
         window.copy_(held)

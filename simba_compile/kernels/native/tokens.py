@@ -18,7 +18,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     expect_on_cpu("x", x)
     expect("index", index, (index.shape[0], kept), torch.int64)
     if batch not in (1, index.shape[0]):
-        raise ValueError(f"x has {batch} sequences and index {index.shape[0]}.")
+        raise ValueError(f"x has {batch} sequences and index {index.shape[0]}; expected as many, or one in x for all.")
     index, size = index.contiguous(), x.element_size()
     out = torch.empty(index.shape[0], kept, *x.shape[2:], dtype=x.dtype)
     if out.numel():

@@ -40,6 +40,12 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def expect_pool(pool: str) -> None:
+    """Raise ValueError for what is no pool of channels."""
+    if pool not in reference.POOLS:
+        raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
+
+
 def fake(name: str) -> Callable[[Callable], Callable]:
     """The decorated function gives the operator's output shapes."""
     return torch.library.register_fake(f"simba::{name}", lib=LIBRARY)

@@ -55,15 +55,17 @@ def _norm_backward(ctx: Any, grad: Tensor) -> tuple:
     return *_through_norm(grad, x, weight, ctx.eps), None
 
 
-def _through_norm(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `rms_norm` with respect to x and the weight."""
+def _through_norm(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, groups: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `rms_norm`, of groups of channels by themselves, with respect to x and the weight."""
     kind = compute_dtype(x.dtype)
-    u, g = x.to(kind), grad.to(kind)
+    u, g = _in_groups(x.to(kind), groups), grad.to(kind)
     inverse = torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)
     normed = u * inverse
-    dweight = None if weight is None else _over_rows(g * normed).to(weight.dtype)
-    g = g if weight is None else g * weight.to(kind)
-    dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
+    dweight = None if weight is None else _over_rows(g * normed.reshape(x.shape)).to(weight.dtype)
+    g = _in_groups(g if weight is None else g * weight.to(kind), groups)
+    dx = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).reshape(x.shape)
     return dx.to(x.dtype), dweight
 
 
@@ -112,14 +114,9 @@ def _gated_norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _gated_norm_backward(ctx: Any, grad: Tensor) -> tuple:
     x, gate, weight = ctx.saved_tensors
     kind = compute_dtype(x.dtype)
-    u, z, g = x.to(kind), gate.to(kind), grad.to(kind)
+    u, z = x.to(kind), gate.to(kind)
     sigmoid = torch.sigmoid(z)
-    grouped = _in_groups(u * z * sigmoid, ctx.groups)
-    inverse = torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + ctx.eps)
-    normed = grouped * inverse
-    dweight = None if weight is None else _over_rows(g * normed.reshape(x.shape)).to(weight.dtype)
-    g = _in_groups(g if weight is None else g * weight.to(kind), ctx.groups)
-    dy = (inverse * (g - normed * (g * normed).mean(-1, keepdim=True))).reshape(x.shape)
+    dy, dweight = _through_norm(grad, u * z * sigmoid, weight, ctx.eps, ctx.groups)
     dgate = dy * u * (sigmoid + z * sigmoid * (1 - sigmoid))
     return (dy * z * sigmoid).to(x.dtype), dgate.to(gate.dtype), dweight, None, None, None
 

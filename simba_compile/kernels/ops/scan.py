@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels import reference
-from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import differentiable, expect_pool, fake, implementation, operator
 from simba_compile.kernels.reference import compute_dtype
 
 SCAN_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus"
@@ -55,8 +54,7 @@ def influence(
     Tensor
         (batch, token) in float64. -inf for an influence of zero, NaN where an input is NaN. No gradient.
     """
-    if pool not in reference.POOLS:
-        raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
+    expect_pool(pool)
     return implementation("influence", x, dt, A, B, C, dt_bias)(x, dt, A, B, C, dt_bias, softplus, pool, bias_in_decay)
 
 
@@ -113,7 +111,7 @@ def selective_scan(
 @fake("selective_scan")
 def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     state = x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=compute_dtype(x.dtype))
-    return x.new_empty((x.shape[0], left(x, rest[-1]), x.shape[2])), state
+    return x.new_empty((x.shape[0], tokens_scanned(x, rest[-1]), x.shape[2])), state
 
 
 @operator(
@@ -172,7 +170,7 @@ def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, index)
 
 
-def left(x: Tensor, index: Tensor | None) -> int:
+def tokens_scanned(x: Tensor, index: Tensor | None) -> int:
     """How many tokens a scan of `x` runs over."""
     return x.shape[1] if index is None else index.shape[1]
 

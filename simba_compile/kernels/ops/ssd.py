@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels import reference
-from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
-from simba_compile.kernels.ops.scan import empty_gradients, gradients_of, kept_of, left
+from simba_compile.kernels.ops.dispatch import differentiable, expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.scan import empty_gradients, gradients_of, kept_of, tokens_scanned
 from simba_compile.kernels.reference import compute_dtype
 
 SSD_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
@@ -49,8 +48,7 @@ def ssd_influence(
     Tensor
         (batch, token) in float64. -inf for an influence of zero, NaN where an input is NaN. No gradient.
     """
-    if pool not in reference.POOLS:
-        raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
+    expect_pool(pool)
     run = implementation("ssd_influence", x, dt, A, B, C, dt_bias)
     return run(x, dt, A, B, C, dt_bias, softplus, dt_min, dt_max, pool, bias_in_decay)
 
@@ -115,7 +113,7 @@ def ssd_scan(
 @fake("ssd_scan")
 def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind = compute_dtype(x.dtype)
-    y = x.new_empty((x.shape[0], left(x, rest[-1]), *x.shape[2:]), dtype=kind)
+    y = x.new_empty((x.shape[0], tokens_scanned(x, rest[-1]), *x.shape[2:]), dtype=kind)
     return y, x.new_empty((x.shape[0], *x.shape[2:], B.shape[3]), dtype=kind)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simba_compile.kernels import reference
 from simba_compile.kernels.native import tokens as native
-from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import differentiable, expect_pool, fake, implementation, operator
 
 # --- selecting ---------------------------------------------------------------------------------------------------------
 
@@ -89,8 +89,7 @@ def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
     Tensor
         (batch, token).
     """
-    if pool not in reference.POOLS:
-        raise ValueError(f"pool is {pool!r}; expected one of {', '.join(reference.POOLS)}.")
+    expect_pool(pool)
     return reference.pool_heads(a, b, pool)
 
 
@@ -127,8 +126,8 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     run = implementation("gather", x, index)
     if run is not native.gather:
         return run(x, index, dim)
-    rows = dim == 1 and (x.dim() == 2 or x[0, 0].is_contiguous()) if x.shape[0] and x.shape[1] else False
-    return run(x, index) if rows else reference.gather(x, index, dim)
+    has_whole_rows = dim == 1 and 0 not in x.shape[:2] and x[0, 0].is_contiguous()
+    return run(x, index) if has_whole_rows else reference.gather(x, index, dim)
 
 
 @fake("gather")

@@ -9,7 +9,7 @@ from torch import Tensor
 from simba_compile.kernels.reference.dtypes import compute_dtype
 from simba_compile.kernels.reference.tokens import gather
 
-POOLS = ("max", "absmax", "l2")
+POOLS = ("max", "absmax", "l2")  # in the order of cpu/simba.h, which is given the place
 
 
 def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:

@@ -61,7 +61,7 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
 
 
 # A NaN that no arithmetic makes, as the integer of its bits. Widened, bfloat16's becomes float32's and that float64's, as
-# where a prompt ran under autocast and decoding does not; of float16's torch's casts keep no bits.
+# where a prompt ran under autocast and decoding does not; torch's casts of float16 do not keep the bits.
 _MARKS = {
     torch.float64: (torch.int64, 0x7FF8_A000_0000_0000),
     torch.float32: (torch.int32, 0x7FC5_0000),

@@ -29,7 +29,7 @@ class Options:
     Parameters
     ----------
     keep : float
-        Share of the tokens that is left at the last mixer, in (0, 1]. 1 is the dense model.
+        Share of the tokens that is left after the last mixer, in (0, 1]. 1 is the dense model.
     schedule : {"linear", "uniform"} or sequence of float
         How the share falls over the mixers: evenly from 1 to `keep`; `keep` from the first mixer on; or the shares
         themselves, one for each mixer, in (0, 1], none larger than the one before.

@@ -186,7 +186,7 @@ def explain(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Read only the model's configuration; its weights are random.")
     ] = False,
-    keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.", rich_help_panel=ONE)] = 0.1,
+    keep: Annotated[float, typer.Option(help="Share of the tokens left after the last mixer.", rich_help_panel=ONE)] = 0.1,
     schedule: Annotated[
         str,
         typer.Option(
@@ -239,7 +239,7 @@ def evaluate(
     task: Annotated[Task, typer.Option(help="Bits per byte of a text, or recall of planted pairs.")] = Task.text,
     text: Annotated[list[Path] | None, typer.Option(help="Task text: a file to read; several are joined.")] = None,
     length: Annotated[str, typer.Option(help="Tokens of a sequence; several with commas.")] = "512",
-    keep: Annotated[str, _several("Share of the tokens left at the last mixer.")] = "0.5,0.3,0.1",
+    keep: Annotated[str, _several("Share of the tokens left after the last mixer.")] = "0.5,0.3,0.1",
     criterion: Annotated[str, _several("What ranks tokens: influence, recent, uniform or random.")] = "influence",
     pool: Annotated[str, _several("A token's score over channels: max, absmax or l2.")] = "max",
     dt_bias: Annotated[str, _several("Bias of the step size Δ: does the score include or exclude it.")] = "include",
@@ -348,7 +348,7 @@ def flow(
     text: Texts,
     length: Length = 512,
     windows: Windows = 8,
-    keep: Annotated[float, typer.Option(help="Share of the tokens left at the last mixer.")] = 0.1,
+    keep: Annotated[float, typer.Option(help="Share of the tokens left after the last mixer.")] = 0.1,
     pool: Annotated[str, typer.Option(help="A score over channels: max, absmax or l2.")] = "max",
     dt_bias: Annotated[str, typer.Option(help="Bias of the step size Δ: does the score include or exclude it.")] = "include",
     layers: Annotated[str | None, typer.Option(help="Mixers, from 1 on, separated by commas.", show_default="all")] = None,

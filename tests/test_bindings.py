@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_ops
+import test_ssd_kernels
 import torch
 from kernel_inputs import spoiled
 from torch import Tensor
 
 from simba_compile.kernels.native import binding
 from simba_compile.kernels.native import conv as native_conv
+from simba_compile.kernels.native import linear as native_linear
 from simba_compile.kernels.native import scan as native_scan
 from simba_compile.kernels.native import tokens as native_tokens
+from simba_compile.kernels.native.library import SOURCES
 from simba_compile.kernels.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not binding.available(), reason="the native kernels were not built")
@@ -116,3 +122,26 @@ def test_an_index_out_of_range_is_refused(name: str, bad: int) -> None:
     index[1, 1] = bad
     with pytest.raises(IndexError, match=r"outside 0\.\.4"):
         kernel_of(name)(*CALLS[name][:-1], index)
+
+
+def test_structs_are_as_long_as_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field too few in Python, and C would read the next one in its place."""
+    library = binding.library()
+    called: set[str] = set()
+
+    class Library:
+        def __getattr__(self, name: str) -> Callable:
+            def run(args: bytes, *rest: Any) -> int:
+                kernel = name.removeprefix("simba_")
+                called.add(kernel)
+                assert len(args) == 8 * ctypes.c_int64.in_dll(library, f"simba_words_{kernel}").value, kernel
+                return getattr(library, name)(args, *rest)
+
+            return run
+
+    monkeypatch.setattr(binding, "library", Library)
+    for name, calls in (test_ops.samples() | test_ssd_kernels.samples()).items():
+        for args in calls:
+            (native_linear.linear if name == "linear" else getattr(torch.ops.simba, name))(*args)
+    sources = "".join(file.read_text() for file in SOURCES.glob("*.c"))
+    assert called == set(re.findall(r"^(?:EXPORT|WORDS)\((\w+), ", sources, re.MULTILINE))

@@ -15,6 +15,7 @@ static int level = BASE;
 
 #if defined(__x86_64__)
 #define EXPORT(op, Args)                                                                      \
+  WORDS(op, Args)                                                                             \
   DECLARE_LEVEL(op, Args, base) DECLARE_LEVEL(op, Args, v3) DECLARE_LEVEL(op, Args, v4)       \
   int simba_##op(const Args *args, int dtype, int threads) {                                  \
     static int (*const table[3][4])(const Args *, int) = {ROW(op, base), ROW(op, v3), ROW(op, v4)}; \
@@ -22,6 +23,7 @@ static int level = BASE;
   }
 #else
 #define EXPORT(op, Args)                                                                      \
+  WORDS(op, Args)                                                                             \
   DECLARE_LEVEL(op, Args, base)                                                               \
   int simba_##op(const Args *args, int dtype, int threads) {                                  \
     static int (*const table[1][4])(const Args *, int) = {ROW(op, base)};                     \

@@ -169,6 +169,9 @@ typedef struct {
   int64_t *out;                                                   /* (batch, k) */
 } SelectArgs;
 
+/* How many words of 64 bits a kernel's struct has: tests/test_bindings.py compares it with what the binding writes. */
+#define WORDS(op, Args) const int64_t simba_words_##op = sizeof(Args) / sizeof(int64_t);
+
 enum { OUT_OF_MEMORY = 1, OUT_OF_RANGE = 2 }; /* what kernels return instead of 0 */
 int simba_in_range(const int64_t *index, int64_t count, int64_t tokens);
 

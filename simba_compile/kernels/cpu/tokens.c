@@ -11,6 +11,9 @@ int simba_in_range(const int64_t *index, int64_t count, int64_t tokens) {
   return !outside;
 }
 
+WORDS(gather, GatherArgs)
+WORDS(select, SelectArgs)
+
 int simba_gather(const GatherArgs *a, int dtype, int threads) {
   (void)dtype;
   if (!simba_in_range(a->index, a->batch * a->kept, a->tokens)) return OUT_OF_RANGE;

@@ -62,11 +62,14 @@ class Worker:
         return _judged(bench_kernels.far_error(operator, self.device, shape), bench_kernels.most("bfloat16"))
 
     def agree(self, contender: str) -> dict[str, Any]:
-        """A small pruned model in float32 against what it gives on the CPU, in one of the ways to run it on the device."""
+        """A small pruned model in float32 against what it gives on the CPU, in one of the ways to run it on the device.
+
+        A prompt, and a step that goes on from it.
+        """
         ids, model = models.random_ids(models.TINY["vocab_size"], AGREE_TOKENS), models.random_mamba(4, models.TINY)
         options: dict[str, Any] = {"keep": 0.3}
         torch._dynamo.reset()
-        expected = torch.compile(model, backend="simba", options=options)(ids).logits
+        expected = _prompt_and_step(torch.compile(model, backend="simba", options=options), ids)
         model, ids = model.to(self.device.name), ids.to(self.device.name)  # type: ignore[arg-type]
         torch._dynamo.reset()
         if contender in (INNER, REDUCED):
@@ -75,7 +78,7 @@ class Worker:
         made: list[Tensor] = []
 
         def call() -> None:
-            made[:] = [forward(ids).logits]
+            made[:] = _prompt_and_step(forward, ids)
 
         graphs = {"triton.cudagraphs": contender == REDUCED, "triton.cudagraph_or_error": contender == REDUCED}
         with torch._inductor.config.patch(graphs):  # or error: else Inductor only warns where it records none
@@ -84,7 +87,7 @@ class Worker:
         replay = self.device.captured(call) if contender == GRAPH else self.device.wait
         replay()
         self.compiled = None  # the reset lost it
-        return _judged(bench_kernels.off([(made[0], expected)]), AGREE)
+        return _judged(bench_kernels.off(list(zip(made, expected, strict=True))), AGREE)
 
     def kernel(self, operator: str, **shape: int) -> dict[str, Any]:
         """One operator's time."""
@@ -168,6 +171,13 @@ class Worker:
             generate(more)
         short, long = (self.device.time(functools.partial(generate, more), self.runs, 5.0) for more in (32, 96))
         return type(short)(tuple((b - a) / 64 for a, b in zip(sorted(short.runs), sorted(long.runs), strict=False)))
+
+
+def _prompt_and_step(forward: Callable[..., Any], ids: Tensor) -> list[Tensor]:
+    """The logits of both."""
+    prompt = forward(ids, use_cache=True)
+    step = forward(ids[:, -1:], **models.going_on(prompt), use_cache=True)
+    return [prompt.logits, step.logits]
 
 
 def _judged(error: float, most: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from simba_compile import capture, kernels
-from simba_compile.cuda_graphs import beside_cuda_graphs, varies
+from simba_compile.cuda_graphs import beside_cuda_graphs, may_be_recorded, varies
 from simba_compile.eager import as_it_is, without_tangents
 from simba_compile.graph_breaks import why_partial
 from simba_compile.options import OptionError, Options
@@ -78,8 +78,8 @@ def simba(
 
 def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     """What runs the graph: pruned where its length leaves something to prune, else dense."""
-    is_prompt = bool(result.mixers)
-    dense = compile_inner(result.dense, result.options.inner, mode, record=is_prompt or not varies(result.dense))
+    grows = not result.mixers and varies(result.dense)  # a decoding step with attention
+    dense = compile_inner(result.dense, result.options.inner, mode, record=not grows)
     if result.pruned is None or result.plan is None:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
@@ -120,7 +120,8 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, record: 
     def whole(*args: Any) -> Any:
         return graph(*args)
 
-    backend = Inductor(mode, None if record else {"triton.cudagraphs": False}, True) if inner == "inductor" else inner
+    unrecorded = None if record and may_be_recorded(graph) else {"triton.cudagraphs": False}
+    backend = Inductor(mode, unrecorded, True) if inner == "inductor" else inner
     compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=not is_fixed(graph))
     # A function around it in any case: Dynamo unwraps what it is given, to disable itself around it.
     around = on_gpu_of_inputs(compiled) if inner == "aot_eager" else lambda *args: compiled(*args)

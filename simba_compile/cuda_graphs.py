@@ -16,32 +16,23 @@ from simba_compile.kernels.ops.dispatch import GPU
 from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.length import value_of
 
+OPS = torch.ops.simba
+RECORDINGS = 8  # of one graph, for as many places where what it writes into lies; more take memory
 
-def beside_cuda_graphs(function: Callable, gm: GraphModule) -> Callable:
-    """What runs a graph by a function that Inductor records: its results stay, and it may write into its inputs.
 
-    Results on a GPU are copied, and views of one another are then apart. Inputs that are written into, the states of a
-    decoding step, are marked as being where they are, as transformers marks those of a cache that it makes: with a cache
-    that is elsewhere, Inductor records the graph once more.
+def may_be_recorded(gm: GraphModule) -> bool:
+    """Whether a graph does the same as a CUDA graph between copies.
+
+    It does not where it waits for the host, nor where one write is seen in two of the values that are copied.
     """
+    if any("random" in node.args for node in gm.graph.find_nodes(op="call_function", target=OPS.token_scores)):
+        return False
     inputs = gm.graph.find_nodes(op="placeholder")
-    given = {storage_of(node) for node in inputs}
-    changing = {storage_of(value) for node in gm.graph.nodes if is_inplace(node) for value in written(node)} - {None}
-    places = [place for place, node in enumerate(inputs) if storage_of(node) in changing]
-    outputs: Any = gm.graph.output_node().args[0]
-    made = [isinstance(node, Node) and storage_of(node) not in given for node in outputs]
-
-    def run(*args: Any) -> Any:
-        for place in places:
-            torch._dynamo.mark_static_address(args[place])
-        return [copied(value) if new else value for value, new in zip(function(*args), made, strict=True)]
-
-    return run
-
-
-def copied(value: Any) -> Any:
-    """A copy of a tensor on a GPU; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.device.type == GPU else value
+    made = [node for node, is_made in zip(_outputs(gm), _made(gm), strict=True) if is_made]
+    changing = [inputs[place] for place in _written(gm)]
+    memory = [storage_of(node) for node in dict.fromkeys([*made, *changing])]
+    known = [place for place in memory if place is not None]
+    return len(known) == len(set(known))
 
 
 def varies(gm: GraphModule) -> bool:
@@ -52,3 +43,64 @@ def varies(gm: GraphModule) -> bool:
     values = map(value_of, gm.graph.find_nodes(op="placeholder"))
     sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape[1:]]
     return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def beside_cuda_graphs(function: Callable, gm: GraphModule) -> Callable:
+    """What runs a graph by a function that Inductor records: its results stay, and it may write into its inputs.
+
+    Results on a GPU are copied. Inputs that are written into, the states of a decoding step, are marked as being where they
+    are, as transformers marks those of a cache that it makes: with a cache that is elsewhere, Inductor records the graph
+    once more. After `RECORDINGS` of them, states are copied to where a last one has them, and back.
+    """
+    places, made = _written(gm), _made(gm)
+    known: set[tuple[int, ...]] = set()
+    copies: dict[tuple[torch.Size, ...], list[Tensor]] = {}
+
+    def run(*args: Any) -> Any:
+        states = [args[place] for place in places]
+        where = tuple(state.data_ptr() for state in states)
+        if where in known or len(known) < RECORDINGS:
+            known.add(where)
+            return call(*args)
+        sizes = tuple(state.shape for state in states)
+        if sizes not in copies:
+            with torch.inference_mode(False):  # for calls in any mode
+                copies[sizes] = [torch.empty_like(state, requires_grad=False) for state in states]
+        given = list(args)
+        with torch.no_grad():
+            for place, state, copy in zip(places, states, copies[sizes], strict=True):
+                given[place] = copy.copy_(state)
+        values = call(*given)
+        with torch.no_grad():
+            for state, copy in zip(states, copies[sizes], strict=True):
+                state.copy_(copy)
+        return values
+
+    def call(*args: Any) -> Any:
+        for place in places:
+            torch._dynamo.mark_static_address(args[place])
+        return [_copied(value) if is_made else value for value, is_made in zip(function(*args), made, strict=True)]
+
+    return run
+
+
+def _written(gm: GraphModule) -> list[int]:
+    """The places of the inputs that the graph writes into."""
+    changing = {storage_of(value) for node in gm.graph.nodes if is_inplace(node) for value in written(node)} - {None}
+    return [place for place, node in enumerate(gm.graph.find_nodes(op="placeholder")) if storage_of(node) in changing]
+
+
+def _made(gm: GraphModule) -> list[bool]:
+    """Of each output, whether it is in memory that the graph makes."""
+    given = {storage_of(node) for node in gm.graph.find_nodes(op="placeholder")} - {None}
+    return [isinstance(node, Node) and storage_of(node) not in given for node in _outputs(gm)]
+
+
+def _outputs(gm: GraphModule) -> list[Any]:
+    (outputs,) = gm.graph.output_node().args
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a tensor on a GPU; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.device.type == GPU else value

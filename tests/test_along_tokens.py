@@ -29,6 +29,14 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "roll by cat": lambda h: torch.cat([h[:, 1:], h[:, :1]], 1),
     "roll back by cat": lambda h: torch.cat((h[:, -1:, :], h[:, :-1]), dim=-2),
     "roll by narrow": lambda h: torch.cat([h.narrow(1, 3, h.shape[1] - 3), h.narrow(1, 0, 3)], 1),
+    "roll by names": lambda h: torch.roll(input=h, shifts=1, dims=1),
+    "flip by name": lambda h: torch.flip(input=h, dims=(1,)),
+    "index_select by name": lambda h: torch.index_select(input=h, dim=1, index=torch.arange(h.shape[1]).flip(0)),
+    "roll of copies": lambda h: torch.cat([h[:, 1:].contiguous(), h[:, :1].clone()], 1),
+    "roll of a longer one": lambda h: torch.cat([h[:, 1:], h[:, :1], h[:, :1]], 1)[:, :-1],
+    "none and a roll": lambda h: torch.cat([torch.zeros(0, dtype=h.dtype), h[:, 1:], h[:, :1]], 1),
+    "in order, by names": lambda h: torch.cat([h.narrow(1, 0, h.shape[1] - 1), h.narrow(dim=1, start=-1, length=1)], 1),
+    "look ahead by cat": lambda h: h + torch.cat([h[:, 1:], h[:, -1:]], 1),
     "halves swapped": lambda h: torch.cat([h[:, h.shape[1] // 2 :], h[:, : h.shape[1] // 2]], 1),
     "two pieces swapped": lambda h: torch.cat([h[:, :2], h[:, 5:], h[:, 2:5]], 1),
     "ends swapped": lambda h: torch.cat([h[:, :-4], h[:, -2:], h[:, -4:-2]], 1),
@@ -66,9 +74,15 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-REORDERED = {"flip", "flip of a sum", "roll", "sorted", "permuted", "permuted by an index"}
-REORDERED |= {"roll by cat", "roll back by cat", "roll by narrow", "halves swapped", "two pieces swapped", "ends swapped"}
-IN_PLACE = {"shift by cat", "first ones replaced", "shift by cat onto the first", "mean", "cumsum", "gate"}
+REORDERED = {
+    *("flip", "flip by name", "flip of a sum", "roll", "roll by names", "index_select by name", "sorted", "permuted"),
+    *("permuted by an index", "roll by cat", "roll back by cat", "roll by narrow", "roll of copies", "roll of a longer one"),
+    *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped"),
+}
+IN_PLACE = {
+    *("shift by cat", "shift by cat onto the first", "look ahead by cat", "first ones replaced", "in order, by names"),
+    *("mean", "cumsum", "gate"),
+}
 
 
 class Between(nn.Module):

@@ -22,6 +22,7 @@ import simba_compile.backend
 from simba_compile import cuda_graphs
 from simba_compile.cli.models import going_on
 
+INDUCTOR = simba_compile.backend.Inductor
 
 def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
@@ -34,6 +35,7 @@ def is_same(one: Tensor, other: Tensor) -> bool:
 class Recorder:
     """Inductor's CUDA graphs."""
 
+    at: ClassVar[set[tuple[int, ...]]] = set()  # where what stays was
     returned: ClassVar[weakref.WeakSet[Tensor]] = weakref.WeakSet()  # by the last call of any
     calls = 0
 
@@ -60,6 +62,7 @@ class Recorder:
                 value for value in values if is_tensor(value) and value.untyped_storage()._cdata not in given
             )
             Recorder.calls += 1
+            Recorder.at.add(tuple(value.data_ptr() for value, stays in zip(args, fixed, strict=True) if stays))
             return values
 
         return run
@@ -71,6 +74,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simba_compile.backend, "Inductor", Recorder)
     monkeypatch.setattr(cuda_graphs, "GPU", "cpu")
     monkeypatch.setattr(Recorder, "calls", 0)
+    monkeypatch.setattr(Recorder, "at", set())
 
 
 @pytest.mark.parametrize(
@@ -135,3 +139,60 @@ def test_a_step_is_compiled_for_its_sizes(monkeypatch: pytest.MonkeyPatch) -> No
         out = model(random_ids(2, 40), use_cache=True)
         model(random_ids(2, 1), **going_on(out), use_cache=True)
     assert has_open_sizes == [True, False]
+
+
+@pytest.mark.parametrize("gradients", [torch.inference_mode, torch.enable_grad])
+def test_many_caches_are_not_recorded_one_by_one(gradients: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second on, states are copied to where one more recording has them."""
+    monkeypatch.setattr(cuda_graphs, "RECORDINGS", 1)
+    model, prompts = tiny_model("mamba"), [random_ids(2, length) for length in (40, 33, 51)]
+
+    def decoded(call: Callable) -> list[Tensor]:
+        outputs = [call(ids, use_cache=True) for ids in prompts]
+        prompts_at = len(Recorder.at)
+        for _ in range(2):
+            last = zip(prompts, outputs[-3:], strict=True)
+            outputs += [call(ids[:, -1:], **going_on(out), use_cache=True) for ids, out in last]
+        assert len(Recorder.at) - prompts_at <= 2
+        return [out.logits for out in outputs]
+
+    with gradients():
+        calls = [simba(model, keep=0.3, min_tokens=4, inner=inner) for inner in ("inductor", "eager")]
+        for got, expected in zip(*map(decoded, calls), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def views(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (y := x + 1), y[:, 1:]
+
+
+@pytest.mark.parametrize(("function", "recorded"), [(views, 0), (lambda x: (x + 1, x[:, 1:]), 1)])
+def test_values_that_share_memory_are_not_copied_apart(function: Callable, recorded: int) -> None:
+    """Nor does a view of an input become a copy."""
+    x = torch.ones(2, 5)
+    one, other = torch.compile(function, backend="simba", options={"inner": "inductor"})(x)
+    one.add_(1)
+    assert torch.equal(other, torch.full((2, 4), 1.0 if recorded else 3.0))
+    assert Recorder.calls == recorded
+    if recorded:
+        x.add_(1)
+        assert torch.equal(other, x[:, 1:])
+
+
+def test_what_waits_for_the_host_is_not_recorded() -> None:
+    with torch.no_grad():
+        simba(tiny_model("mamba"), keep=0.3, min_tokens=4, inner="inductor", criterion="random")(random_ids(2, 40))
+    assert Recorder.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "records"),
+    [
+        *(("reduce-overhead", None, True), ("max-autotune", None, True), (None, None, False), ("default", None, False)),
+        *(("reduce-overhead", {"triton.cudagraphs": False}, False), ("max-autotune-no-cudagraphs", None, False)),
+    ],
+)
+def test_modes_that_record(mode: str | None, options: dict[str, Any] | None, records: bool) -> None:
+    assert INDUCTOR(mode, options, True).records_cuda_graphs is records
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert INDUCTOR(None, None, True).records_cuda_graphs

@@ -23,6 +23,7 @@ from simba_compile.passes.tokens import (
     NORMS,
     POINTWISE,
     PRODUCTS,
+    REORDERS,
     RESHAPES,
     VIEWS,
 )
@@ -36,11 +37,13 @@ _NEXT = {  # what follows the first argument, as far as some pass reads it by it
     **dict.fromkeys(CONCATENATIONS | {"mean", torch.mean}, ("dim",)),
     **dict.fromkeys(PRODUCTS | {"add", torch.add, "sub", torch.sub, "mul", torch.mul, "div", torch.div}, ("other",)),
     **dict.fromkeys(("pow", torch.pow), ("exponent",)),
+    **dict.fromkeys(("narrow", torch.narrow), ("dim", "start", "length")),
     **dict.fromkeys(("permute", torch.permute), ("dims",)),
     **dict.fromkeys(("transpose", torch.transpose), ("dim0", "dim1")),
     **{"view": ("size",), "reshape": ("shape",), torch.reshape: ("shape",)},
 }
-_KNOWN = (POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | _NEXT.keys()) - {torch.where}  # whose first is no input
+_KNOWN = POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | REORDERS | _NEXT.keys()
+_KNOWN -= {torch.where}  # whose first is no input
 
 
 def name_calls(graph: Graph) -> None:

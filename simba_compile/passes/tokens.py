@@ -142,14 +142,17 @@ def reorders(node: Node, length: Length) -> bool:
     if node.target in CONCATENATIONS:
         return _swaps_pieces(node, length)
     takes = node.target in REORDERS or (node.target is operator.getitem and not _is_plain_index(node))
-    return takes and length.of(node.args[0]) != NO_TOKENS
+    return takes and bool(node.args) and length.of(node.args[0]) != NO_TOKENS
 
 
 def _swaps_pieces(node: Node, length: Length) -> bool:
     """Whether a concatenation of tokens has pieces of one value in another order: ``cat([x[:, 1:], x[:, :1]], 1)``."""
-    parts, axis = node.args[0], max(length.of(node), 0)
+    parts = node.args[0]
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(parts, list | tuple) or not isinstance(dim, int) or dim % _rank(value_of(node)) != axis:
+    if not isinstance(parts, list | tuple) or not isinstance(dim, int):
+        return False
+    axis = dim % _rank(value_of(node))
+    if length.of(node) not in (axis, UNCLEAR):
         return False
     pieces = [_piece(part, axis) for part in parts]
     return any(
@@ -159,15 +162,17 @@ def _swaps_pieces(node: Node, length: Length) -> bool:
 
 def _piece(part: Any, axis: int) -> tuple[Node | None, Any]:
     """What a value is a piece of, if of one, and where along the axis the piece begins."""
+    while isinstance(part, Node) and part.target in CASTS:
+        part = part.args[0]
     source = part.args[0] if isinstance(part, Node) and part.args else None
     if not isinstance(source, Node):
         return None, None
     if is_one_result(part):  # of a split
         return source, part.args[1]
-    if part.target in ("narrow", torch.narrow):
+    if part.target in ("narrow", torch.narrow) and len(part.args) > 2:
         return source, part.args[2]
     slices = _slices(part)
-    return (None, None) if slices is None else (source, slices[axis].start or 0)
+    return (None, None) if slices is None or len(slices) <= axis else (source, slices[axis].start or 0)
 
 
 def _is_before(start: Any, other: Any) -> bool:

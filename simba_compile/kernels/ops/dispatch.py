@@ -25,11 +25,11 @@ COPIES = ("select", "gather")  # whose Triton kernels take every dtype
 FUNCTIONS: dict[Any, Callable] = {}  # by operator: what runs it on every device
 
 
-def operator(schema: str, *tags: torch.Tag) -> Callable[[Callable], Callable]:
+def operator(schema: str) -> Callable[[Callable], Callable]:
     """Register the decorated function as the operator ``simba::<its name>`` with this schema, on every device."""
 
     def register(function: Callable) -> Callable:
-        LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
         _open_to_inductor(function)
         packet = getattr(torch.ops.simba, function.__name__)

@@ -42,7 +42,7 @@ def _(scores: Tensor, k: int, first: int, last: int) -> Tensor:
     return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
 
 
-@operator("(Tensor x, SymInt k, str criterion, int seed) -> Tensor", torch.Tag.cudagraph_unsafe)  # "random" is the host's
+@operator("(Tensor x, SymInt k, str criterion, int seed) -> Tensor")
 def token_scores(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
     """Scores that do not look at the tokens, to compare influence with.
 

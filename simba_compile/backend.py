@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from simba_compile import capture, kernels
-from simba_compile.cuda_graphs import beside_cuda_graphs, may_be_recorded, varies
+from simba_compile.cuda_graphs import beside_cuda_graphs, why_unrecorded
 from simba_compile.eager import as_it_is, without_tangents
 from simba_compile.graph_breaks import why_partial
 from simba_compile.options import OptionError, Options
@@ -78,8 +78,7 @@ def simba(
 
 def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     """What runs the graph: pruned where its length leaves something to prune, else dense."""
-    grows = not result.mixers and varies(result.dense)  # a decoding step with attention
-    dense = compile_inner(result.dense, result.options.inner, mode, record=not grows)
+    dense = compile_inner(result.dense, result.options.inner, mode, is_prompt=bool(result.mixers))
     if result.pruned is None or result.plan is None:
         return dense
     pruned, plan = compile_inner(result.pruned, result.options.inner, mode), result.plan
@@ -103,8 +102,8 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
     return run
 
 
-def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, record: bool = True) -> Callable:
-    """Hand a lowered graph to what compiles the rest; Inductor may `record` it, if it records CUDA graphs at all.
+def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, is_prompt: bool = True) -> Callable:
+    """Hand a lowered graph to what compiles the rest.
 
     "auto" runs it as it is: on the CPU, where the time goes into matrix products and our kernels, that is as fast as
     Inductor's code and needs no compiling (docs/decisions.md).
@@ -120,14 +119,23 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, record: 
     def whole(*args: Any) -> Any:
         return graph(*args)
 
-    unrecorded = None if record and may_be_recorded(graph) else {"triton.cudagraphs": False}
-    backend = Inductor(mode, unrecorded, True) if inner == "inductor" else inner
+    backend = inductor_for(graph, mode, is_prompt) if inner == "inductor" else inner
     compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=not is_fixed(graph))
     # A function around it in any case: Dynamo unwraps what it is given, to disable itself around it.
     around = on_gpu_of_inputs(compiled) if inner == "aot_eager" else lambda *args: compiled(*args)
     if isinstance(backend, Inductor) and backend.records_cuda_graphs:
         around = beside_cuda_graphs(around, graph)
     return without_tangents(around, graph)
+
+
+def inductor_for(gm: GraphModule, mode: str | None, is_prompt: bool) -> "Inductor":
+    """Inductor in this mode; without CUDA graphs where this graph is not to be recorded."""
+    inductor = Inductor(mode, None, True)
+    reason = why_unrecorded(gm, is_prompt) if inductor.records_cuda_graphs else None
+    if reason is None:
+        return inductor
+    log.info("Not recorded as a CUDA graph: %s.", reason)
+    return Inductor(mode, {"triton.cudagraphs": False}, True)
 
 
 def is_fixed(gm: GraphModule) -> bool:

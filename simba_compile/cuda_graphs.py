@@ -20,29 +20,29 @@ OPS = torch.ops.simba
 RECORDINGS = 8  # of one graph, for as many places where what it writes into lies; more take memory
 
 
-def may_be_recorded(gm: GraphModule) -> bool:
-    """Whether a graph does the same as a CUDA graph between copies.
+def why_unrecorded(gm: GraphModule, is_prompt: bool) -> str | None:
+    """Why a graph is not to be recorded, or None where it is.
 
-    It does not where it waits for the host, nor where one write is seen in two of the values that are copied.
+    A CUDA graph is recorded for each set of sizes. A decoding step has another one each time, where attention has a cache.
     """
-    if any("random" in node.args for node in gm.graph.find_nodes(op="call_function", target=OPS.token_scores)):
-        return False
     inputs = gm.graph.find_nodes(op="placeholder")
+    if not any(_is_on_gpu(value_of(node)) for node in inputs):
+        return "nothing that it reads is on a GPU"
+    if not is_prompt and any(_varies(value_of(node)) for node in inputs):
+        return "the sizes of what it reads are others at each call"
+    if any("random" in node.args for node in gm.graph.find_nodes(op="call_function", target=OPS.token_scores)):
+        return "the host draws its random numbers"
     made = [node for node, is_made in zip(_outputs(gm), _made(gm), strict=True) if is_made]
     changing = [inputs[place] for place in _written(gm)]
-    memory = [storage_of(node) for node in dict.fromkeys([*made, *changing])]
-    known = [place for place in memory if place is not None]
-    return len(known) == len(set(known))
+    memory = [place for node in dict.fromkeys([*made, *changing]) if (place := storage_of(node)) is not None]
+    if len(memory) > len(set(memory)):
+        return "some of its results, or of what it writes into, share memory, and copies would not"
+    return None
 
 
-def varies(gm: GraphModule) -> bool:
-    """Whether the graph's inputs have open sizes beside the number of sequences.
-
-    A CUDA graph is recorded for each set of them. A decoding step has another set each time, where attention has a cache.
-    """
-    values = map(value_of, gm.graph.find_nodes(op="placeholder"))
-    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape[1:]]
-    return any(isinstance(size, torch.SymInt) for size in sizes)
+def _varies(value: Any) -> bool:
+    """Whether a tensor has open sizes beside the number of sequences."""
+    return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape[1:])
 
 
 def beside_cuda_graphs(function: Callable, gm: GraphModule) -> Callable:
@@ -103,4 +103,8 @@ def _outputs(gm: GraphModule) -> list[Any]:
 
 def _copied(value: Any) -> Any:
     """A copy of a tensor on a GPU; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.device.type == GPU else value
+    return value.clone() if _is_on_gpu(value) else value
+
+
+def _is_on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == GPU

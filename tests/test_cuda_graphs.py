@@ -166,11 +166,15 @@ def views(x: Tensor) -> tuple[Tensor, Tensor]:
     return (y := x + 1), y[:, 1:]
 
 
-@pytest.mark.parametrize(("function", "recorded"), [(views, 0), (lambda x: (x + 1, x[:, 1:]), 1)])
-def test_values_that_share_memory_are_not_copied_apart(function: Callable, recorded: int) -> None:
+@pytest.mark.parametrize(("function", "recorded"), [(views, False), (lambda x: (x + 1, x[:, 1:]), True)])
+def test_values_that_share_memory_are_not_copied_apart(
+    function: Callable, recorded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nor does a view of an input become a copy."""
     x = torch.ones(2, 5)
-    one, other = torch.compile(function, backend="simba", options={"inner": "inductor"})(x)
+    with caplog.at_level("INFO", "simba_compile"):
+        one, other = torch.compile(function, backend="simba", options={"inner": "inductor"})(x)
+    assert ("Not recorded as a CUDA graph: some of its results" in caplog.text) is not recorded
     one.add_(1)
     assert torch.equal(other, torch.full((2, 4), 1.0 if recorded else 3.0))
     assert Recorder.calls == recorded
@@ -196,3 +200,10 @@ def test_modes_that_record(mode: str | None, options: dict[str, Any] | None, rec
     assert INDUCTOR(mode, options, True).records_cuda_graphs is records
     with torch._inductor.config.patch({"triton.cudagraphs": True}):
         assert INDUCTOR(None, None, True).records_cuda_graphs
+
+
+def test_nothing_is_recorded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "GPU", "cuda")
+    with torch.no_grad():
+        simba(tiny_model("mamba"), keep=0.3, min_tokens=4, inner="inductor")(random_ids(2, 40))
+    assert Recorder.calls == 0

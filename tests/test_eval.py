@@ -388,3 +388,23 @@ def test_records_of_another_file_are_their_own(tmp_path: Path) -> None:
     records.add({"of": {"x": 1}, "mean": 2.0})
     assert Records(tmp_path / "a.jsonl").get({"x": 1}) == {"of": {"x": 1}, "mean": 2.0}
     assert Records(tmp_path / "b.jsonl").get({"x": 1}) is None
+
+
+def test_a_plot_tells_settings_apart() -> None:
+    """Options that differ have lines of their own, with names where a value may be another option's."""
+    from matplotlib.figure import Figure
+
+    from simba_compile.analysis import plots
+
+    every: list[dict[str, Any]] = [{"keep": keep, "min_tokens": least} for least in (8, 16) for keep in (0.3, 0.1)]
+    every += [{"keep": 0.1, "every": 2, "min_tokens": 8}, {"keep": 0.1, "protect_first": 2, "min_tokens": 8}]
+    every += [{"keep": 0.1, "criterion": "recent", "min_tokens": 8}]
+    some = {"difference": [0.1, 0.0, 0.2], "unit": "bits per byte"}
+    axes = Figure().subplots()
+    plots._keeps(axes, [{"of": {"options": options}, **some} for options in every])
+    assert axes.get_legend_handles_labels()[1] == [
+        *("min_tokens 8", "min_tokens 16", "every 2, min_tokens 8", "protect_first 2, min_tokens 8"),
+        "recent, min_tokens 8",
+    ]
+    plots._keeps(axes := Figure().subplots(), [{"of": {"options": {"keep": 0.1, "min_tokens": 8}}, **some}])
+    assert axes.get_legend_handles_labels()[1] == ["influence"]

@@ -37,6 +37,10 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "none and a roll": lambda h: torch.cat([torch.zeros(0, dtype=h.dtype), h[:, 1:], h[:, :1]], 1),
     "in order, by names": lambda h: torch.cat([h.narrow(1, 0, h.shape[1] - 1), h.narrow(dim=1, start=-1, length=1)], 1),
     "look ahead by cat": lambda h: h + torch.cat([h[:, 1:], h[:, -1:]], 1),
+    "flat roll by cat": lambda h: (lambda x: torch.cat([x[1:], x[:1]], 0).view(h.shape))(h.reshape(-1, 32)),
+    "channels swapped in a longer one": lambda h: (
+        h + (lambda x: torch.cat([x[..., 8:], x[..., :8]], -1))(torch.cat([h, h[:, -1:]], 1))[:, :-1]
+    ),
     "halves swapped": lambda h: torch.cat([h[:, h.shape[1] // 2 :], h[:, : h.shape[1] // 2]], 1),
     "two pieces swapped": lambda h: torch.cat([h[:, :2], h[:, 5:], h[:, 2:5]], 1),
     "ends swapped": lambda h: torch.cat([h[:, :-4], h[:, -2:], h[:, -4:-2]], 1),
@@ -77,11 +81,11 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 REORDERED = {
     *("flip", "flip by name", "flip of a sum", "roll", "roll by names", "index_select by name", "sorted", "permuted"),
     *("permuted by an index", "roll by cat", "roll back by cat", "roll by narrow", "roll of copies", "roll of a longer one"),
-    *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped"),
+    *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped", "flat roll by cat"),
 }
 IN_PLACE = {
     *("shift by cat", "shift by cat onto the first", "look ahead by cat", "first ones replaced", "in order, by names"),
-    *("mean", "cumsum", "gate"),
+    *("mean", "cumsum", "gate", "channels swapped in a longer one"),
 }
 
 

@@ -24,6 +24,7 @@ from simba_compile.cli.models import going_on
 
 INDUCTOR = simba_compile.backend.Inductor
 
+
 def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 

@@ -131,7 +131,7 @@ def _keeps(axes: Any, found: Sequence[dict[str, Any]]) -> None:
         if options == {"keep": 1.0}:
             axes.axhline(mean, color=MUTED, linestyle="--", linewidth=1.2, label="dense")
         else:
-            label = ", ".join(_told(*option) for option in options.items() if option[0] not in left_out)
+            label = ", ".join(_told(name, value) for name, value in options.items() if name not in left_out)
             lines.setdefault(label or "influence", []).append((options["keep"], mean, low, high))
     for colour, (label, points) in zip(COLOURS * len(lines), lines.items(), strict=False):
         at, means, lows, highs = zip(*sorted(points), strict=True)

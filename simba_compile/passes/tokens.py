@@ -6,7 +6,7 @@ lists of operations. What is not known to be safe is not.
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -147,17 +147,22 @@ def reorders(node: Node, length: Length) -> bool:
 
 def _swaps_pieces(node: Node, length: Length) -> bool:
     """Whether a concatenation of tokens has pieces of one value in another order: ``cat([x[:, 1:], x[:, :1]], 1)``."""
-    parts = node.args[0]
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(parts, list | tuple) or not isinstance(dim, int):
-        return False
-    axis = dim % _rank(value_of(node))
-    if length.of(node) not in (axis, UNCLEAR):
+    parts, axis = _joined(node)
+    if axis is None or not length.depends(value_of(node).shape[axis]):
         return False
     pieces = [_piece(part, axis) for part in parts]
     return any(
         of is other and _is_before(start, first) for (other, first), (of, start) in itertools.combinations(pieces, 2) if of
     )
+
+
+def _joined(node: Node) -> tuple[Sequence[Any], int | None]:
+    """What a concatenation joins, and along which axis of the result; None where that is not told."""
+    parts = node.args[0]
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if not isinstance(parts, list | tuple) or not isinstance(dim, int):
+        return (), None
+    return parts, dim % _rank(value_of(node))
 
 
 def _piece(part: Any, axis: int) -> tuple[Node | None, Any]:
@@ -192,12 +197,10 @@ def _keeps_rows(source: Tensor, value: Tensor, length: Length) -> bool:
 
 def _joins_elsewhere(node: Node, rank: int, axis: int, length: Length) -> bool:
     """Whether a concatenation is along another axis than the tokens', or of one value with empty ones."""
-    parts = node.args[0]
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(parts, list | tuple) or not isinstance(dim, int) or not all(isinstance(p, Node) for p in parts):
+    parts, dim = _joined(node)
+    if dim is None or not all(isinstance(part, Node) for part in parts):
         return False
-    dim %= rank
-    full: list[Node] = [part for part in parts if 0 not in value_of(part).shape]  # type: ignore[union-attr, misc]
+    full: list[Node] = [part for part in parts if 0 not in value_of(part).shape]
     if len(full) == 1 and node.target is not torch.stack:
         return True
     was = axis - 1 if node.target is torch.stack and dim < axis else axis

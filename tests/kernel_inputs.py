@@ -173,6 +173,17 @@ def assert_influence_near(actual: Tensor, args: list[Any], pool: str, include: b
     assert not actual.isnan().any()
 
 
+def assert_refuses_a_gradient(operator: Any, args: tuple[Any, ...]) -> None:
+    """It runs on tensors that require gradients, and raises where one is asked for."""
+    given = []
+    for value, argument in zip(args, operator.default._schema.arguments, strict=True):
+        written = argument.alias_info is not None
+        given.append(value.clone().requires_grad_(not written) if isinstance(value, Tensor) else value)
+    out = operator(*given)
+    with pytest.raises(NotImplementedError, match=f"{operator._qualified_op_name} has no gradient"):
+        out.sum().backward()
+
+
 def leaf(*shape: int, seed: int = 0) -> Tensor:
     """A float64 leaf that wants a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()

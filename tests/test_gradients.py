@@ -56,6 +56,41 @@ def test_second_derivatives_are_refused(options: dict[str, Any]) -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize(("family", "inner"), [("mamba", "eager"), ("mamba2", "aot_eager"), ("jamba", "eager")])
+def test_the_gradient_of_a_decoding_step_is_refused(family: str, inner: str) -> None:
+    """Of states that are written in place there is none; torch would take it for zero. The step itself runs."""
+    model, ids = families.tiny_model(family), random_ids(2, 40)
+    compiled = simba(model, inner=inner, **KEEP_FEW)
+    logits = compiled(ids[:, :1], **going_on(compiled(ids, use_cache=True))).logits
+    with torch.no_grad():
+        close(logits, compiled(ids[:, :1], **going_on(compiled(ids, use_cache=True))).logits, 1e-5)
+    with pytest.raises(NotImplementedError, match=r"update has no gradient: .* give the model whole sequences"):
+        logits.sum().backward()
+
+
+def test_gradients_through_a_pruned_cache(selected: list[Tensor]) -> None:
+    """Of a second part's outputs for what made the keys and values of the first, along a line through the parameters."""
+    model, ids = families.tiny_model("zamba", torch.float64), random_ids(2, 50)
+    weights = [value for name, value in model.named_parameters() if "k_proj" in name or "v_proj" in name]
+    directions = [torch.randn_like(weight) for weight in weights]
+    compiled = simba(model.base_model, **KEEP_FEW)
+
+    def loss(step: float = 0.0) -> Tensor:
+        for weight, direction in zip(weights, directions, strict=True):
+            weight.data.add_(direction, alpha=step)
+        after = going_on(compiled(ids[:, :40], use_cache=True))
+        value = compiled(ids[:, 40:], **after).last_hidden_state.square().mean()
+        for weight, direction in zip(weights, directions, strict=True):
+            weight.data.sub_(direction, alpha=step)
+        return value
+
+    with families.exact(model):
+        grads = torch.autograd.grad(loss(), weights)
+        slope = sum((grad * direction).sum() for grad, direction in zip(grads, directions, strict=True))
+        assert selected and weights
+        close(slope, (loss(1e-5) - loss(-1e-5)) / 2e-5, 1e-4)  # of a difference, beside weights in float32
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_gradients_in_a_batch(family: str) -> None:
     """As `jacobian` asks for them: all of torch's operations in our gradients can be batched."""

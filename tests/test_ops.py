@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import OPERATORS, REGISTERED
-from kernel_inputs import Source, assert_laid_out_as_shown, leaf, needs_native
+from kernel_inputs import Source, assert_laid_out_as_shown, assert_refuses_a_gradient, leaf, needs_native
 from torch import Tensor
 from torch.library import opcheck
 
@@ -110,6 +110,8 @@ def test_gradients_of_what_moves_tokens() -> None:
     )
     for k in (2, 7):
         torch.autograd.gradcheck(lambda x, k=k: OPS.last_tokens(x, k, 1), (leaf(2, 5, 3),))
+    for dim, shape in ((1, (2, 3, 4)), (2, (2, 4, 3))):
+        torch.autograd.gradcheck(lambda x, dim=dim: OPS.cache_entries(x, index, 5, dim).nan_to_num(), (leaf(*shape),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -123,6 +125,14 @@ def test_gradients_of_halves_come_in_their_own_type(dtype: torch.dtype) -> None:
     assert [v.grad.dtype for v in (x, dt, z, B, C, A)] == [dtype] * 5 + [torch.float32]
     assert all(v.grad.isfinite().all() and v.grad.any() for v in (x, dt, z, B, C, A))
     assert not x.grad[:, 1].any()  # not kept
+
+
+REFUSE = ("influence", "token_scores", "pool_heads", "state_update", "conv_update", "mixer_update")
+
+
+@pytest.mark.parametrize("name", REFUSE)  # Mamba-2's: tests/test_ssd_kernels.py
+def test_to_ask_for_a_gradient_that_there_is_none_of_raises(name: str) -> None:
+    assert_refuses_a_gradient(getattr(OPS, name), samples()[name][0])
 
 
 # --- what torch asks of operators ------------------------------------------------------------------------------------
@@ -195,7 +205,8 @@ def test_the_page_of_operators_says_what_there_is() -> None:
     for name, _, kernels, gradient in rows:
         there = ["C"] * (dispatch._native_module(name) is not None) + ["Triton"] * (name in dispatch._triton_kernels())
         assert kernels == ", ".join(there), name
-        assert (gradient == "yes") == torch._C._dispatch_has_kernel_for_dispatch_key(f"simba::{name}", "Autograd"), name
+        known = torch._C._dispatch_has_kernel_for_dispatch_key(f"simba::{name}", "Autograd")
+        assert (gradient in ("yes", "raises")) == known, name
 
 
 def test_help_of_an_operator_is_its_docstring() -> None:
@@ -204,6 +215,7 @@ def test_help_of_an_operator_is_its_docstring() -> None:
 
 def test_every_operator_is_checked() -> None:
     names = {name for name in REGISTERED if not name.startswith("ssd_")}  # tests/test_ssd_kernels.py
+    names.remove("no_gradient")  # it only raises
     assert names == set(samples())
     assert all(getattr(OPS, name).default._schema for name in names)
     assert all(OPERATORS[name].__doc__ for name in names)

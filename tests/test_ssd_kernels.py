@@ -17,6 +17,7 @@ from kernel_inputs import (
     Source,
     assert_laid_out_as_shown,
     assert_near,
+    assert_refuses_a_gradient,
     at_level,
     batches,
     each_dtype,
@@ -305,6 +306,11 @@ def test_opcheck(name: str, with_native: bool, monkeypatch: pytest.MonkeyPatch) 
     for args in samples()[name]:
         opcheck(getattr(OPS, name).default, args)
         assert_laid_out_as_shown(getattr(OPS, name), args)
+
+
+@pytest.mark.parametrize("name", ["ssd_influence", "ssd_state_update", "ssd_mixer_update"])
+def test_to_ask_for_a_gradient_that_there_is_none_of_raises(name: str) -> None:
+    assert_refuses_a_gradient(getattr(OPS, name), samples()[name][0])
 
 
 def test_every_operator_is_checked() -> None:

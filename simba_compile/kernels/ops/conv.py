@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import fake, implementation, operator
+from simba_compile.kernels.ops.gradients import differentiable, undifferentiable
 from simba_compile.kernels.reference import compute_dtype
 
 
@@ -112,3 +113,6 @@ def conv_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
 @fake("conv_update")
 def _(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     return x.new_empty(x.shape)
+
+
+undifferentiable("conv_update")

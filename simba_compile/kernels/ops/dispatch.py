@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from simba_compile.kernels import reference
 from simba_compile.kernels.native import binding, conv, linear, mixer, norm, scan, ssd, tokens
@@ -49,26 +48,6 @@ def expect_pool(pool: str) -> None:
 def fake(name: str) -> Callable[[Callable], Callable]:
     """The decorated function gives the operator's output shapes."""
     return torch.library.register_fake(f"simba::{name}", lib=LIBRARY)
-
-
-def differentiable(name: str, backward: Callable, setup: Callable) -> None:
-    """Give the operator a gradient: `setup(ctx, inputs, output)` saves what `backward(ctx, *grads)` reads.
-
-    The gradient has none itself: to ask for second derivatives raises, where they would be left out in silence.
-    """
-
-    def once(ctx: Any, *grads: Any) -> Any:
-        spec: Any = None
-
-        def flat(ctx: Any, *grads: Any) -> tuple:  # torch's function takes no lists of gradients
-            nonlocal spec
-            values, spec = tree_flatten(backward(ctx, *grads))
-            return tuple(values)
-
-        values = torch.autograd.function.once_differentiable(flat)(ctx, *grads)
-        return tree_unflatten(values if isinstance(values, tuple) else (values,), spec)
-
-    torch.library.register_autograd(f"simba::{name}", once, setup_context=setup, lib=LIBRARY)
 
 
 @cache

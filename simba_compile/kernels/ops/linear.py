@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from simba_compile.kernels.native import linear as native
-from simba_compile.kernels.ops.dispatch import by_torch, differentiable, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import by_torch, fake, implementation, operator
+from simba_compile.kernels.ops.gradients import differentiable
 
 
 @operator("(Tensor x, Tensor weight, Tensor? bias, Tensor? add, Tensor? index) -> Tensor")

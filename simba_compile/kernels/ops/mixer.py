@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from simba_compile.kernels.ops.dispatch import fake, implementation, operator
+from simba_compile.kernels.ops.gradients import undifferentiable
 
 
 @operator(
@@ -61,6 +62,9 @@ def mixer_update(
 @fake("mixer_update")
 def _(state: Tensor, window: Tensor, projected: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(projected[..., : state.shape[1]], memory_format=torch.contiguous_format)
+
+
+undifferentiable("mixer_update")
 
 
 @operator(
@@ -121,3 +125,6 @@ def ssd_mixer_update(
 @fake("ssd_mixer_update")
 def _(state: Tensor, window: Tensor, projected: Tensor, *_: Any) -> Tensor:
     return projected.new_empty((*projected.shape[:-1], state.shape[1] * state.shape[2]))
+
+
+undifferentiable("ssd_mixer_update")

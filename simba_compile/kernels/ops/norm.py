@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.ops.dispatch import differentiable, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import fake, implementation, operator
+from simba_compile.kernels.ops.gradients import differentiable
 from simba_compile.kernels.reference import compute_dtype
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.ops.dispatch import differentiable, expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.gradients import differentiable, undifferentiable
 from simba_compile.kernels.reference import compute_dtype
 
 SCAN_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus"
@@ -61,6 +62,9 @@ def influence(
 @fake("influence")
 def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+undifferentiable("influence")
 
 
 @operator(f"({SCAN_INPUTS}, Tensor? index) -> (Tensor, Tensor)")
@@ -248,3 +252,6 @@ def state_update(
 @fake("state_update")
 def _(state: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+undifferentiable("state_update")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_compile.kernels.ops.dispatch import differentiable, expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.gradients import differentiable, undifferentiable
 from simba_compile.kernels.ops.scan import empty_gradients, gradients_of, kept_of, tokens_scanned
 from simba_compile.kernels.reference import compute_dtype
 
@@ -56,6 +57,9 @@ def ssd_influence(
 @fake("ssd_influence")
 def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+undifferentiable("ssd_influence")
 
 
 @operator(f"({SSD_INPUTS}, Tensor? D, {STEP}, Tensor? initial, Tensor? index) -> (Tensor, Tensor)")
@@ -243,3 +247,6 @@ def ssd_state_update(
 @fake("ssd_state_update")
 def _(state: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+undifferentiable("ssd_state_update")

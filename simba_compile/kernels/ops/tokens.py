@@ -7,7 +7,8 @@ from torch import Tensor
 
 from simba_compile.kernels import reference
 from simba_compile.kernels.native import tokens as native
-from simba_compile.kernels.ops.dispatch import differentiable, expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.dispatch import expect_pool, fake, implementation, operator
+from simba_compile.kernels.ops.gradients import differentiable, undifferentiable
 
 # --- selecting ---------------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,9 @@ def _(x: Tensor, k: int, criterion: str, seed: int) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float64)
 
 
+undifferentiable("token_scores")
+
+
 @operator("(Tensor a, Tensor b, str pool) -> Tensor")
 def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
     """The scores of tokens over the channels of two Mamba heads, from those over each head's.
@@ -96,6 +100,9 @@ def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
 @fake("pool_heads")
 def _(a: Tensor, b: Tensor, pool: str) -> Tensor:
     return torch.empty_like(a)
+
+
+undifferentiable("pool_heads")
 
 
 # --- moving ------------------------------------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor
     Returns
     -------
     Tensor
-        As `x`, with `tokens` entries in axis `dim`. No gradient.
+        As `x`, with `tokens` entries in axis `dim`.
     """
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}, which has no NaN to mark pruned tokens with; expected a floating-point type.")
@@ -274,6 +281,19 @@ def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor
 @fake("cache_entries")
 def _(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor:
     return x.new_empty([*x.shape[:dim], tokens, *x.shape[dim + 1 :]])
+
+
+def _entries_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, positions, _, ctx.dim = inputs
+    ctx.save_for_backward(positions)
+
+
+def _entries_backward(ctx: Any, grad: Tensor) -> tuple:
+    (positions,) = ctx.saved_tensors
+    return torch.ops.simba.gather(grad, positions, ctx.dim), None, None, None
+
+
+differentiable("cache_entries", _entries_backward, _entries_setup)
 
 
 @operator("(Tensor x, SymInt k, int dim) -> Tensor")

@@ -52,6 +52,7 @@ class NoDriver:
         self.started: MutableSequence[tuple] = []
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (1, 1, 32, 0, 1024),
+            unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132},
         )
 
@@ -77,7 +78,7 @@ class NoDriver:
 def launch_by_triton(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
     """`runtime.launch`, but that Triton finds what it has compiled."""
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
 def without_products(gm: GraphModule, *_: Any, **__: Any) -> Callable:

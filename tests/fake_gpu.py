@@ -88,6 +88,7 @@ class Driver:
     launcher_cls = Launcher
     utils = SimpleNamespace(
         load_binary=lambda *_: (1, 1, 32, 0, 1024),
+        unload_module=lambda module: None,
         get_device_properties=lambda _: {
             "max_shared_mem": H200.shared_memory_per_block_optin, "multiprocessor_count": H200.multi_processor_count,
             "warpSize": 32, "max_num_regs": H200.regs_per_multiprocessor,
@@ -145,6 +146,7 @@ def install() -> None:
         **{"is_available": True, "is_initialized": False, "device_count": 1, "current_device": 0, "set_device": None},
         **{"get_device_name": H200.name, "get_device_properties": H200, "get_device_capability": (9, 0)},
         **{"_exchange_device": 0, "_maybe_exchange_device": 0, "_lazy_init": None, "synchronize": None},
+        **{"is_current_stream_capturing": False},
         **{"get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None},
     }
     for place in (torch.cuda, CudaInterface, CudaInterface.Worker):

@@ -55,7 +55,7 @@ def test_a_launch_starts_what_triton_would(driver: NoDriver, varied: str, usual:
     for value in CHOICES[varied]:
         call = {name: choices[usual] for name, choices in CHOICES.items()} | {varied: value}
         constants = {name: call.pop(name) for name in ("BLOCK", "TWICE", "num_warps")}
-        _add[(3,)](**call, **constants)
+        _add[(3,)](**call, **constants, enable_fp_fusion=True)
         for _ in range(2):
             runtime.launch(_add, (3,), *call.values(), **constants)
         theirs, first, second = driver.started[-3:]
@@ -89,4 +89,4 @@ def test_launches_are_direct_outside_of_tracing() -> None:
 
     x = torch.zeros(3)
     runtime.launch(Kernel(), (7,), x, 5, BLOCK=2)
-    assert started == [((7,), (x, 5), {"BLOCK": 2})]
+    assert started == [((7,), (x, 5), {"BLOCK": 2, "enable_fp_fusion": True})]

@@ -56,7 +56,7 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
             compiled, trailing = known
             compiled[(grid[0], 1, 1)](*args, *trailing)
             return
-        compiled = kernel[grid](*args, **constants)
+        compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)  # Triton 3.9 warns where it is not told
     if compiled is not None and torch.version.hip is None:  # an interpreter compiles nothing; AMD's also asks for sizes
         COMPILED[tuple(key)] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
 

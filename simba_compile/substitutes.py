@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 
 import simba_compile.kernels  # noqa: F401  (registers torch.ops.simba)
+from simba_compile.kernels.native.conv import MAX_WIDTH
+from simba_compile.kernels.native.scan import MAX_STATES
 
 # --- transformers ------------------------------------------------------------------------------------------------------
 
 
 def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
     """The convolution of a prompt."""
-    if activation not in (None, "silu", "swish") or _is_packed(kwargs):
+    if activation not in (None, "silu", "swish") or _is_packed(kwargs) or weight.shape[-1] > MAX_WIDTH:
         return NotImplemented
     x = hidden_states.transpose(1, 2)
     return torch.ops.simba.causal_conv1d(x, weight, bias, activation is not None).transpose(1, 2)
@@ -37,8 +39,8 @@ def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activatio
 
 
 def _has_other_width(conv_state, weight):  # type: ignore[no-untyped-def]
-    """Whether a cached window is not as wide as the convolution: of a cache that records more, or holds a short prompt."""
-    return conv_state.shape[-1] != weight.shape[-1]
+    """Whether a cached window is not the convolution's (of a cache that records more, or a short prompt), or is too wide."""
+    return conv_state.shape[-1] != weight.shape[-1] or weight.shape[-1] > MAX_WIDTH
 
 
 def nothing(*args, **kwargs):  # type: ignore[no-untyped-def]
@@ -60,7 +62,7 @@ def mamba_selective_scan(  # type: ignore[no-untyped-def]
     **kwargs,
 ):
     """The scan of Mamba-1."""
-    if _is_packed(kwargs):
+    if _is_packed(kwargs) or A.shape[1] > MAX_STATES:
         return NotImplemented
     x, step, b, c, gate = in_one_type(hidden_states, dt, B, C, z)
     x, step, b, c = x.transpose(1, 2), step.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)
@@ -74,6 +76,8 @@ def mamba_selective_state_update(  # type: ignore[no-untyped-def]
     state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
 ):
     """One step of the scan of Mamba-1."""
+    if A.shape[1] > MAX_STATES:
+        return NotImplemented
     x, step, b, c, gate = in_one_type(hidden_states, dt, B, C, z)
     y = torch.ops.simba.state_update(state, x, step, A, b, c, D, gate, dt_bias, dt_softplus)
     return in_type(y, hidden_states.dtype)
@@ -117,11 +121,16 @@ def mamba2_selective_state_update(  # type: ignore[no-untyped-def]
     state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
 ):
     """One step of the scan of Mamba-2."""
-    if A.stride()[1:] != (0, 0) or dt.stride(2) != 0:  # a head's numbers come repeated for its channels
+    if _differs_along(A, 1) or _differs_along(A, 2) or _differs_along(dt, 2):  # a head's numbers come repeated
         return NotImplemented
     skip, bias = (None if value is None else value[:, 0] for value in (D, dt_bias))
     y = torch.ops.simba.ssd_state_update(state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, skip, bias, dt_softplus)
     return y if z is None else y * F.silu(z)
+
+
+def _differs_along(value, axis):  # type: ignore[no-untyped-def]
+    """Whether a tensor may have other numbers along an axis: not where it is repeated."""
+    return value.shape[axis] > 1 and value.stride(axis) != 0
 
 
 # --- causal_conv1d -----------------------------------------------------------------------------------------------------
@@ -188,6 +197,8 @@ def mamba_inner_fn(  # type: ignore[no-untyped-def]
     """All of `Mamba` but its first projection, in one kernel: for us, the operations that it is made of."""
     if norms or A.is_complex() or any(value is not None for value in (B, C, B_proj_bias, C_proj_bias)):
         return NotImplemented
+    if A.shape[1] > MAX_STATES or conv1d_weight.shape[-1] > MAX_WIDTH:
+        return NotImplemented
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)
     x = torch.ops.simba.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, True)
     rank, states = delta_proj_weight.shape[1], A.shape[1]
@@ -204,7 +215,7 @@ def selective_state_update(  # type: ignore[no-untyped-def]
     if state_batch_indices is not None:
         return NotImplemented
     if state.dim() == 3:
-        return torch.ops.simba.state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return mamba_selective_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, z)
     return mamba2_selective_state_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, z)
 
 
@@ -261,7 +272,7 @@ def mamba_split_conv1d_scan_combined(  # type: ignore[no-untyped-def]
     norm_before_gate=True,
 ):
     """All of `Mamba2` but its first projection, in one kernel: for us, the operations that it is made of."""
-    if seq_idx is not None or activation not in (None, "silu", "swish"):
+    if seq_idx is not None or activation not in (None, "silu", "swish") or conv1d_weight.shape[-1] > MAX_WIDTH:
         return NotImplemented
     heads, size = dt_bias.shape[0], headdim if D.dim() == 1 else D.shape[1]
     inner, width = heads * size, conv1d_weight.shape[0]  # the convolution has x, B and C
@@ -344,4 +355,7 @@ OF_A_PROMPT: list[Callable] = [  # called with a whole prompt, whose length is t
     *(causal_conv1d_fn, mamba_selective_scan, mamba2_chunk_scan, packaged_conv1d_fn, selective_scan_fn),
     *(mamba_inner_fn, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined),
 ]
-OF_A_STEP: list[Callable] = [causal_conv1d_update, packaged_conv1d_update]  # called in every mixer of a decoding step
+OF_A_STEP: list[Callable] = [  # called in every mixer of a decoding step
+    *(causal_conv1d_update, mamba_selective_state_update, mamba2_selective_state_update, packaged_conv1d_update),
+    selective_state_update,
+]

@@ -28,6 +28,7 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda h: torch.roll(h, 1, 1),
     "roll by cat": lambda h: torch.cat([h[:, 1:], h[:, :1]], 1),
     "roll back by cat": lambda h: torch.cat((h[:, -1:, :], h[:, :-1]), dim=-2),
+    "roll by hstack": lambda h: torch.hstack([h[:, 1:], h[:, :1]]),
     "roll by narrow": lambda h: torch.cat([h.narrow(1, 3, h.shape[1] - 3), h.narrow(1, 0, 3)], 1),
     "roll by names": lambda h: torch.roll(input=h, shifts=1, dims=1),
     "flip by name": lambda h: torch.flip(input=h, dims=(1,)),

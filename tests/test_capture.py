@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KEEP_FEW, random_ids, simba, tiny_model
+from conftest import KEEP_FEW, close, random_ids, simba, tiny_model
+from families import tiny_model as family_model
 from torch._dynamo.exc import Unsupported
 from torch.fx.experimental import _config as shapes
 from transformers.models.mamba import modeling_mamba
@@ -52,10 +53,11 @@ def cases(name: str) -> list[tuple[tuple, dict[str, Any]]]:
         return [((*heads, *groups), {"chunk_size": 4, **limited, **more}) for more in ({}, initial)]
     if name == "mamba2_selective_state_update":
         state, x, groups = numbers(BATCH, 4, CHANNELS, STATES), numbers(BATCH, 4, CHANNELS), [numbers(BATCH, 2, STATES)] * 2
-        A = -numbers(4).exp()[:, None, None].expand(-1, CHANNELS, STATES)
+        A = (-numbers(4).exp())[:, None, None].expand(-1, CHANNELS, STATES)
         dt, D, bias = (numbers(*shape, 1).expand(*shape, CHANNELS) for shape in ((BATCH, 4), (4,), (4,)))
         given = {"D": D, "dt_bias": bias, "dt_softplus": True}
-        return [((state, x, dt, A, *groups), {**given, "z": z}) for z in (None, x.cos())]
+        small = (state[..., :1], x, dt, A[..., :1], *(value[..., :1] for value in groups))
+        return [((state, x, dt, A, *groups), {**given, "z": z}) for z in (None, x.cos())] + [(small, given)]
     B, state = numbers(BATCH, STATES), numbers(BATCH, CHANNELS, STATES)
     step = x[..., 0], x[..., 1]
     return [((state, *step, A, B, B.cos()), {"D": D, "z": x[..., 2], "dt_bias": bias, "dt_softplus": True})]
@@ -81,6 +83,38 @@ def test_a_substitute_computes_the_same(name: str, ours: bool, monkeypatch: pyte
     for args, kwargs in cases(name):
         for actual, expected in zip(results(substitute, args, kwargs), results(original, args, kwargs), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("states", "size"), [(1, CHANNELS), (STATES, 1), (1, 1)])
+def test_a_step_of_one_state_or_one_channel_is_lifted(states: int, size: int) -> None:
+    """What is repeated once has a stride like any other."""
+    A = (-numbers(4).exp())[:, None, None].expand(-1, size, states)
+    dt, groups = numbers(BATCH, 4, 1).expand(-1, -1, size), [numbers(BATCH, 2, states)] * 2
+    state, x = numbers(BATCH, 4, size, states), numbers(BATCH, 4, size)
+    assert substitutes.mamba2_selective_state_update(state, x, dt, A, *groups) is not NotImplemented
+    if states > 1:  # other numbers for each
+        assert substitutes.mamba2_selective_state_update(state, x, dt, A.contiguous(), *groups) is NotImplemented
+    if size > 1:
+        assert substitutes.mamba2_selective_state_update(state, x, dt.contiguous(), A, *groups) is NotImplemented
+
+
+@pytest.mark.parametrize("config", [{"state_size": 257}, {"conv_kernel": 65}], ids=str)
+def test_what_is_beyond_our_kernels_is_left_to_transformers(config: dict[str, int]) -> None:
+    model, ids = tiny_model(layers=2, **config), random_ids(2, 80)
+    compiled = simba(model, keep=1.0)
+    with torch.no_grad():
+        theirs, ours = model(ids, use_cache=True), compiled(ids, use_cache=True)
+        close(ours.logits, theirs.logits, 1e-4)  # compiled, transformers' scan adds in another order
+        close(compiled(ids[:, :1], **going_on(ours)).logits, model(ids[:, :1], **going_on(theirs)).logits, 1e-4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_one_graph_serves_all_steps_of_a_hybrid(activation: str, graphs: list[Transformed]) -> None:
+    """Whatever follows its convolution, which with another activation is none of ours."""
+    model = family_model("bamba", hidden_act=activation)
+    model.compile(backend="simba", options=KEEP_FEW)
+    model.generate(random_ids(2, 40), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("packed", ["seq_idx", "cu_seqlens"])

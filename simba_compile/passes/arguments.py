@@ -2,6 +2,7 @@
 
 ``torch.Tensor.split(x, 2)``           →  ``x.split(2)``
 ``x.__invert__()``                     →  ``~x``
+``torch.hstack([x, y])``               →  ``torch.cat([x, y], dim=1)``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
 
@@ -14,6 +15,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
+from simba_compile.passes.length import value_of
 from simba_compile.passes.scans import MIXER_OPERATORS
 from simba_compile.passes.tokens import (
     ALONG_AXES,
@@ -56,6 +58,8 @@ def name_calls(graph: Graph) -> None:
             node.op, node.target = "call_method", name
         if node.op == "call_method" and node.target.startswith("__") and hasattr(operator, node.target) and not node.kwargs:
             node.op, node.target = "call_function", getattr(operator, node.target)
+        if node.target is torch.hstack and value_of(node).dim() > 1:
+            node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": 1}
 
 
 def place_arguments(graph: Graph) -> None:

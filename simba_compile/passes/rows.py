@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from simba_compile.kernels.native.conv import MAX_WIDTH
 from simba_compile.passes.edit import insert, is_swap, may_move, replace, sizes
 from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
@@ -93,7 +94,7 @@ def convolve_rows(node: Node) -> None:
         return
     channels, width = sizes(x)[1], sizes(weight)[2]
     steps = [item[0] if isinstance(item, list | tuple) else item for item in (given[name] for name in names[3:6])]
-    if steps != [1, width - 1, 1] or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
+    if width > MAX_WIDTH or steps != [1, width - 1, 1] or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
         return
     cut = _only_user(node)
     swapped = cut is not None and is_swap(cut)

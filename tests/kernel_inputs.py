@@ -174,14 +174,17 @@ def assert_influence_near(actual: Tensor, args: list[Any], pool: str, include: b
 
 
 def assert_refuses_a_gradient(operator: Any, args: tuple[Any, ...]) -> None:
-    """It runs on tensors that require gradients, and raises where one is asked for."""
+    """It runs on tensors that require gradients, and raises where one is asked for, also of what it writes into."""
     given = []
     for value, argument in zip(args, operator.default._schema.arguments, strict=True):
         written = argument.alias_info is not None
         given.append(value.clone().requires_grad_(not written) if isinstance(value, Tensor) else value)
-    out = operator(*given)
-    with pytest.raises(NotImplementedError, match=f"{operator._qualified_op_name} has no gradient"):
-        out.sum().backward()
+    made = operator(*given)
+    arguments = operator.default._schema.arguments
+    changed = [value for value, argument in zip(given, arguments, strict=True) if argument.alias_info is not None]
+    for out in (made[0] if isinstance(made, tuple) else made, *changed):
+        with pytest.raises(NotImplementedError, match=f"{operator._qualified_op_name} has no gradient"):
+            out.sum().backward()
 
 
 def leaf(*shape: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from conftest import (
     simba,
     tiny_model,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import simba_compile.backend
 from simba_compile.cli.models import going_on
@@ -42,6 +42,36 @@ def test_gradients_are_the_references(family: str, options: dict[str, Any], sele
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         assert ours.grad is not None and ours.grad.any(), name
         close(ours.grad, theirs.grad, 1e-5)
+
+
+def hidden_and_logits(model: nn.Module) -> Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]:
+    """The hidden states are returned first: they are restored first."""
+
+    def run(ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        out = model(ids, output_hidden_states=True, use_cache=False)
+        return out.hidden_states, out.logits
+
+    return run
+
+
+@pytest.mark.parametrize(("family", "config"), [("mamba", {"use_bias": True}), ("granitemoehybrid", {})])
+def test_gradients_of_hidden_states(family: str, config: dict[str, Any]) -> None:
+    model, ids = families.tiny_model(family, **config), random_ids(2, 40)
+    hidden_and_logits(model)(ids)  # transformers sets its hooks at the first call
+    grads = []
+    for run in (hidden_and_logits(model), simba(hidden_and_logits(model), keep=1.0)):
+        hidden, logits = run(ids)
+        grads.append(torch.autograd.grad(logits[:, -1].square().sum(), hidden[:-1]))
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs, 1e-4)
+
+
+def test_a_pruned_layers_hidden_state_has_no_gradient(selected: list[Tensor]) -> None:
+    """What is returned was restored beside the way to the logits: none, and not only that of the tokens that have left."""
+    hidden, logits = simba(hidden_and_logits(tiny_model()), **KEEP_FEW)(random_ids(2, 40))
+    assert selected
+    grads = torch.autograd.grad(logits.square().sum(), hidden, allow_unused=True)
+    assert [grad is None for grad in grads] == [False, False, True, False]  # the last is what the head reads
 
 
 @pytest.mark.parametrize("options", [{"keep": 1.0}, KEEP_FEW], ids=["dense", "pruned"])

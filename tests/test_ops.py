@@ -127,7 +127,10 @@ def test_gradients_of_halves_come_in_their_own_type(dtype: torch.dtype) -> None:
     assert not x.grad[:, 1].any()  # not kept
 
 
-REFUSE = ("influence", "token_scores", "pool_heads", "state_update", "conv_update", "mixer_update")
+REFUSE = (
+    *("influence", "token_scores", "pool_heads", "state_update", "conv_update", "mixer_update"),
+    *("selective_scan_backward", "causal_conv1d_backward"),
+)
 
 
 @pytest.mark.parametrize("name", REFUSE)  # Mamba-2's: tests/test_ssd_kernels.py

@@ -125,7 +125,8 @@ def _norm_of(node: Node) -> tuple[Node, float] | None:
 def fuse_add_norm(node: Node) -> None:
     """``rms_norm((residual + x).to(x.dtype), weight, eps)``: one operator, which gives the sum, too.
 
-    Where the residual is gathered for it, the operator gathers as it loads.
+    Where the residual is gathered for it, the operator gathers as it loads. A sum that is returned stays apart: beside the
+    norm, its gradient would miss what comes through it.
     """
     if node.target is not OPS.rms_norm:
         return
@@ -134,6 +135,8 @@ def fuse_add_norm(node: Node) -> None:
     if total.target not in ADDS or len(total.args) != 2 or total.kwargs or _is_read_before(total, node, rounded):
         return
     if total is not rounded and len(rounded.users) > 1:
+        return
+    if any(user.op == "output" for user in total.users):
         return
     for residual, x in sorted((total.args, total.args[::-1]), key=lambda pair: not _is_gathered(pair[0])):
         if not isinstance(residual, Node) or not isinstance(x, Node) or not sizes(total) == sizes(residual) == sizes(x):

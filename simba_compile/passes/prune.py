@@ -110,7 +110,7 @@ class _Pruning:
         if node in self.version:  # an input, or one that was needed earlier
             return
         if node.op == "output":
-            self.out.node_copy(node, lambda source: self.at(source, 0))
+            self.out.node_copy(node, self._returned)
             return
         if self.modes.note(node):  # copies made under one mode do not serve under another
             self._take_derived()
@@ -143,6 +143,15 @@ class _Pruning:
         self.stream.note(node)
         if self.pending is not None and node is self.plan.mixers[self.mixer].add:
             self._prune_layer(node)
+
+    def _returned(self, node: Node) -> Node:
+        """A result. Of a restored stream a view, which has no gradient: the tokens that stayed have gone on without it."""
+        made = self.at(node, 0)
+        if self.version[node] == 0 or node not in self.stream.before:
+            return made
+        view = self._call(torch.ops.aten.alias.default, made)
+        view.meta = dict(made.meta)
+        return view
 
     def _newest(self, node: Node) -> int:
         """The newest version among what a node reads; of a mixer's scan and convolution, the latest that there is."""

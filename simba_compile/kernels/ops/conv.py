@@ -71,6 +71,9 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) 
     )
 
 
+undifferentiable("causal_conv1d_backward")
+
+
 def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.silu = inputs
     ctx.save_for_backward(*tensors)

@@ -33,26 +33,38 @@ def differentiable(name: str, backward: Callable, setup: Callable) -> None:
 def undifferentiable(name: str) -> None:
     """Let the operator raise where its gradient is asked for: torch would take it for zero, with a warning.
 
-    What raises is an operator of its own, since AOTAutograd traces the backward pass of whatever might have one.
+    So does what it writes into, from then on; but not where AOTAutograd traces it, for Inductor (torch 2.13) fails at copies
+    of states of a symbolic batch. What raises is an operator of its own, since AOTAutograd traces backward passes, too.
     """
     operation = getattr(torch.ops.simba, name).default
+    written = [place for place, argument in enumerate(operation._schema.arguments) if argument.alias_info is not None]
 
     class Refusing(torch.autograd.Function):
+        """The results, and copies of some of the arguments, which were written into."""
+
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, copied: list[int], *args: Any) -> tuple:  # type: ignore[override]
             ctx.inputs = [(list(value.shape), value.dtype) if isinstance(value, Tensor) else None for value in args]
             with torch._C._AutoDispatchBelowAutograd():
-                return operation(*args)
+                results = operation(*args)
+                copies = [args[place].clone() for place in copied]
+            return *(results if isinstance(results, tuple) else (results,)), *copies
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-            return tuple(given and torch.ops.simba.no_gradient(grad, given[0], name).to(given[1]) for given in ctx.inputs)
+        def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:  # type: ignore[override]
+            refused = (given and torch.ops.simba.no_gradient(grad, given[0], name).to(given[1]) for given in ctx.inputs)
+            return None, *refused
 
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
-            return Refusing.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operation(*args)
+        if not torch.is_grad_enabled() or not any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operation(*args)
+        copied = [place for place in written if type(args[place]) is Tensor]
+        results = Refusing.apply(copied, *args)
+        count = len(results) - len(copied)
+        for place, value in zip(copied, results[count:], strict=True):
+            args[place].copy_(value)  # the numbers that it has: what autograd knows of it is another thing from here on
+        return results[0] if count == 1 else results[:count]
 
     LIBRARY.impl(name, run, "Autograd")
 
@@ -76,7 +88,8 @@ def no_gradient(grad: Tensor, size: list[int], operator: str) -> Tensor:
         Always.
     """
     raise NotImplementedError(
-        f"simba::{operator} has no gradient: scores and decoding steps have none. To train, give the model whole sequences."
+        f"simba::{operator} has no gradient: scores, decoding steps and gradients have none. "
+        "To train, give the model whole sequences."
     )
 
 

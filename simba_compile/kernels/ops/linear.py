@@ -25,7 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, i
     add : Tensor, optional
         (..., column), in x's dtype.
     index : Tensor, optional
-        (batch, kept) int64: x is (batch, kept, depth), and of `add`, (batch, token, column), these tokens are added.
+        (batch, kept) int64, no position twice: x is (batch, kept, depth), and of `add`, (batch, token, column), these tokens
+        are added.
 
     Returns
     -------

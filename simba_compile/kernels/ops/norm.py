@@ -142,7 +142,8 @@ def add_norm(
     eps : float
         Is added to the mean of the squares.
     index : Tensor, optional
-        (batch, kept) int64: x is (batch, kept, channel), and of `residual`, (batch, token, channel), these tokens are taken.
+        (batch, kept) int64, no position twice: x is (batch, kept, channel), and of `residual`, (batch, token, channel),
+        these tokens are taken.
 
     Returns
     -------

@@ -99,7 +99,7 @@ def selective_scan(
     softplus : bool
         Whether Δ goes through softplus.
     index : Tensor, optional
-        (batch, kept) int64: the tokens that the scan runs over, in this order. All of them unless given.
+        (batch, kept) int64, no position twice: the tokens that the scan runs over, in this order. All of them unless given.
 
     Returns
     -------
@@ -159,6 +159,9 @@ def selective_scan_backward(
 def _(grad: Tensor, grad_state: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     kind = compute_dtype(x.dtype)
     return empty_gradients((x, *rest[:7]), (x.dtype, x.dtype, kind, x.dtype, x.dtype, kind, x.dtype, kind))
+
+
+undifferentiable("selective_scan_backward")
 
 
 def empty_gradients(inputs: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:

@@ -101,7 +101,7 @@ def ssd_scan(
     initial : Tensor, optional
         (batch, head, p, n): the state before the first token; zero unless given.
     index : Tensor, optional
-        (batch, kept) int64: the tokens that the scan runs over, in this order. All of them unless given.
+        (batch, kept) int64, no position twice: the tokens that the scan runs over, in this order. All of them unless given.
 
     Returns
     -------
@@ -180,6 +180,9 @@ def _(
     kind = compute_dtype(x.dtype)
     dtypes = (x.dtype, dt.dtype, kind, B.dtype, C.dtype, kind, kind, kind)
     return empty_gradients((x, dt, A, B, C, D, dt_bias, initial), dtypes)
+
+
+undifferentiable("ssd_scan_backward")
 
 
 def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -180,6 +180,9 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
     Tensor
         As `full`.
     """
+    expected = (*full.shape[:dim], index.shape[1], *full.shape[dim + 1 :])
+    if x.shape != expected:
+        raise ValueError(f"x is {tuple(x.shape)}; expected {expected}, by full and index.")
     return reference.scatter(full, index, x.to(full.dtype), dim)
 
 
@@ -214,7 +217,8 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     values : list of Tensor
         (batch, k, channel) with k falling: the stream after each pruning.
     positions : list of Tensor
-        (batch, k) int64: where in the sequence each one's tokens stand; every list is a subset of the one before.
+        (batch, k) int64, no position twice: where in the sequence each one's tokens stand; every list is a subset of the one
+        before.
 
     Returns
     -------
@@ -223,6 +227,10 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     """
     if not values or len(values) != len(positions):
         raise ValueError(f"there are {len(values)} values and {len(positions)} positions; expected one or more of each.")
+    for value, index in zip(values, positions, strict=True):
+        if value.shape != (base.shape[0], index.shape[1], *base.shape[2:]):
+            shapes = f"base is {tuple(base.shape)}, and a value {tuple(value.shape)}"
+            raise ValueError(f"{shapes}; expected as many tokens as positions, {index.shape[1]}, and the rest as base.")
     return reference.restore(base, values, positions)
 
 
@@ -262,7 +270,7 @@ def cache_entries(x: Tensor, positions: Tensor, tokens: int, dim: int) -> Tensor
     x : Tensor
         Axis 0 is the batch and axis `dim` the kept tokens.
     positions : Tensor
-        (batch, k) int64: where in the sequence they stand.
+        (batch, k) int64, no position twice: where in the sequence they stand.
     tokens : int
         How long the sequence is.
     dim : int

@@ -173,6 +173,12 @@ def assert_influence_near(actual: Tensor, args: list[Any], pool: str, include: b
     assert not actual.isnan().any()
 
 
+UNDIFFERENTIABLE = (
+    *("influence", "ssd_influence", "token_scores", "pool_heads", "conv_update", "state_update", "ssd_state_update"),
+    *("mixer_update", "ssd_mixer_update", "selective_scan_backward", "ssd_scan_backward", "causal_conv1d_backward"),
+)
+
+
 def assert_refuses_a_gradient(operator: Any, args: tuple[Any, ...]) -> None:
     """It runs on tensors that require gradients, and raises where one is asked for, also of what it writes into."""
     given = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import OPERATORS, REGISTERED
-from kernel_inputs import Source, assert_laid_out_as_shown, assert_refuses_a_gradient, leaf, needs_native
+from kernel_inputs import UNDIFFERENTIABLE, Source, assert_laid_out_as_shown, assert_refuses_a_gradient, leaf, needs_native
 from torch import Tensor
 from torch.library import opcheck
 
@@ -127,13 +127,7 @@ def test_gradients_of_halves_come_in_their_own_type(dtype: torch.dtype) -> None:
     assert not x.grad[:, 1].any()  # not kept
 
 
-REFUSE = (
-    *("influence", "token_scores", "pool_heads", "state_update", "conv_update", "mixer_update"),
-    *("selective_scan_backward", "causal_conv1d_backward"),
-)
-
-
-@pytest.mark.parametrize("name", REFUSE)  # Mamba-2's: tests/test_ssd_kernels.py
+@pytest.mark.parametrize("name", [name for name in UNDIFFERENTIABLE if not name.startswith("ssd_")])
 def test_to_ask_for_a_gradient_that_there_is_none_of_raises(name: str) -> None:
     assert_refuses_a_gradient(getattr(OPS, name), samples()[name][0])
 
@@ -209,7 +203,7 @@ def test_the_page_of_operators_says_what_there_is() -> None:
         there = ["C"] * (dispatch._native_module(name) is not None) + ["Triton"] * (name in dispatch._triton_kernels())
         assert kernels == ", ".join(there), name
         known = torch._C._dispatch_has_kernel_for_dispatch_key(f"simba::{name}", "Autograd")
-        assert (gradient in ("yes", "raises")) == known, name
+        assert gradient == ("raises" if name in UNDIFFERENTIABLE else "yes" if known else ""), name
 
 
 def test_help_of_an_operator_is_its_docstring() -> None:
@@ -330,6 +324,8 @@ BAD = {
     "uniform too many": ("token_scores", (X, 6, "uniform", 0), ValueError, r"k is 6; expected 0 to 5"),
     "pool of heads": ("pool_heads", (X[..., 0], X[..., 0], "mean"), ValueError, r"mean.*absmax"),
     "gather along the batch": ("gather", (X, I3, 0), ValueError, r"dim is 0.*3 axes"),
+    "scatter of fewer channels": ("scatter", (X, I3, X[:, :3, :1], 1), ValueError, r"\(2, 3, 1\); expected \(2, 3, 7\)"),
+    "restore of fewer channels": ("restore", (X, [X[:, :3, :1]], [I3]), ValueError, r"\(2, 3, 1\); expected \(2, 3, 7\)"),
     "entries of integers": ("cache_entries", (X.long(), I3, 5, 1), ValueError, r"int64.*floating-point"),
     "last of no axis": ("last_tokens", (X, 3, -2), ValueError, r"dim -2"),
     "gather too far": ("gather", (X, I3 + 5, 1), IndexError, r"outside 0\.\.4"),

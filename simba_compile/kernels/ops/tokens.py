@@ -180,10 +180,15 @@ def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int) -> Tensor:
     Tensor
         As `full`.
     """
+    _expect_kept(x, full, index, dim)
+    return reference.scatter(full, index, x.to(full.dtype), dim)
+
+
+def _expect_kept(x: Tensor, full: Tensor, index: Tensor, dim: int) -> None:
+    """Raise ValueError where x has not as many tokens as positions, and all else as the full-length value."""
     expected = (*full.shape[:dim], index.shape[1], *full.shape[dim + 1 :])
     if x.shape != expected:
-        raise ValueError(f"x is {tuple(x.shape)}; expected {expected}, by full and index.")
-    return reference.scatter(full, index, x.to(full.dtype), dim)
+        raise ValueError(f"kept tokens are {tuple(x.shape)}; expected {expected}, by their positions and all tokens.")
 
 
 @fake("scatter")
@@ -228,9 +233,7 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     if not values or len(values) != len(positions):
         raise ValueError(f"there are {len(values)} values and {len(positions)} positions; expected one or more of each.")
     for value, index in zip(values, positions, strict=True):
-        if value.shape != (base.shape[0], index.shape[1], *base.shape[2:]):
-            shapes = f"base is {tuple(base.shape)}, and a value {tuple(value.shape)}"
-            raise ValueError(f"{shapes}; expected as many tokens as positions, {index.shape[1]}, and the rest as base.")
+        _expect_kept(value, base, index, 1)
     return reference.restore(base, values, positions)
 
 

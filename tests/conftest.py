@@ -34,13 +34,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("simba")
 
-# Most of the suite's time goes into Dynamo's tracing. What it spends on logs that nobody reads, and on a cache of what
-# torch's own operators return (it takes longer than asking them where lengths are symbols), is left out: together a quarter.
+# Most of the suite's time goes into Dynamo's tracing. What it spends on logs that nobody reads (one has the time that guards
+# take, with the processor's caches emptied for it), and on a cache of what torch's own operators return (it takes longer
+# than asking them where lengths are symbols), is left out: together a quarter.
 torch._dynamo.config.side_effect_replay_policy = "silent"
 torch._dynamo.config.fake_tensor_cache_enabled = False
 _TRACE = logging.getLogger("torch.__trace")
 _TRACE.handlers.clear()  # it formats every graph for any handler,
 _TRACE.propagate = True  # and pytest gives its own to each logger that does not propagate
+torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0  # type: ignore[attr-defined]
 
 # Triton's interpreter is chosen for a whole process, and so is mamba_ssm by transformers: `test_triton.py` and
 # `test_mamba_ssm.py` start these in processes of their own.

@@ -25,8 +25,11 @@ def test_interpreted(file: Path) -> None:
 
 @pytest.mark.skipif(not OLDEST.is_dir(), reason="the oldest Triton is not installed: `make test` does it")
 def test_oldest_triton() -> None:
-    """It lays out tiles by rules of its own, and yet compiles every kernel without a spill and with loops as short."""
+    """It lays out tiles by rules of its own, and yet compiles every kernel without a spill and with loops as short.
+
+    For the two newest of NVIDIA's servers, to save time: docs/versions.md says when all targets were compiled.
+    """
     environment = with_path(OLDEST)
     show = [sys.executable, "-c", "import triton; print(triton.__version__)"]
     assert subprocess.run(show, env=os.environ | environment, capture_output=True, text=True).stdout == "3.6.0\n"
-    assert_passes(TESTS / "test_triton_targets.py", environment)
+    assert_passes(TESTS / "test_triton_targets.py", environment, "-k", "not sm_80 and not sm_120 and not gfx942")

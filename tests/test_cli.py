@@ -200,17 +200,17 @@ def test_targets_are_met_or_missed_on_either_side() -> None:
 
 
 def test_the_others_go_on_where_inductor_cannot() -> None:
-    from simba_compile.cli.bench import _first_call
+    from simba_compile.cli.bench import first_call
     from simba_compile.cli.bench_report import EAGER, INDUCTOR
 
     def broken() -> None:
         raise RuntimeError("no compiler\nand more")
 
     calls, first, failed = {INDUCTOR: broken, EAGER: broken}, {}, {}
-    _first_call(INDUCTOR, calls, first, failed)
+    first_call(INDUCTOR, calls, first, failed)
     assert failed == {INDUCTOR: "RuntimeError: no compiler"} and list(calls) == [EAGER] and not first
     with pytest.raises(RuntimeError, match="no compiler"):
-        _first_call(EAGER, calls, first, failed)
+        first_call(EAGER, calls, first, failed)
 
 
 def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,9 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*models] == ["mamba2-130m", "falcon_mamba"]
     data = models["mamba2-130m"]
     assert (data["mixers"], data["pruning"], data["dense because"]) == (2, 1, [])
-    assert "over keep 1.0" in (tmp_path / "families.md").read_text()
+    assert {*data["step"]} == {"HF eager", "simba keep 0.1"} and data["failed"] == {}
+    page = (tmp_path / "families.md").read_text()
+    assert "over keep 1.0" in page and "One decoding step" in page.split("falcon_mamba", 1)[1]
     assert "another length" in refused("families", "--only", "falcon_mamba", "--tokens", 200, "--out", tmp_path)
     assert json.loads((tmp_path / "families.json").read_text())["models"] == models
     assert "mamba2-130m, bamba-150m" in refused("families", "--only", "mamba9")

@@ -162,7 +162,7 @@ def families(
         bool, typer.Option("--skip-inductor", help="Leave Inductor out: compiling its scans takes minutes.")
     ] = False,
 ) -> None:
-    """Time a model of each Mamba-based family but `mamba` (see bench), dense and pruned, beside Hugging Face's own code.
+    """Time prompts and decoding steps of each Mamba-based family but `mamba` (see bench), beside Hugging Face's own code.
 
     Random weights, batch 1, float32. The first two models have about 130 and 150 million parameters, the others are small.
     """

@@ -87,8 +87,7 @@ def run(settings: Settings, out: Path, command: str) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     models.quiet()
-    # When decoding, Inductor compiles each layer by itself, and Dynamo's limit would leave most of them to eager mode.
-    with empty_cache(), torch._dynamo.config.patch(recompile_limit=4 * settings.layers + 8):
+    with empty_cache():
         results = measure(settings)
     results["command"] = command
     (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -123,7 +122,8 @@ def measure(settings: Settings) -> dict[str, Any]:
             "date": machine.now(),
         }
         results["prefill"], results["scoring"] = _prefill(steps, model, ids, settings, failed)
-        results["decode"] = _decode(steps, model, ids, settings, failed)
+        decoding = [name for name in contenders if name not in (DENSE, BARE) and name not in failed]
+        results["decode"] = time_steps(model, ids, decoding, settings.repeats, failed, steps.next)
         results["failed"] = failed
         del model
         results["memory"] = {}
@@ -134,13 +134,12 @@ def measure(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def compile_model(name: str, model: PreTrainedModel) -> Callable[..., Any]:
-    """The model as this contender runs it."""
+def compile_model(name: str, model: PreTrainedModel, dynamic: bool | None = False) -> Callable[..., Any]:
+    """The model as this contender runs it; Inductor's, unless told otherwise, with code for each length: its best case."""
     if name == EAGER:
         return model
     if name == INDUCTOR:
-        # Static: code of its own for each length is Inductor's best case.
-        return torch.compile(model, backend="inductor", dynamic=False)
+        return torch.compile(model, backend="inductor", dynamic=dynamic)
     options: dict[str, Any] = {"keep": KEEP if name == PRUNED else 1.0}
     return torch.compile(model, backend="simba", options=options)
 
@@ -162,7 +161,7 @@ def _prefill(
         calls[name] = functools.partial(forward, ids, **call)
         if name != EAGER:
             steps.next(f"compiling {name}")
-            _first_call(name, calls, first, failed)
+            first_call(name, calls, first, failed)
     calls[BARE] = bare_products(model, report["mixers"])
     calls[BARE]()
     repeats = {name: settings.repeats_of(name) for name in calls}
@@ -206,25 +205,51 @@ def _scoring(call: Callable[[], object], repeats: int) -> dict[str, float]:
     return {name: Timing(tuple(values)).median for name, values in shares.items()}
 
 
-def _decode(steps: Steps, model: PreTrainedModel, ids: Tensor, settings: Settings, failed: dict[str, str]) -> dict[str, Any]:
-    """Time one-token steps. Every contender goes on from a cache that eager mode filled."""
+def time_steps(
+    model: PreTrainedModel,
+    ids: Tensor,
+    contenders: list[str],
+    repeats: int,
+    failed: dict[str, str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Time one-token steps. Every contender goes on from a cache of its own that eager mode filled.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    ids : Tensor
+        (1, tokens), of which the first `PROMPT_BEFORE_DECODING` fill the cache.
+    contenders : list of str
+        Of `EAGER`, `INDUCTOR` and `PRUNED`.
+    repeats : int
+        Runs, each of `DECODED` steps.
+    failed : dict
+        Takes the reason where Inductor cannot compile.
+    say : callable
+        Is told what comes next.
+
+    Returns
+    -------
+    dict
+        For each contender its `Timing` of one step as data.
+    """
     torch._dynamo.reset()
     calls: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
-    for name in (EAGER, INDUCTOR, PRUNED):
-        if name == INDUCTOR and (not settings.inductor or INDUCTOR in failed):
-            continue
-        cache = models.going_on(model(ids[:, :PROMPT_BEFORE_DECODING], use_cache=True))
-        forward = compile_model(name, model)
-        calls[name] = functools.partial(forward, ids[:, -1:], **cache, use_cache=True)
-        if name != EAGER:
-            steps.next(f"compiling a decoding step of {name}")
-            _first_call(name, calls, first, failed)
-    runs = {name: functools.partial(_repeat, call) for name, call in calls.items()}
-    for decode in runs.values():
-        decode()
-    repeats = {name: settings.repeats for name in runs}
-    timings = side_by_side(runs, repeats, lambda name: steps.next(f"decoding: {name}"))
+    # When decoding, Inductor compiles each layer by itself, and Dynamo's limit would leave most of them to eager mode.
+    with torch._dynamo.config.patch(recompile_limit=4 * model.config.num_hidden_layers + 8):
+        for name in contenders:
+            cache = models.going_on(model(ids[:, :PROMPT_BEFORE_DECODING], use_cache=True))
+            forward = compile_model(name, model, dynamic=None)  # a cache of attention grows
+            calls[name] = functools.partial(forward, ids[:, -1:], **cache, use_cache=True)
+            if name != EAGER:
+                say(f"compiling a decoding step of {name}")
+                first_call(name, calls, first, failed)
+        runs = {name: functools.partial(_repeat, call) for name, call in calls.items()}
+        for decode in runs.values():
+            decode()
+        timings = side_by_side(runs, dict.fromkeys(runs, repeats), lambda name: say(f"decoding: {name}"))
     each = {name: Timing(tuple(run / DECODED for run in timing.runs)) for name, timing in timings.items()}
     return as_data(each, first)
 
@@ -234,7 +259,7 @@ def _repeat(step: Callable[[], object]) -> None:
         step()
 
 
-def _first_call(name: str, calls: dict[str, Callable[[], object]], first: dict[str, float], failed: dict[str, str]) -> None:
+def first_call(name: str, calls: dict[str, Callable[[], object]], first: dict[str, float], failed: dict[str, str]) -> None:
     """Compile a contender; the others go on without Inductor where it cannot (no C++ compiler, say)."""
     try:
         first[name] = seconds(calls[name])

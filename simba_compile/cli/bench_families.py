@@ -11,15 +11,23 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import simba_compile
 from simba_compile.cli import machine, models
-from simba_compile.cli.bench import KEEP, as_data, compile_model, empty_cache
+from simba_compile.cli.bench import (
+    DECODED,
+    KEEP,
+    PROMPT_BEFORE_DECODING,
+    as_data,
+    compile_model,
+    empty_cache,
+    first_call,
+    time_steps,
+)
 from simba_compile.cli.bench_report import DENSE, EAGER, INDUCTOR, PRUNED
 from simba_compile.cli.show import Steps, clock, markdown_table, times
-from simba_compile.cli.timing import seconds, side_by_side
+from simba_compile.cli.timing import side_by_side
 
 SLOW_REPEATS = 2  # of Hugging Face's own
 _ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -85,7 +93,7 @@ def run(names: list[str], tokens: int, repeats: int, inductor: bool, out: Path, 
     models.quiet()
     file = out / "families.json"
     out.mkdir(parents=True, exist_ok=True)
-    same = {"machine": machine.describe(), "settings": {"tokens": tokens, "keep": KEEP}}
+    same = {"machine": machine.describe(), "settings": {"tokens": tokens, "keep": KEEP, "steps": DECODED}}
     results: dict[str, Any] = {**same, "models": {}}
     if file.is_file():
         before = json.loads(file.read_text())
@@ -94,42 +102,51 @@ def run(names: list[str], tokens: int, repeats: int, inductor: bool, out: Path, 
         elif set(names) != set(MODELS):
             told = f"{file} has models of another machine, other versions or another length of prompt: name another folder."
             raise typer.BadParameter(told, param_hint="--out")
-    with empty_cache(), torch.no_grad(), Steps(2 * len(names)) as steps:
+    stages = 2 + 1 + inductor + (2 + inductor) * repeats  # compiling and timing prompts, compiling steps, timing them
+    with empty_cache(), torch.no_grad(), Steps(stages * len(names)) as steps:
         for name in names:
-            steps.next(f"{name}: compiling")
-            torch._dynamo.reset()
-            model = random_model(name)
-            ids = models.random_ids(model.config.vocab_size, tokens)
-            measured = measure(model, ids, repeats, inductor, lambda what: steps.next(what))
-            now = machine.now()
-            results["models"][name] = measured | {"command": command, "date": now}
+            measured = measure(name, tokens, repeats, inductor, steps)
+            results["models"][name] = measured | {"command": command, "date": machine.now()}
             results["models"] = {known: results["models"][known] for known in MODELS if known in results["models"]}
             file.write_text(json.dumps(results, indent=1) + "\n")
             (out / "families.md").write_text(markdown(results))
     show(results)
 
 
-def measure(model: PreTrainedModel, ids: Tensor, repeats: int, inductor: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(name: str, tokens: int, repeats: int, inductor: bool, steps: Steps) -> dict[str, Any]:
     """Time a prompt up to the logits of the next token: Hugging Face eager (and with Inductor), ours dense and pruned.
 
     Returns
     -------
     dict
-        For each contender its `Timing` as data, with "compile" in seconds where it was compiled; "parameters"; "mixers",
-        "pruning" and "dense because" as `explain` has them.
+        For each contender its `Timing` as data, with "compile" in seconds where it was compiled; "step", the same of
+        decoding steps, which never prune; "failed", why Inductor did not run; "parameters"; "mixers", "pruning" and
+        "dense because" as `explain` has them.
     """
+
+    def say(what: str) -> None:
+        steps.next(f"{name}: {what}")
+
+    say("compiling")
+    torch._dynamo.reset()
+    model = random_model(name)
+    ids = models.random_ids(model.config.vocab_size, tokens)
     call: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
     report = simba_compile.explain(model, ids, options={"keep": KEEP}, **call)
     torch._dynamo.reset()
     calls: dict[str, Callable[[], object]] = {EAGER: functools.partial(model, ids, **call)}
     first: dict[str, float] = {}
-    for name in [*([INDUCTOR] if inductor else []), DENSE, PRUNED]:
-        calls[name] = functools.partial(compile_model(name, model), ids, **call)
-        first[name] = seconds(calls[name])
-    say(f"{model.config.model_type}: timing")
+    failed: dict[str, str] = {}
+    peers = [EAGER, *([INDUCTOR] if inductor else [])]
+    for contender in [*peers[1:], DENSE, PRUNED]:
+        calls[contender] = functools.partial(compile_model(contender, model), ids, **call)
+        first_call(contender, calls, first, failed)
+    say("timing prompts")
     slow = min(repeats, SLOW_REPEATS)
-    timings = side_by_side(calls, {name: repeats if name in (DENSE, PRUNED) else slow for name in calls})
+    timings = side_by_side(calls, {each: repeats if each in (DENSE, PRUNED) else slow for each in calls})
     return as_data(timings, first) | {
+        "step": time_steps(model, ids, [*peers, PRUNED], repeats, failed, say),
+        "failed": failed,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "mixers": len(report.mixers),
         "pruning": sum(mixer.tokens_out < mixer.tokens_in for mixer in report.mixers),
@@ -137,12 +154,13 @@ def measure(model: PreTrainedModel, ids: Tensor, repeats: int, inductor: bool, s
     }
 
 
-HEADINGS = ["", "parameters", "mixers", "prune", "HF eager", "HF Inductor", "ours, keep 1.0", "ours, keep 0.1", "compiling"]
-HEADINGS += ["over eager", "over Inductor", "over keep 1.0"]
+PROMPT = ["", "parameters", "mixers", "prune", "HF eager", "HF Inductor", "ours, keep 1.0", "ours, keep 0.1", "compiling"]
+PROMPT += ["over eager", "over Inductor", "over keep 1.0"]
+STEP = ["", "HF eager", "HF Inductor", "ours", "over eager", "over Inductor"]
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """The table, a row for each model."""
+def prompts(results: dict[str, Any]) -> list[list[str]]:
+    """The table of prompts, a row for each model."""
     table = []
     for name, data in results["models"].items():
         pruned = data[PRUNED]["median"]
@@ -154,6 +172,17 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             + ["" if median is None else f"{median / pruned:.2f}×" if i == 2 else times(median / pruned)
                for i, median in enumerate(medians)]
         )  # fmt: skip
+    return table
+
+
+def steps_of(results: dict[str, Any]) -> list[list[str]]:
+    """The table of decoding steps, a row for each model."""
+    table = []
+    for name, data in results["models"].items():
+        ours = data["step"][PRUNED]["median"]
+        peers = [data["step"][peer]["median"] if peer in data["step"] else None for peer in (EAGER, INDUCTOR)]
+        medians = ["" if median is None else clock(median) for median in peers]
+        table.append([name, *medians, clock(ours), *("" if peer is None else f"{peer / ours:.2f}×" for peer in peers)])
     return table
 
 
@@ -169,15 +198,25 @@ def markdown(results: dict[str, Any]) -> str:
         f"transformers {about['transformers']}; {' to '.join(sorted({dates[0], dates[-1]}))}, from {commands}.",
         "Inductor compiles for this one length, with an empty cache; `compiling` has its time and ours (keep 0.1).",
     ]
-    return "\n\n".join([*lines, markdown_table(HEADINGS, rows(results))]) + "\n"
+    lines += [
+        markdown_table(PROMPT, prompts(results)),
+        "## One decoding step",
+        f"On a cache that eager mode filled with {PROMPT_BEFORE_DECODING} tokens; of runs of {DECODED} steps. Nothing is "
+        "pruned in a step. Inductor compiles it for caches that grow.",
+        markdown_table(STEP, steps_of(results)),
+        *(f"{name}: {peer} did not run: {reason}"
+          for name, data in results["models"].items() for peer, reason in data["failed"].items()),
+    ]  # fmt: skip
+    return "\n\n".join(lines) + "\n"
 
 
 def show(results: dict[str, Any]) -> None:
     """Print the times and what they come to; the rest of the table is in the page, for a terminal is narrow."""
-    table = Table()
-    shown = [i for i, heading in enumerate(HEADINGS) if heading not in ("parameters", "mixers", "prune", "compiling")]
-    for i in shown:
-        table.add_column(HEADINGS[i], justify="right" if i else "left")
-    for cells in rows(results):
-        table.add_row(*(cells[i] for i in shown))
-    Console().print(table)
+    for title, headings, rows in (("A prompt", PROMPT, prompts(results)), ("One decoding step", STEP, steps_of(results))):
+        table = Table(title=title, title_justify="left")
+        shown = [i for i, name in enumerate(headings) if name not in ("parameters", "mixers", "prune", "compiling")]
+        for i in shown:
+            table.add_column(headings[i], justify="right" if i else "left")
+        for cells in rows:
+            table.add_row(*(cells[i] for i in shown))
+        Console().print(table)

@@ -264,6 +264,11 @@ def _lift(ours: Callable) -> Callable[[Callable], Callable]:
     """Put `ours` in a function's place where our backend compiles. A call that `ours` declines stays as it is."""
 
     def substitute_of(original: Callable) -> Callable:
+        if not _has_the_parameters_of(original, ours):
+            name = f"{original.__module__}.{original.__name__}"
+            log.warning("%s has other parameters than this version of simba_compile knows: what calls it stays dense.", name)
+            return original
+
         @functools.wraps(original)
         def substitute(*args, **kwargs):  # type: ignore[no-untyped-def]
             result = ours(*args, **kwargs) if _lifting() else NotImplemented
@@ -279,6 +284,16 @@ def _lift(ours: Callable) -> Callable[[Callable], Callable]:
 
     of_a_prompt, of_a_step = ours in substitutes.OF_A_PROMPT, ours in substitutes.OF_A_STEP
     return substitute_of
+
+
+def _has_the_parameters_of(original: Callable, ours: Callable) -> bool:
+    """Whether a substitute knows all that a function may be given, by place or name; else it would pass over some of it."""
+    theirs, known = (list(inspect.signature(function).parameters.values()) for function in (original, ours))
+    if any(each.kind is each.VAR_POSITIONAL for each in known):
+        return True
+    names = [each.name for each in known]
+    placed = [each.name for each in theirs if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return placed == names[: len(placed)] and all(each.name in names for each in theirs if each.kind is each.KEYWORD_ONLY)
 
 
 def _mark_experts(original: Callable) -> Callable:

@@ -1,7 +1,8 @@
 """What Dynamo traces in place of functions of transformers, mamba_ssm and causal_conv1d: `torch.ops.simba.*` nodes.
 
-Each takes the arguments of the function of its name, computes what that computes, and returns NotImplemented for a call that
-it does not know; `capture` then leaves that call as it is. Nothing of transformers or mamba_ssm is imported here.
+Each has the parameters of the function of its name (`capture` lifts no function that has others), computes what that
+computes, and returns NotImplemented for a call that it does not know; `capture` then leaves that call as it is. Nothing of
+transformers or mamba_ssm is imported here.
 """
 
 import functools
@@ -59,6 +60,8 @@ def mamba_selective_scan(  # type: ignore[no-untyped-def]
     delta_bias=None,
     delta_softplus=False,
     return_last_state=False,
+    use_mambapy=False,  # this and the next one: how transformers computes it
+    use_associative_scan=False,
     **kwargs,
 ):
     """The scan of Mamba-1."""
@@ -152,11 +155,13 @@ def packaged_conv1d_fn(  # type: ignore[no-untyped-def]
     return causal_conv1d_fn(x, weight, bias, activation)
 
 
-def packaged_conv1d_update(x, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
+def packaged_conv1d_update(  # type: ignore[no-untyped-def]
+    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+):
     """``causal_conv1d.causal_conv1d_update``, of one token without an axis for it."""
-    if x.dim() != 2 or activation not in (None, "silu", "swish") or any(value is not None for value in kwargs.values()):
+    if x.dim() != 2 or activation not in (None, "silu", "swish") or _has_other_width(conv_state, weight):
         return NotImplemented
-    if _has_other_width(conv_state, weight):
+    if cache_seqlens is not None or conv_state_indices is not None:
         return NotImplemented
     return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None)
 
@@ -192,10 +197,14 @@ def mamba_inner_fn(  # type: ignore[no-untyped-def]
     C_proj_bias=None,
     delta_softplus=True,
     checkpoint_lvl=1,
-    **norms,
+    b_rms_weight=None,
+    c_rms_weight=None,
+    dt_rms_weight=None,
+    b_c_dt_rms_eps=1e-6,
 ):
     """All of `Mamba` but its first projection, in one kernel: for us, the operations that it is made of."""
-    if norms or A.is_complex() or any(value is not None for value in (B, C, B_proj_bias, C_proj_bias)):
+    norms = b_rms_weight, c_rms_weight, dt_rms_weight
+    if A.is_complex() or any(value is not None for value in (B, C, B_proj_bias, C_proj_bias, *norms)):
         return NotImplemented
     if A.shape[1] > MAX_STATES or conv1d_weight.shape[-1] > MAX_WIDTH:
         return NotImplemented

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import KEEP_FEW, close, random_ids, simba, tiny_model
 from families import tiny_model as family_model
 from torch._dynamo.exc import Unsupported
@@ -83,6 +85,29 @@ def test_a_substitute_computes_the_same(name: str, ours: bool, monkeypatch: pyte
     for args, kwargs in cases(name):
         for actual, expected in zip(results(substitute, args, kwargs), results(original, args, kwargs), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_with_other_parameters_is_not_lifted(caplog: pytest.LogCaptureFixture) -> None:
+    """As a later transformers may have it: what it means is unknown, and to pass over it would be wrong in silence."""
+    lifted = capture.LIFTS["causal_conv1d_fn"]
+
+    def with_one_more(hidden_states, weight, bias=None, activation=None, dilation=1, **kwargs):  # type: ignore[no-untyped-def]
+        return F.conv1d(hidden_states, weight.unsqueeze(1), bias, dilation=dilation, groups=weight.shape[0])
+
+    def in_another_order(hidden_states, bias, weight, activation=None, **kwargs):  # type: ignore[no-untyped-def]
+        return with_one_more(hidden_states, weight, bias)
+
+    for original in (with_one_more, in_another_order):
+        caplog.clear()
+        assert lifted(original) is original
+        assert f"{original.__name__} has other parameters" in caplog.text
+    caplog.clear()
+    for family, names in capture.FAMILIES.items():
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name in names:
+            original = getattr(module, name)
+            assert capture.LIFTS[name](original) is not original
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("states", "size"), [(1, CHANNELS), (STATES, 1), (1, 1)])

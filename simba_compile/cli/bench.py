@@ -237,19 +237,17 @@ def time_steps(
     torch._dynamo.reset()
     calls: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
-    # When decoding, Inductor compiles each layer by itself, and Dynamo's limit would leave most of them to eager mode.
-    with torch._dynamo.config.patch(recompile_limit=4 * model.config.num_hidden_layers + 8):
-        for name in contenders:
-            cache = models.going_on(model(ids[:, :PROMPT_BEFORE_DECODING], use_cache=True))
-            forward = compile_model(name, model, dynamic=None)  # a cache of attention grows
-            calls[name] = functools.partial(forward, ids[:, -1:], **cache, use_cache=True)
-            if name != EAGER:
-                say(f"compiling a decoding step of {name}")
-                first_call(name, calls, first, failed)
-        runs = {name: functools.partial(_repeat, call) for name, call in calls.items()}
-        for decode in runs.values():
-            decode()
-        timings = side_by_side(runs, dict.fromkeys(runs, repeats), lambda name: say(f"decoding: {name}"))
+    for name in contenders:
+        cache = models.going_on(model(ids[:, :PROMPT_BEFORE_DECODING], use_cache=True))
+        forward = compile_model(name, model, dynamic=None)  # a cache of attention grows
+        calls[name] = functools.partial(forward, ids[:, -1:], **cache, use_cache=True)
+        if name != EAGER:
+            say(f"compiling a decoding step of {name}")
+            first_call(name, calls, first, failed)
+    runs = {name: functools.partial(_repeat, call) for name, call in calls.items()}
+    for decode in runs.values():
+        decode()
+    timings = side_by_side(runs, dict.fromkeys(runs, repeats), lambda name: say(f"decoding: {name}"))
     each = {name: Timing(tuple(run / DECODED for run in timing.runs)) for name, timing in timings.items()}
     return as_data(each, first)
 

@@ -24,6 +24,7 @@ from simba_compile.graph_breaks import why_partial
 from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
 from simba_compile.passes.length import value_of
+from simba_compile.recompile_limit import make_room
 
 log = logging.getLogger("simba_compile")
 
@@ -70,6 +71,8 @@ def simba(
         result = transform(gm, chosen, partial)
     except OptionError as error:
         raise capture.InvalidOptions(str(error)) from None
+    if result.pruned is not None:
+        make_room()
     _log(result, partial)
     if observe is not None:
         observe(result)

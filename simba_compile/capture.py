@@ -1,6 +1,6 @@
 """What happens while Dynamo traces: scans become single nodes, and the length becomes symbolic.
 
-This file, and `graph_breaks` after it, reach into Dynamo while it works; no other does.
+This file reaches into Dynamo while it works, as `graph_breaks` and `recompile_limit` do after it; no other does.
 
 *Lift.* Hugging Face and mamba_ssm keep the convolution and the scan of every Mamba-based model in module-level functions.
 `torch.compiler.substitute_in_graph` makes Dynamo record one ``torch.ops.simba.*`` node for each call. The `substitutes` act

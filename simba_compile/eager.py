@@ -60,8 +60,11 @@ def past_autograd(gm: GraphModule) -> Callable:
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return gm(*args)
+        graph = gm if is_watched() else straight
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_cache_enabled():
+            return graph(*args)  # its copies of weights serve calls with gradients, too: they are made under autograd
         with torch._C._AutoDispatchBelowAutograd():
-            return gm(*args) if is_watched() else straight(*args)
+            return graph(*args)
 
     return run
 

@@ -180,7 +180,16 @@ UNDIFFERENTIABLE = (
 
 
 def assert_refuses_a_gradient(operator: Any, args: tuple[Any, ...]) -> None:
-    """It runs on tensors that require gradients, and raises where one is asked for, also of what it writes into."""
+    """It runs on tensors that require gradients, and raises where one is asked for, also of what it writes into.
+
+    Without gradients, what it writes into counts that, as autograd wants it, and nothing else does.
+    """
+    fresh = [value.clone() if isinstance(value, Tensor) else value for value in args]
+    with torch.no_grad():
+        operator(*fresh)
+    for value, argument in zip(fresh, operator.default._schema.arguments, strict=False):
+        if isinstance(value, Tensor):
+            assert (value._version > 0) == (argument.alias_info is not None), argument.name
     given = []
     for value, argument in zip(args, operator.default._schema.arguments, strict=True):
         written = argument.alias_info is not None

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     KEEP_FEW,
+    cache_of,
     close,
     each_family,
     pruned_exactly,
     random_ids,
     simba,
+    ssm_states,
     tiny_model,
 )
 from torch import Tensor, nn
@@ -96,6 +98,50 @@ def test_the_gradient_of_a_decoding_step_is_refused(family: str, inner: str) -> 
         close(logits, compiled(ids[:, :1], **going_on(compiled(ids, use_cache=True))).logits, 1e-5)
     with pytest.raises(NotImplementedError, match=r"update has no gradient: .* give the model whole sequences"):
         logits.sum().backward()
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_step_that_overwrites_what_autograd_has_saved_is_noticed(family: str) -> None:
+    """A loss on the states that a prompt left, which a step without gradients then goes on from."""
+    model, ids = families.tiny_model(family), random_ids(2, 40)
+    compiled = simba(model, **KEEP_FEW)
+    out = compiled(ids, use_cache=True)
+    loss = sum(state.square().sum() for state in ssm_states(cache_of(out)))
+    with torch.no_grad():
+        compiled(ids[:, :1], **going_on(out))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1"])
+def test_gradients_through_two_parts_of_a_prompt(family: str) -> None:
+    """The second scan of Mamba-2 goes on from a state of the cache, into which its own is then written."""
+    model, ids = families.tiny_model(family), random_ids(2, 60)
+    found = []
+    for run in (model, simba(model, keep=1.0)):
+        out = run(ids[:, 40:], **going_on(run(ids[:, :40], use_cache=True)))
+        found.append(torch.autograd.grad(out.logits.square().mean(), [*model.parameters()], allow_unused=True))
+    for theirs, ours in zip(*found, strict=True):
+        assert (theirs is None) == (ours is None)
+        if theirs is not None:
+            close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+@pytest.mark.parametrize("keep", [1.0, 0.3])
+def test_a_call_without_gradients_takes_none_from_the_next(family: str, keep: float) -> None:
+    """In one region of autocast, which keeps its copies of weights from call to call."""
+    model, ids = families.tiny_model(family), random_ids(2, 60)
+    compiled = simba(model, keep=keep, min_tokens=8)
+    found = []
+    for before in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            if before:
+                with torch.no_grad():
+                    compiled(ids)
+            loss = compiled(ids, labels=ids).loss
+        found.append(torch.autograd.grad(loss, [*model.parameters()]))
+    assert all(torch.equal(alone, after) for alone, after in zip(*found, strict=True))
 
 
 def test_gradients_through_a_pruned_cache(selected: list[Tensor]) -> None:

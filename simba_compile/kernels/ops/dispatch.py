@@ -29,14 +29,30 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
-        _open_to_inductor(function)
         packet = getattr(torch.ops.simba, function.__name__)
         packet.__doc__ = function.__doc__  # for help(torch.ops.simba.influence)
-        FUNCTIONS[packet] = function
+        FUNCTIONS[packet] = _counting_writes(function, packet.default)
+        LIBRARY.impl(function.__name__, FUNCTIONS[packet], "CompositeExplicitAutograd")
+        _open_to_inductor(function)
         return function
 
     return register
+
+
+def _counting_writes(function: Callable, operation: torch._ops.OpOverload) -> Callable:
+    """The function; what it writes into counts that, so that autograd raises where it has saved the values before."""
+    written = [place for place, argument in enumerate(operation._schema.arguments) if argument.alias_info is not None]
+    if not written:
+        return function
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        values = [args[place] for place in written]
+        torch.autograd.graph.increment_version([value for value in values if not value.is_inference()])
+        return result
+
+    return run
 
 
 def expect_pool(pool: str) -> None:

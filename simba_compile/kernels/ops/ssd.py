@@ -187,6 +187,8 @@ undifferentiable("ssd_scan_backward")
 
 def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.softplus, ctx.dt_min, ctx.dt_max, initial, index = inputs
+    if initial is not None:
+        initial = initial.clone()  # a cache's own, into which the new state is written
     ctx.save_for_backward(*tensors, initial, index)
 
 

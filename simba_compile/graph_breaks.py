@@ -51,6 +51,12 @@ def why_partial(gm: GraphModule) -> str | None:
     return None
 
 
+def is_part_of_mixer(gm: GraphModule) -> bool:
+    """Whether a graph that Dynamo has just made is what it broke off inside the module that calls a scan."""
+    scans = [node for each in with_subgraphs(gm) for node in each.graph.nodes if node.target in SCANS]
+    return any(not node.meta.get("nn_module_stack") for node in scans) and _broken(gm)[0] is not None
+
+
 def _broken(gm: GraphModule) -> tuple[nn.Module | None, bool]:
     """The outermost module in whose call Dynamo broke the graph, None if there is none; and whether layers may follow.
 

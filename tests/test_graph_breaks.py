@@ -62,6 +62,17 @@ def shard_each(layers: nn.ModuleList) -> None:
         shard(layer)
 
 
+def test_a_break_inside_a_mixer_is_named(model: MambaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    """As adapters have it that Dynamo cannot trace (peft's DoRA): what is left of the mixer has no projection before it."""
+    expected = logits(model, LENGTH)
+    for layer in model.backbone.layers:
+        layer.mixer.in_proj.forward = torch.compiler.disable(layer.mixer.in_proj.forward)
+    with caplog.at_level("WARNING", "simba_compile"):
+        close(logits(compiled(model), LENGTH), expected, 1e-4)
+    told = {record.message for record in caplog.records if record.name == "simba_compile"}
+    assert told and all("; Dynamo broke the graph inside this mixer (TORCH_LOGS=graph_breaks" in message for message in told)
+
+
 @pytest.mark.parametrize("way", [disable_a_norm, hook_each, dispatch_each, shard_each])
 def test_layers_in_graphs_of_their_own_are_dense_and_say_so(
     way: Callable, model: MambaForCausalLM, tmp_path: Path, graphs: list[Transformed], caplog: pytest.LogCaptureFixture

@@ -74,7 +74,7 @@ def simba(
     for mixer in result.mixers:
         if inside and mixer.reason is not None:
             mixer.reason += "; Dynamo broke the graph inside this mixer (TORCH_LOGS=graph_breaks shows where)"
-    if result.pruned is not None:
+    if result.mixers:
         make_room()
     _log(result, partial)
     if observe is not None:

@@ -1,9 +1,10 @@
-"""Room among Dynamo's compilations for all graphs of a model that prunes.
+"""Room among Dynamo's compilations for all graphs of a model with mixers.
 
 Dynamo compiles a function eight times, and runs what would be the ninth uncompiled. That function is not a model's own: all
 models of transformers share the wrapper around their `forward`, and each model needs six graphs (a prompt and a step, of one
 sequence, of several, and of several with padding). The ninth may be the step that goes on from a pruned prompt, and
-uncompiled attention gives NaN for the marks in its cache.
+uncompiled attention gives NaN for the marks in its cache. A model that is dense may not take the others' room, either: where
+one comes to its limit, Dynamo compiles the function for no other.
 """
 
 import sys

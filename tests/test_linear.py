@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import NAN, Source, at_level, each_dtype, each_level, layouts, needs_native, seeds, threads
@@ -220,3 +221,12 @@ def test_what_does_not_fit_is_refused_whatever_runs(faster: bool, monkeypatch: p
     ):
         with pytest.raises(ValueError, match="expected"):
             OPS.linear(*args)
+
+
+def test_autocast_is_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator computes in its inputs' type, and leaves no copy of a weight to a later call in the same region."""
+    monkeypatch.setattr(native_linear, "is_faster", lambda x, weight: False)
+    x, weight = torch.randn(2, 3, 8), torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert OPS.linear(x, weight, None, None, None).dtype == torch.float32
+        assert F.linear(x, weight).requires_grad

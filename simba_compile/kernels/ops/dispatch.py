@@ -130,12 +130,14 @@ def by_torch(name: str) -> Callable:
     """The operator's definition, with results as kernels give them and Inductor was told: contiguous, and views of nothing.
 
     Those of plain torch follow the inputs' layout; a view that comes out of an operator may not be written to in training.
+    Autocast would compute products in another type, and keep copies of weights that know nothing of gradients.
     """
     definition = getattr(reference, name)
 
     @wraps(definition)
     def run(*args: Any) -> Any:
-        result = definition(*args)
+        with torch._C._DisableAutocast():
+            result = definition(*args)
         return tuple(map(_by_itself, result)) if isinstance(result, tuple) else _by_itself(result)
 
     return run

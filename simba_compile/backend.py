@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from simba_compile import capture, kernels
 from simba_compile.cuda_graphs import beside_cuda_graphs, why_unrecorded
 from simba_compile.eager import as_it_is, without_tangents
-from simba_compile.graph_breaks import is_part_of_mixer, why_partial
+from simba_compile.graph_breaks import why_cut, why_partial
 from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
 from simba_compile.passes.length import value_of
@@ -67,13 +67,13 @@ def simba(
             if chosen.inner not in ("auto", "inductor"):
                 raise OptionError(f"mode={mode!r} is for Inductor, and option inner is {chosen.inner!r}: leave one out.")
             chosen = dataclasses.replace(chosen, inner="inductor")
-        partial, inside = why_partial(gm), is_part_of_mixer(gm)
+        partial, cut = why_partial(gm), why_cut(gm)
         result = transform(gm, chosen, partial)
     except OptionError as error:
         raise capture.InvalidOptions(str(error)) from None
     for mixer in result.mixers:
-        if inside and mixer.reason is not None:
-            mixer.reason += "; Dynamo broke the graph inside this mixer (TORCH_LOGS=graph_breaks shows where)"
+        if mixer.reason is not None:
+            mixer.reason += cut
     if result.mixers:
         make_room()
     _log(result, partial)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.subgraphs import with_subgraphs
 
+WHERE = "TORCH_LOGS=graph_breaks shows where"
 _parted: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()  # lists found in several graphs of a module
 
 
@@ -29,12 +30,7 @@ def why_partial(gm: GraphModule) -> str | None:
     module, goes_on = _broken(gm)
     if module is None:
         return None
-    calls = [
-        list(node.meta["nn_module_stack"].items())
-        for each in with_subgraphs(gm)
-        for node in each.graph.nodes
-        if node.target in SCANS and node.meta.get("nn_module_stack")
-    ]
+    calls = [list(stack.items()) for stack in _calls_of_scans(gm) if stack]
     kinds = tuple({kind for *_, (_, (_, kind)) in calls})
     here = {key.partition("@")[0] for call in calls for key, _ in call}  # Dynamo names a module id, id@1, … by the call
     parted = _parted.setdefault(module, WeakSet())
@@ -46,15 +42,22 @@ def why_partial(gm: GraphModule) -> str | None:
                 parted.add(layers)
                 return (
                     f"Dynamo broke the graph between the {len(mixers)} mixers of {type(module).__name__}.{path}, and has "
-                    f"{inside} in this one (TORCH_LOGS=graph_breaks shows where)"
+                    f"{inside} in this one ({WHERE})"
                 )
     return None
 
 
-def is_part_of_mixer(gm: GraphModule) -> bool:
-    """Whether a graph that Dynamo has just made is what it broke off inside the module that calls a scan."""
-    scans = [node for each in with_subgraphs(gm) for node in each.graph.nodes if node.target in SCANS]
-    return any(not node.meta.get("nn_module_stack") for node in scans) and _broken(gm)[0] is not None
+def why_cut(gm: GraphModule) -> str:
+    """What to add to the reason of a dense mixer: that Dynamo broke the graph inside the module that calls its scan."""
+    if _broken(gm)[0] is None or all(_calls_of_scans(gm)):
+        return ""
+    return f"; Dynamo broke the graph inside this mixer ({WHERE})"
+
+
+def _calls_of_scans(gm: GraphModule) -> list[dict]:
+    """For each scan, the modules in whose calls it stands; none where the graph begins inside of them."""
+    nodes = [node for each in with_subgraphs(gm) for node in each.graph.nodes]
+    return [node.meta.get("nn_module_stack") or {} for node in nodes if node.target in SCANS]
 
 
 def _broken(gm: GraphModule) -> tuple[nn.Module | None, bool]:

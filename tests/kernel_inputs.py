@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from simba_compile.kernels import reference
 from simba_compile.kernels.native import binding
+from simba_compile.kernels.ops.dispatch import places_written
 
 OPS = torch.ops.simba
 DEVICE = os.environ.get("SIMBA_TEST_DEVICE", "cpu")  # "cuda": `tests/interpreted` runs on a GPU, compiled
@@ -187,17 +188,17 @@ def assert_refuses_a_gradient(operator: Any, args: tuple[Any, ...]) -> None:
     fresh = [value.clone() if isinstance(value, Tensor) else value for value in args]
     with torch.no_grad():
         operator(*fresh)
-    for value, argument in zip(fresh, operator.default._schema.arguments, strict=False):
+    written = places_written(operator.default)
+    assert len(args) == len(operator.default._schema.arguments)
+    for place, value in enumerate(fresh):
         if isinstance(value, Tensor):
-            assert (value._version > 0) == (argument.alias_info is not None), argument.name
-    given = []
-    for value, argument in zip(args, operator.default._schema.arguments, strict=True):
-        written = argument.alias_info is not None
-        given.append(value.clone().requires_grad_(not written) if isinstance(value, Tensor) else value)
+            assert (value._version > 0) == (place in written), place
+    given = [
+        value.clone().requires_grad_(place not in written) if isinstance(value, Tensor) else value
+        for place, value in enumerate(args)
+    ]
     made = operator(*given)
-    arguments = operator.default._schema.arguments
-    changed = [value for value, argument in zip(given, arguments, strict=True) if argument.alias_info is not None]
-    for out in (made[0] if isinstance(made, tuple) else made, *changed):
+    for out in (made[0] if isinstance(made, tuple) else made, *(given[place] for place in written)):
         with pytest.raises(NotImplementedError, match=f"{operator._qualified_op_name} has no gradient"):
             out.sum().backward()
 

@@ -39,9 +39,14 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def places_written(operation: torch._ops.OpOverload) -> list[int]:
+    """Which of its arguments an operator of ours writes into."""
+    return [place for place, argument in enumerate(operation._schema.arguments) if argument.alias_info is not None]
+
+
 def _counting_writes(function: Callable, operation: torch._ops.OpOverload) -> Callable:
     """The function; what it writes into counts that, so that autograd raises where it has saved the values before."""
-    written = [place for place, argument in enumerate(operation._schema.arguments) if argument.alias_info is not None]
+    written = places_written(operation)
     if not written:
         return function
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from simba_compile.kernels.ops.dispatch import LIBRARY, fake, operator
+from simba_compile.kernels.ops.dispatch import LIBRARY, fake, operator, places_written
 
 
 def differentiable(name: str, backward: Callable, setup: Callable) -> None:
@@ -37,7 +37,7 @@ def undifferentiable(name: str) -> None:
     of states of a symbolic batch. What raises is an operator of its own, since AOTAutograd traces backward passes, too.
     """
     operation = getattr(torch.ops.simba, name).default
-    written = [place for place, argument in enumerate(operation._schema.arguments) if argument.alias_info is not None]
+    written = places_written(operation)
 
     class Refusing(torch.autograd.Function):
         """The results, and copies of some of the arguments, which were written into."""

@@ -397,6 +397,17 @@ def test_mixer_update(
         assert_near(y, reference.mixer_update(*exact))
 
 
+def test_mixer_update_within_autocast() -> None:
+    """Its products, too, are of its inputs' type."""
+    made = []
+    for enabled in (False, True):
+        normal = Source(0, torch.float32, "plain").normal
+        args = [normal(2, 5, 16), normal(2, 5, 4), normal(2, 10), normal(5, 4), None, normal(35, 5), normal(5, 3)]
+        with torch.autocast(args[0].device.type, torch.bfloat16, enabled=enabled):
+            made.append(mixer.mixer_update(*args, None, normal(5, 16), None))
+    assert torch.equal(*made)
+
+
 def test_heads_that_are_no_multiple_of_the_groups() -> None:
     """Refused, where a kernel would read beyond the last group, and before anything is written."""
     x, dt, B, A = torch.ones(1, 2, 4, 5), torch.ones(1, 2, 4), torch.ones(1, 2, 3, 6), -torch.ones(4)

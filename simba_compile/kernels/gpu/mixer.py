@@ -1,5 +1,6 @@
 """One token through a mixer (`simba_compile.kernels.ops.mixer`): three launches, or four, of those of its parts."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,11 +33,12 @@ def mixer_update(
     )  # fmt: skip
     x, z = rows.chunk(2, -1)
     u = conv.conv_update(window, x, conv_weight, conv_bias, True)
-    dt, B, C = F.linear(u, x_proj).split([rank, states, states], -1)
-    if isinstance(batch, int) and batch <= FEW and can_project(states, rank):
-        step, weight = dt, dt_proj
-    else:
-        step, weight = F.linear(dt, dt_proj), None
+    with torch._C._DisableAutocast():  # as `ops.dispatch.by_torch` has it
+        dt, B, C = F.linear(u, x_proj).split([rank, states, states], -1)
+        if isinstance(batch, int) and batch <= FEW and can_project(states, rank):
+            step, weight = dt, dt_proj
+        else:
+            step, weight = F.linear(dt, dt_proj), None
     y = update(state, u, step, weight, A_log, B, C, D, z, dt_bias, softplus=True, log_of_A=True)
     return y.view(*projected.shape[:-1], channels)
 

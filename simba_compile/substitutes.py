@@ -33,13 +33,13 @@ def _is_packed(kwargs):  # type: ignore[no-untyped-def]
 
 def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **kwargs):  # type: ignore[no-untyped-def]
     """One step of the convolution."""
-    if activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1 or _has_other_width(conv_state, weight):
+    if activation not in (None, "silu", "swish") or hidden_states.shape[2] != 1 or _window_does_not_fit(conv_state, weight):
         return NotImplemented
     x = hidden_states.squeeze(2)
     return torch.ops.simba.conv_update(conv_state, x, weight, bias, activation is not None).unsqueeze(2)
 
 
-def _has_other_width(conv_state, weight):  # type: ignore[no-untyped-def]
+def _window_does_not_fit(conv_state, weight):  # type: ignore[no-untyped-def]
     """Whether a cached window is not the convolution's (of a cache that records more, or a short prompt), or is too wide."""
     return conv_state.shape[-1] != weight.shape[-1] or weight.shape[-1] > MAX_WIDTH
 
@@ -159,7 +159,7 @@ def packaged_conv1d_update(  # type: ignore[no-untyped-def]
     x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
 ):
     """``causal_conv1d.causal_conv1d_update``, of one token without an axis for it."""
-    if x.dim() != 2 or activation not in (None, "silu", "swish") or _has_other_width(conv_state, weight):
+    if x.dim() != 2 or activation not in (None, "silu", "swish") or _window_does_not_fit(conv_state, weight):
         return NotImplemented
     if cache_seqlens is not None or conv_state_indices is not None:
         return NotImplemented

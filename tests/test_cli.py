@@ -175,6 +175,17 @@ def test_a_system_that_does_not_name_its_processor(monkeypatch: pytest.MonkeyPat
     assert machine.cpu_name() == "some64"
 
 
+@pytest.mark.parametrize(
+    ("has", "named"), [({}, "AVX2"), ({"avx512_bf16": True, "amx_bf16": True}, "AVX2, AVX512_BF16, AMX")]
+)
+def test_what_figures_in_bfloat16_depend_on_is_named(monkeypatch: pytest.MonkeyPatch, has: dict, named: str) -> None:
+    from simba_compile.cli import machine
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert machine.instructions() == named
+
+
 def test_targets_are_met_or_missed_on_either_side() -> None:
     from simba_compile.cli.bench_report import BARE, DENSE, EAGER, INDUCTOR, PRUNED, targets
 

@@ -37,6 +37,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def instructions() -> str:
+    """The widest vectors that torch uses, and which instructions for bfloat16 there are beside them."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    beside = {"AVX512_BF16": has.get("avx512_bf16"), "AMX": has.get("amx_bf16")}
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *(name for name, there in beside.items() if there)])
+
+
 def describe() -> dict[str, str | int]:
     """What a measurement depends on: processor, cores, threads, versions."""
     import torch
@@ -46,7 +55,7 @@ def describe() -> dict[str, str | int]:
         "cpu": cpu_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -56,6 +56,7 @@ FAMILIES = {
     "nemotron_h": _MAMBA2,
     "zamba2": _MAMBA2,
 }
+CACHED = (0, 2)  # the axes of cached keys and values that vary: sequences and tokens
 EXPERTS = ("grouped_mm_experts_forward", "batched_mm_experts_forward")  # of transformers.integrations.moe
 
 
@@ -120,7 +121,7 @@ def _make_length_dynamic() -> None:
     }
     cached = _keys_and_values(tx)
     lengths = {sizes[1], *(value.shape[2] + sizes[1] for value in cached.values())}  # of masks, the longer ones
-    changed = _mark(tx, cached, lambda axis, size: axis == 2)
+    changed = _mark(tx, cached, lambda axis, size: axis in CACHED)
     changed |= _mark(tx, inputs, lambda axis, size: axis == 0 or size in lengths)
     if not changed and isinstance(length, int) and length > 1:  # made of other sizes, as with a class token before the rest
         changed = _mark(tx, inputs, lambda axis, size: axis < 2)
@@ -136,7 +137,7 @@ def _make_cache_dynamic() -> None:
         return
     cached = _keys_and_values(tx)
     lengths = {value.shape[2] + 1 for value in cached.values()}  # of masks
-    changed = _mark(tx, cached, lambda axis, size: axis == 2)
+    changed = _mark(tx, cached, lambda axis, size: axis in CACHED)
     changed |= _mark(tx, _tensors(tx), lambda axis, size: axis > 0 and size in lengths)
     if changed:
         _start_over(tx, "simba: the number of cached keys is made symbolic")

@@ -142,6 +142,18 @@ def test_one_graph_serves_all_steps_of_a_hybrid(activation: str, graphs: list[Tr
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_further_batch_sizes_share_the_graph_of_the_second_one(tokens: int, graphs: list[Transformed]) -> None:
+    """Also where a cache of attention is read, by a step or by a second part of the prompt."""
+    model = family_model("bamba", num_hidden_layers=2, attn_layer_indices=[1])
+    model.compile(backend="simba", options=KEEP_FEW)
+    for batch in (2, 3, 4, 5):
+        ids = random_ids(batch, 20 + tokens)
+        with torch.no_grad():
+            model(ids[:, 20:], **going_on(model(ids[:, :20], use_cache=True)))
+    assert len(graphs) == 3  # one for prompts, and two for what follows them: of the first batch size and of all
+
+
 @pytest.mark.parametrize("packed", ["seq_idx", "cu_seqlens"])
 @pytest.mark.parametrize("name", ["causal_conv1d_fn", "mamba_selective_scan", "mamba2_chunk_scan"])
 def test_sequences_packed_into_one_row_are_left_to_transformers(name: str, packed: str) -> None:

@@ -121,17 +121,39 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, is_promp
     # Python code of our operators instead, one by one), and cannot trace those of its own, which write their code when they
     # are first called. A code object for each, since Dynamo counts the compilations of it.
     graph = GraphModule(gm, gm.graph)
+    numbers = take_numbers(graph)
 
     def whole(*args: Any) -> Any:
         return graph(*args)
 
     backend = inductor_for(graph, mode, is_prompt) if inner == "inductor" else inner
     compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=not is_fixed(graph))
-    # A function around it in any case: Dynamo unwraps what it is given, to disable itself around it.
-    around = on_gpu_of_inputs(compiled) if inner == "aot_eager" else lambda *args: compiled(*args)
+
+    def call(*args: Any) -> Any:  # in any case: Dynamo unwraps what it is given, to disable itself around it
+        return compiled(*(arg.item() if place in numbers else arg for place, arg in enumerate(args)))
+
+    around = on_gpu_of_inputs(call) if inner == "aot_eager" else call
     if isinstance(backend, Inductor) and backend.records_cuda_graphs:
         around = beside_cuda_graphs(around, graph)
     return without_tangents(around, graph)
+
+
+def take_numbers(gm: GraphModule) -> set[int]:
+    """Have a graph take a model's numbers as such, and say at which places it takes them.
+
+    Dynamo hands a number over as a tensor where another model's was another, or with ``dynamic=True``. The graph reads it
+    off (`Tensor.item`), at which Dynamo breaks graphs when it traces this one.
+    """
+    numbers = set()
+    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        reads = list(node.users)
+        if reads and all(read.target == "item" and isinstance(value_of(read), torch.SymFloat) for read in reads):
+            for read in reads:
+                read.replace_all_uses_with(node)
+                gm.graph.erase_node(read)
+            numbers.add(place)
+    gm.recompile()
+    return numbers
 
 
 def inductor_for(gm: GraphModule, mode: str | None, is_prompt: bool) -> "Inductor":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -326,6 +327,51 @@ def test_one_model_with_several_options_in_one_process() -> None:
             expected = pruned_exactly(model, random_ids(2, 50), **options).logits
             size = expected.abs().max().item()
             torch.testing.assert_close(logits(call).double(), expected.double(), rtol=0, atol=1e-5 * size)
+
+
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "mamba": {"layer_norm_epsilon": 1e-3, "hidden_size": 40, "state_size": 5},
+    "mamba2": {"layer_norm_epsilon": 1e-3, "hidden_size": 40, "state_size": 10, "num_heads": 10},
+}
+
+
+def prompt_and_step(model: nn.Module, **options: Any) -> list[Tensor]:
+    """The logits of both."""
+    compiled, ids = simba(model, **KEEP_FEW, **options), random_ids(2, 41)
+    with torch.no_grad():
+        prompt = compiled(ids[:, :-1], use_cache=True)
+        return [prompt.logits, compiled(ids[:, -1:], **going_on(prompt)).logits]
+
+
+def operators(results: list[Transformed]) -> list[Counter[str]]:
+    """How often each graph calls each of our operators."""
+    whole = [result.pruned or result.dense for result in results]
+    return [Counter(str(node.target) for node in gm.graph.nodes if "simba" in str(node.target)) for gm in whole]
+
+
+@pytest.mark.parametrize("family", OTHER_MODELS)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_model_after_another_one_is_as_alone(family: str, dynamic: bool | None, graphs: list[Transformed]) -> None:
+    """What differs (eps of norms, sizes of states) is a symbol to Dynamo then, as everything is where all is dynamic."""
+    for config in ({}, OTHER_MODELS[family]):
+        prompt_and_step(families.tiny_model(family, **config), dynamic=dynamic)
+    torch._dynamo.reset()
+    prompt_and_step(families.tiny_model(family, **OTHER_MODELS[family]))
+    first, second, alone = operators(graphs[:2]), operators(graphs[2:4]), operators(graphs[4:])
+    assert first == second == alone
+    assert alone[1]["simba.mixer_update" if family == "mamba" else "simba.ssd_mixer_update"] == 3
+
+
+def test_numbers_of_a_model_after_another_one_reach_the_inner_compiler() -> None:
+    """Dynamo hands them over as tensors, which its own code reads."""
+    sizes = {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "num_local_experts": 0}
+    for multiplier in (0.3, 0.6):
+        model = families.tiny_model("granitemoehybrid", residual_multiplier=multiplier, **sizes)
+        whole = prompt_and_step(model, inner="aot_eager")
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    for found, expected in zip(whole, prompt_and_step(model), strict=True):
+        close(found, expected, 1e-6)
 
 
 def test_hooks_see_restored_states() -> None:

@@ -104,14 +104,20 @@ def _takes_weight(node: Node) -> bool:
 
 
 def _norm_of(node: Node) -> tuple[Node, float] | None:
-    """(h, eps) where the node is ``h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)``."""
+    """(h, eps) where the node is ``h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)``.
+
+    An eps that Dynamo has as a symbol, since another model's was another, is fixed by a guard.
+    """
     if node.target not in MUL or not all(isinstance(arg, Node) for arg in node.args):
         return None
     h, root = node.args
     if root.target not in RSQRT:  # type: ignore[union-attr]
         return None
     shifted: Node = root.args[0]  # type: ignore[assignment, union-attr]
-    if shifted.target not in ADDS or shifted.kwargs or not isinstance(shifted.args[1], float):
+    if shifted.target not in ADDS or shifted.kwargs:
+        return None
+    eps = value_of(shifted.args[1]) if isinstance(shifted.args[1], Node) else shifted.args[1]
+    if not isinstance(eps, float | torch.SymFloat):
         return None
     mean: Node = shifted.args[0]  # type: ignore[assignment]
     if mean.target not in MEAN or mean.args[1:] not in ((-1,), ((-1,),), ([-1],)) or mean.kwargs != {"keepdim": True}:
@@ -119,7 +125,7 @@ def _norm_of(node: Node) -> tuple[Node, float] | None:
     square: Node = mean.args[0]  # type: ignore[assignment]
     if square.target not in POW or square.args != (h, 2):
         return None
-    return h, shifted.args[1]  # type: ignore[return-value]
+    return h, float(eps)  # type: ignore[return-value]
 
 
 def fuse_add_norm(node: Node) -> None:

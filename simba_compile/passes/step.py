@@ -48,7 +48,7 @@ def fuse_step(node: Node) -> None:
     window, entering, conv_weight, conv_bias, silu = conv.args
     if not silu or not softplus or projected is None:
         return
-    channels, states = sizes(state)[1:]
+    channels, states = _inner_sizes(state)
     rank = sizes(dt_proj.args[1])[1]  # type: ignore[union-attr]
     if sizes(projected)[-1] != 2 * channels or sizes(x_proj)[-1] != rank + 2 * states:
         return
@@ -84,7 +84,7 @@ def fuse_ssd_step(node: Node) -> None:
     if conv is None or conv.target is not OPS.conv_update or projected is None:
         return
     window, entering, conv_weight, conv_bias, silu = conv.args
-    heads, size, _ = sizes(state)[1:]
+    heads, size, _ = _inner_sizes(state)
     inner, mixed = heads * size, sizes(conv)[-1]
     grouped = (mixed - inner) / 2
     pieces = (
@@ -110,6 +110,14 @@ def fuse_ssd_step(node: Node) -> None:
     else:
         replace(norm or end, update)
     _drop(node, conv)
+
+
+def _inner_sizes(state: Any) -> list[sympy.Expr]:
+    """The sizes of a cached state, behind its batch.
+
+    Those that Dynamo has as symbols, since another model's states were of other sizes, are fixed by guards.
+    """
+    return [sympy.Integer(int(size)) for size in value_of(state).shape[1:]]
 
 
 def _norm_after(value: Node | None, update: Node, projected: Node, channels: sympy.Expr) -> Node | None:

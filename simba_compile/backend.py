@@ -23,7 +23,7 @@ from simba_compile.eager import as_it_is, without_tangents
 from simba_compile.graph_breaks import why_cut, why_partial
 from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
-from simba_compile.passes.length import value_of
+from simba_compile.passes.length import expression, value_of
 from simba_compile.recompile_limit import make_room
 
 log = logging.getLogger("simba_compile")
@@ -130,7 +130,10 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, is_promp
     compiled = torch.compile(capture.with_own_code(whole), backend=backend, dynamic=not is_fixed(graph))
 
     def call(*args: Any) -> Any:  # in any case: Dynamo unwraps what it is given, to disable itself around it
-        return compiled(*(arg.item() if place in numbers else arg for place, arg in enumerate(args)))
+        given = list(args)
+        for place in numbers:
+            given[place] = given[place].item()
+        return compiled(*given)
 
     around = on_gpu_of_inputs(call) if inner == "aot_eager" else call
     if isinstance(backend, Inductor) and backend.records_cuda_graphs:
@@ -138,20 +141,20 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, is_promp
     return without_tangents(around, graph)
 
 
-def take_numbers(gm: GraphModule) -> set[int]:
+def take_numbers(gm: GraphModule) -> list[int]:
     """Have a graph take a model's numbers as such, and say at which places it takes them.
 
     Dynamo hands a number over as a tensor where another model's was another, or with ``dynamic=True``. The graph reads it
     off (`Tensor.item`), at which Dynamo breaks graphs when it traces this one.
     """
-    numbers = set()
+    numbers = []
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         reads = list(node.users)
         if reads and all(read.target == "item" and isinstance(value_of(read), torch.SymFloat) for read in reads):
             for read in reads:
                 read.replace_all_uses_with(node)
                 gm.graph.erase_node(read)
-            numbers.add(place)
+            numbers.append(place)
     gm.recompile()
     return numbers
 
@@ -169,7 +172,8 @@ def inductor_for(gm: GraphModule, mode: str | None, is_prompt: bool) -> "Inducto
 def is_fixed(gm: GraphModule) -> bool:
     """Whether the graph is for inputs of these sizes alone, as a decoding step's may be."""
     values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
-    return all(isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape) for value in values)
+    sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else [value])]
+    return all(isinstance(size, int | torch.SymInt) and expression(size).is_Integer for size in sizes)
 
 
 class Inductor(torch._TorchCompileInductorWrapper):

@@ -18,6 +18,7 @@ import torch
 from conftest import FAMILIES, KEEP_FEW, close, pruned_exactly, random_ids, simba, tiny_model
 from torch import Tensor, nn
 
+from simba_compile.backend import is_fixed
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
@@ -337,10 +338,10 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
 
 def prompt_and_step(model: nn.Module, **options: Any) -> list[Tensor]:
     """The logits of both."""
-    compiled, ids = simba(model, **KEEP_FEW, **options), random_ids(2, 41)
+    compiled = simba(model, **KEEP_FEW, **options)
     with torch.no_grad():
-        prompt = compiled(ids[:, :-1], use_cache=True)
-        return [prompt.logits, compiled(ids[:, -1:], **going_on(prompt)).logits]
+        prompt = compiled(random_ids(2, 40), use_cache=True)
+        return [prompt.logits, compiled(random_ids(2, 1), **going_on(prompt)).logits]
 
 
 def operators(results: list[Transformed]) -> list[Counter[str]]:
@@ -360,6 +361,8 @@ def test_a_model_after_another_one_is_as_alone(family: str, dynamic: bool | None
     first, second, alone = operators(graphs[:2]), operators(graphs[2:4]), operators(graphs[4:])
     assert first == second == alone
     assert alone[1]["simba.mixer_update" if family == "mamba" else "simba.ssd_mixer_update"] == 3
+    fixed = [is_fixed(result.dense) for result in graphs]  # an inner compiler is told
+    assert fixed == [False, dynamic is None] * 2 + [False, True]
 
 
 def test_numbers_of_a_model_after_another_one_reach_the_inner_compiler() -> None:

@@ -15,7 +15,7 @@ from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm, fuse_rounding
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
-from simba_compile.passes.step import fuse_ssd_step, fuse_step, log_of_minus, take_logarithm
+from simba_compile.passes.step import fix_sizes, fuse_ssd_step, fuse_step, log_of_minus, take_logarithm
 from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_one_result, is_simba
 
 OPS = torch.ops.simba
@@ -29,7 +29,7 @@ def lower(gm: GraphModule) -> None:
     plainer = (drop_marks, drop_casts, drop_slices, untranspose_product, cancel_transposes, gather_first, project_kept)
     norms = (fuse_gated_norm, fuse_rounding, fuse_norm)
     fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear)
-    steps = (take_logarithm, drop_widening, fuse_step, fuse_ssd_step)
+    steps = (fix_sizes, take_logarithm, drop_widening, fuse_step, fuse_ssd_step)
     for rewrite in (*plainer, *norms, *fusions, *steps, lay_out_rates, keep_result, leave_unfilled, read_cache):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):

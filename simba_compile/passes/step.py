@@ -22,6 +22,16 @@ NEG: set[Any] = {operator.neg, torch.neg, "neg"}
 UPDATES = {OPS.state_update: 10, OPS.ssd_state_update: 9}  # how many arguments stand before `log_of_A`
 
 
+def fix_sizes(node: Node) -> None:
+    """The sizes of a cached state, behind its batch, are the model's.
+
+    Those that Dynamo has as symbols, since the states of a model before were of other sizes, are fixed by guards.
+    """
+    if node.target in (OPS.conv_update, *UPDATES):
+        for size in value_of(node.args[0]).shape[1:]:
+            int(size)
+
+
 def take_logarithm(node: Node) -> None:
     """A state's update by ``A = -exp(A_log)``, or by a view of it: by A_log, or by that view, of which it makes A itself."""
     if node.target not in UPDATES or len(node.args) != UPDATES[node.target]:  # type: ignore[index]
@@ -48,7 +58,7 @@ def fuse_step(node: Node) -> None:
     window, entering, conv_weight, conv_bias, silu = conv.args
     if not silu or not softplus or projected is None:
         return
-    channels, states = _inner_sizes(state)
+    channels, states = sizes(state)[1:]
     rank = sizes(dt_proj.args[1])[1]  # type: ignore[union-attr]
     if sizes(projected)[-1] != 2 * channels or sizes(x_proj)[-1] != rank + 2 * states:
         return
@@ -84,7 +94,7 @@ def fuse_ssd_step(node: Node) -> None:
     if conv is None or conv.target is not OPS.conv_update or projected is None:
         return
     window, entering, conv_weight, conv_bias, silu = conv.args
-    heads, size, _ = _inner_sizes(state)
+    heads, size, _ = sizes(state)[1:]
     inner, mixed = heads * size, sizes(conv)[-1]
     grouped = (mixed - inner) / 2
     pieces = (
@@ -110,14 +120,6 @@ def fuse_ssd_step(node: Node) -> None:
     else:
         replace(norm or end, update)
     _drop(node, conv)
-
-
-def _inner_sizes(state: Any) -> list[sympy.Expr]:
-    """The sizes of a cached state, behind its batch.
-
-    Those that Dynamo has as symbols, since another model's states were of other sizes, are fixed by guards.
-    """
-    return [sympy.Integer(int(size)) for size in value_of(state).shape[1:]]
 
 
 def _norm_after(value: Node | None, update: Node, projected: Node, channels: sympy.Expr) -> Node | None:

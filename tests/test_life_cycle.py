@@ -368,6 +368,7 @@ def test_a_model_after_another_one_is_as_alone(family: str, dynamic: bool | None
 def test_numbers_of_a_model_after_another_one_reach_the_inner_compiler() -> None:
     """Dynamo hands them over as tensors, which its own code reads."""
     sizes = {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "num_local_experts": 0}
+    torch._dynamo.utils.counters.clear()
     for multiplier in (0.3, 0.6):
         model = families.tiny_model("granitemoehybrid", residual_multiplier=multiplier, **sizes)
         whole = prompt_and_step(model, inner="aot_eager")

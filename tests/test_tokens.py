@@ -195,7 +195,7 @@ WRITES: dict[str, tuple[Callable[[Tensor], Any], list[str] | None]] = {  # what 
     "an overload, by name": (lambda h: torch.ops.aten.mul_.Tensor(other=h.sin(), self=h), ["h"]),
     "an overload's out": (lambda h: torch.ops.aten.mul.out(h.sin(), h.cos(), out=h), ["h"]),
     "an overload's list": (lambda h: torch.ops.aten._foreach_mul_.List([h], [h.detach()]), ["h"]),
-    "an update of ours": (lambda h: OPS.conv_update(h.mT, h[:, 0], h[0].mT, None, True), ["getattr"]),  # h.mT
+    "an update of ours": (lambda h: OPS.conv_update(h.transpose(1, 2), h[:, 0], h[0].mT, None, True), ["transpose"]),
     "an overload that does not write": (lambda h: torch.ops.aten.mul.Tensor(h, h), None),
     "an operator of ours": (lambda h: OPS.gather(h, torch.zeros(2, 1, dtype=torch.int64), 1), None),
     "a list": (writes_into_a_list, ["h", "column"]),

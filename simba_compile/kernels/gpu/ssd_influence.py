@@ -65,7 +65,7 @@ def _head_scores(
         valid = here[:, None] & (p < channels)[None, :]
         u = tl.load(x + t[:, None] * x_token + p[None, :] * x_channel, mask=valid, other=0.0).to(tl.float32)
         value = u * weight[:, None]
-        bad = tl.max((value != value).to(tl.int32), 1)
+        bad = tl.max(tl.where(value != value, 1.0, 0.0), 1)  # as integers they take a stack, with Triton 3.9
         size = tl.where(value > 0, value, 0.0) if POOL == "max" else tl.abs(value)
         pooled = tl.max(size, 1)
         log = tl.log2(pooled) * LN2

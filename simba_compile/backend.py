@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from simba_compile import capture, kernels
 from simba_compile.cuda_graphs import beside_cuda_graphs, why_unrecorded
@@ -120,8 +120,8 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, is_promp
     # a function, since Dynamo skips the `forward` of every GraphModule that was made while it compiles (it would trace the
     # Python code of our operators instead, one by one), and cannot trace those of its own, which write their code when they
     # are first called. A code object for each, since Dynamo counts the compilations of it.
+    numbers = take_numbers(gm.graph)
     graph = GraphModule(gm, gm.graph)
-    numbers = take_numbers(graph)
 
     def whole(*args: Any) -> Any:
         return graph(*args)
@@ -141,21 +141,20 @@ def compile_inner(gm: GraphModule, inner: str, mode: str | None = None, is_promp
     return without_tangents(around, graph)
 
 
-def take_numbers(gm: GraphModule) -> list[int]:
+def take_numbers(graph: Graph) -> list[int]:
     """Have a graph take a model's numbers as such, and say at which places it takes them.
 
     Dynamo hands a number over as a tensor where another model's was another, or with ``dynamic=True``. The graph reads it
     off (`Tensor.item`), at which Dynamo breaks graphs when it traces this one.
     """
     numbers = []
-    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+    for place, node in enumerate(graph.find_nodes(op="placeholder")):
         reads = list(node.users)
         if reads and all(read.target == "item" and isinstance(value_of(read), torch.SymFloat) for read in reads):
             for read in reads:
                 read.replace_all_uses_with(node)
-                gm.graph.erase_node(read)
+                graph.erase_node(read)
             numbers.append(place)
-    gm.recompile()
     return numbers
 
 

@@ -21,12 +21,21 @@ from torch import Tensor, nn
 from simba_compile.backend import is_fixed
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
+from simba_compile.passes.tokens import is_simba
 
 
 @torch.no_grad()
 def logits(model: Any, length: int = 50, batch: int = 2) -> Tensor:
     """What the model says to random tokens."""
     return model(random_ids(batch, length)).logits
+
+
+@torch.no_grad()
+def prompt_and_step(model: Any) -> tuple[Tensor, Tensor]:
+    """What the model says to random tokens, and to one more."""
+    ids = random_ids(2, 41)
+    prompt = model(ids[:, :-1].clone(), use_cache=True)
+    return prompt.logits, model(ids[:, -1:].clone(), use_cache=True, **going_on(prompt)).logits
 
 
 def test_every_mode_of_autograd_computes_the_same() -> None:
@@ -58,15 +67,10 @@ def test_autocast(family: str, keep: float) -> None:
 @torch.no_grad()
 def test_autocast_where_norms_are_wider() -> None:
     """Jamba's norms give steps, B and C in float32 beside x in bfloat16, in a prompt and in a step."""
-    model, ids = families.tiny_model("jamba"), random_ids(2, 41)
-
-    def run(function: Any) -> tuple[Tensor, Tensor]:
-        prompt = function(ids[:, :-1], use_cache=True)
-        return prompt.logits, function(ids[:, -1:], use_cache=True, **going_on(prompt)).logits
-
-    compiled, exact = simba(model, keep=1.0), run(model)
+    model = families.tiny_model("jamba")
+    compiled, exact = simba(model, keep=1.0), prompt_and_step(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = run(compiled), run(model)
+        ours, theirs = prompt_and_step(compiled), prompt_and_step(model)
     for found, eager, right in zip(ours, theirs, exact, strict=True):
         assert found.dtype == eager.dtype
         error = (found.float() - right).norm(dim=-1).median()
@@ -336,18 +340,10 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def prompt_and_step(model: nn.Module, **options: Any) -> list[Tensor]:
-    """The logits of both."""
-    compiled = simba(model, **KEEP_FEW, **options)
-    with torch.no_grad():
-        prompt = compiled(random_ids(2, 40), use_cache=True)
-        return [prompt.logits, compiled(random_ids(2, 1), **going_on(prompt)).logits]
-
-
 def operators(results: list[Transformed]) -> list[Counter[str]]:
     """How often each graph calls each of our operators."""
     whole = [result.pruned or result.dense for result in results]
-    return [Counter(str(node.target) for node in gm.graph.nodes if "simba" in str(node.target)) for gm in whole]
+    return [Counter(str(node.target) for node in gm.graph.nodes if is_simba(node)) for gm in whole]
 
 
 @pytest.mark.parametrize("family", OTHER_MODELS)
@@ -355,9 +351,9 @@ def operators(results: list[Transformed]) -> list[Counter[str]]:
 def test_a_model_after_another_one_is_as_alone(family: str, dynamic: bool | None, graphs: list[Transformed]) -> None:
     """What differs (eps of norms, sizes of states) is a symbol to Dynamo then, as everything is where all is dynamic."""
     for config in ({}, OTHER_MODELS[family]):
-        prompt_and_step(families.tiny_model(family, **config), dynamic=dynamic)
+        prompt_and_step(simba(families.tiny_model(family, **config), dynamic=dynamic, **KEEP_FEW))
     torch._dynamo.reset()
-    prompt_and_step(families.tiny_model(family, **OTHER_MODELS[family]))
+    prompt_and_step(simba(families.tiny_model(family, **OTHER_MODELS[family]), **KEEP_FEW))
     first, second, alone = operators(graphs[:2]), operators(graphs[2:4]), operators(graphs[4:])
     assert first == second == alone
     assert alone[1]["simba.mixer_update" if family == "mamba" else "simba.ssd_mixer_update"] == 3
@@ -371,10 +367,10 @@ def test_numbers_of_a_model_after_another_one_reach_the_inner_compiler() -> None
     torch._dynamo.utils.counters.clear()
     for multiplier in (0.3, 0.6):
         model = families.tiny_model("granitemoehybrid", residual_multiplier=multiplier, **sizes)
-        whole = prompt_and_step(model, inner="aot_eager")
+        whole = prompt_and_step(simba(model, inner="aot_eager", **KEEP_FEW))
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
-    for found, expected in zip(whole, prompt_and_step(model), strict=True):
+    for found, expected in zip(whole, prompt_and_step(simba(model, **KEEP_FEW)), strict=True):
         close(found, expected, 1e-6)
 
 

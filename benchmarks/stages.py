@@ -141,9 +141,9 @@ def clock(model: Callable, ids: Tensor, options: dict[str, Any], repeats: int) -
         made = found[0]
 
         def run(*args: Any) -> Any:
-            graph, counts = made.of_length(ids.shape[1])
+            graph, numbers = made.of_call(args, ids.shape[1])
             timed = _Clock(graph)
-            result = timed.run(*args, *counts)
+            result = timed.run(*args, *numbers)
             runs.append(timed.ran)
             return result
 

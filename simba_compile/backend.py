@@ -93,13 +93,13 @@ def run_by_length(result: Transformed, mode: str | None = None) -> Callable:
 
     def run(*args: Any) -> Any:
         tokens = tokens_of(args)
-        graph, counts = result.of_length(tokens)
+        graph, numbers = result.of_call(args, tokens)
         if graph is result.dense:
-            level, reason = logging.INFO, plan.why_all_stay(int(tokens))
+            level, reason = logging.INFO, plan.of_call(args).why_all_stay(int(tokens))
         elif plan.ends_in_padding(args):
             level, reason = logging.WARNING, PADDED
         else:
-            return pruned(*args, *counts)
+            return pruned(*args, *numbers)
         if reason not in told:
             log.log(level, "Dense: %s.", reason)
         told.add(reason)

@@ -119,6 +119,8 @@ def _make_length_dynamic() -> None:
         # Of one axis: a number for each sequence, as labels are, or for each token. If static, it would fix others' sizes.
         if value.dim() >= 2 or (value.dim() == 1 and value.shape[0] in sizes)
     }
+    for name, value in inputs.items():  # Dynamo looks at some behind the mixers only: `forget` would put back no record
+        pgo.update_automatic_dynamic(tx, name, pgo.FrameStateSizeEntry.make_size(tuple(value.shape)))
     cached = _keys_and_values(tx)
     lengths = {sizes[1], *(value.shape[2] + sizes[1] for value in cached.values())}  # of masks, the longer ones
     changed = _mark(tx, cached, lambda axis, size: axis in CACHED)

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from simba_compile.options import Options
 
 OPTIONS = frozenset(field.name for field in dataclasses.fields(Options))
-LENGTHS_OF_CONTINUATIONS = 16  # powers of two; torch.compile makes a graph for each
 
 
 @register_model("simba")
@@ -50,13 +49,8 @@ class SimbaLM(HFLM):
         given = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
         options = Options.from_mapping(given)
         super().__init__(pretrained, backend="causal", device=device, **kwargs)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * LENGTHS_OF_CONTINUATIONS)
-        every = dataclasses.asdict(options)
-        dense = every | {"keep": 1.0, "schedule": "linear"}
-        forward = self.model.forward
-        self.dense = torch.compile(lambda ids: forward(ids, use_cache=False).logits, backend="simba", options=dense)
         # In place: `generate` then runs what is compiled.
-        self.model.compile(backend="simba", options=every)
+        self.model.compile(backend="simba", options=dataclasses.asdict(options))
 
     def _loglikelihood_tokens(
         self,
@@ -93,11 +87,7 @@ class SimbaLM(HFLM):
     def _score(self, ids: torch.Tensor, last: int) -> list[tuple[float, bool]]:
         """Score the last tokens of sequences of one length."""
         read, targets = ids[:, :-1], ids[:, -last:]
-        protected = min(1 << (last - 1).bit_length(), read.shape[1])  # few different numbers: each has a graph
-        if protected == read.shape[1]:  # nothing could be pruned: one graph for all lengths
-            logits = self.dense(read)[:, -last:]
-        else:
-            logits = self.model(read, use_cache=False, logits_to_keep=protected).logits[:, -last:]
+        logits = self.model(read, use_cache=False, logits_to_keep=last).logits
         each = F.log_softmax(logits.float(), -1).gather(2, targets[..., None])[..., 0].sum(1)
         first = (logits.argmax(-1) == targets).all(1)
         return list(zip(each.tolist(), first.tolist(), strict=True))

@@ -178,6 +178,8 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
     except ValueError:  # the length is made in the graph
         return mixer_rows(result, int(scanned.shape[1]))
     tokens = int(tokens_of(inputs))
+    if result.plan is not None:
+        result = dataclasses.replace(result, plan=result.plan.of_call(inputs))
     rows = mixer_rows(result, tokens)
     if result.plan is not None and rows[-1].tokens_out < tokens and result.plan.ends_in_padding(inputs):
         dense = mixer_rows(dataclasses.replace(result, plan=None), tokens)

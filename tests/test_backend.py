@@ -135,6 +135,23 @@ def test_logits_to_keep_restores_nothing(
     assert torch.ops.simba.restore not in [node.target for node in graph.pruned.graph.nodes]
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@each_family
+def test_one_graph_serves_every_number_of_logits(family: str, inner: str, graphs: list[Transformed]) -> None:
+    """And what it protects is what each call reads. One more where all are read, and one where more are asked for."""
+    model = tiny_model(family, torch.float64)
+    run = simba(model, keep=0.1, min_tokens=1, inner=inner)
+    made = []
+    for length, count in ((60, 5), (61, 7), (50, 2), (40, 39), (70, 12), (45, 45), (44, 60), (43, 43)):
+        ids = random_ids(2, length)
+        with torch.no_grad():
+            out = run(ids, logits_to_keep=count, use_cache=False)
+            expected = pruned_exactly(model, ids, logits_to_keep=count, keep=0.1, min_tokens=1)
+        close(out.logits, expected.logits, 1e-6)
+        made.append(len(graphs))
+    assert made == [1, 2, 2, 2, 2, 3, 4, 4]
+
+
 @each_family
 def test_all_logits_are_computed_once(family: str, graphs: list[Transformed]) -> None:
     """Not for the kept tokens, too, whose hidden states are restored first. (In float32 no cast comes after the head.)"""

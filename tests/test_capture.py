@@ -213,6 +213,32 @@ def test_one_graph_serves_every_batch_of_lengths_and_labels(graphs: list[Transfo
     assert len(graphs) == 1 and len(selected) == 3
 
 
+def test_one_graph_serves_every_number_of_labels(graphs: list[Transformed], selected: list[torch.Tensor]) -> None:
+    """They say how many of the last tokens are read, and Dynamo looks at them only after the mixers."""
+    model = tiny_model(layers=2)
+
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = model(ids, logits_to_keep=labels.shape[1]).logits
+        return torch.nn.functional.cross_entropy(logits.mT, labels)
+
+    run = simba(loss, **KEEP_FEW | {"keep": 0.05})
+    with torch.no_grad():
+        for count in (5, 6, 9, 4):
+            run(random_ids(2, 50), random_ids(2, count))
+    assert len(graphs) == 2 and [kept.shape[1] for kept in selected] == [5, 6, 9, 4]
+
+
+def test_explain_reads_off_how_many_tokens_are_read() -> None:
+    model = tiny_model(layers=2).backbone
+
+    def last(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(ids).last_hidden_state[:, -labels.shape[1] :]
+
+    torch._dynamo.mark_dynamic(labels := random_ids(2, 9), 1)
+    report = simba_compile.explain(last, random_ids(2, 50), labels, options=KEEP_FEW | {"keep": 0.05})
+    assert [row.tokens_out for row in report.mixers] == [50, 9]
+
+
 def test_a_trace_that_fails_leaves_nothing_behind() -> None:
     """Batch and length are equal, for which the trace has Dynamo tell them apart."""
     model = tiny_model(layers=1).backbone

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from eager_reference import pruned_forward
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
-    choices = ["the mat", "far away and then"]
+    choices = ["the mat", "the far away and then"]
     lines = [{"context": CONTEXT + end, "choices": choices, "answer": 0} for end in ("sat on", "ran")]
     (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "tiny.yaml").write_text(
@@ -74,14 +75,14 @@ def test_dense_is_the_harness_own(model: Path, task: Path) -> None:
 def test_the_context_is_pruned_and_the_continuation_is_not(model: Path, task: Path) -> None:
     pruned = scores("simba", model, task, keep=0.1, min_tokens=1)
     assert max(abs(a - b) for a, b in zip(pruned, scores("hf", model, task), strict=True)) > 1e-3
-    # The same by hand, with the number of protected tokens that the harness's model rounds up to.
-    words = (CONTEXT + "sat on far away and then").split()
+    # The same by hand, with the five words of the continuation protected.
+    words = (CONTEXT + "sat on the far away and then").split()
     ids = torch.tensor([[WORDS.index(word) for word in words]])
     options = {"keep": 0.1, "min_tokens": 1}
     run = torch.compile(MambaForCausalLM.from_pretrained(model).eval(), backend="simba", options=options)
     with torch.no_grad():
-        logits = run(ids[:, :-1], use_cache=False, logits_to_keep=4).logits
-    each = F.log_softmax(logits, -1).gather(2, ids[:, -4:, None])
+        logits = run(ids[:, :-1], use_cache=False, logits_to_keep=5).logits
+    each = F.log_softmax(logits, -1).gather(2, ids[:, -5:, None])
     assert pruned[1] == pytest.approx(each.sum().item(), abs=1e-4)
 
 
@@ -90,18 +91,21 @@ def test_bad_options_are_told(model: Path, task: Path) -> None:
         scores("simba", model, task, keep=2)
 
 
-def test_whole_documents_share_a_graph(model: Path) -> None:
-    """Perplexities of documents prune nothing, and each has a length of its own."""
+@pytest.mark.parametrize("last", [None, 2, 3])
+def test_continuations_share_graphs(model: Path, last: int | None) -> None:
+    """Whatever their lengths, and so do whole documents, of which nothing is pruned."""
     from simba_compile.lm_eval import SimbaLM
 
-    harness = SimbaLM(str(model), keep=0.1, min_tokens=1)
+    options = {"keep": 0.1, "min_tokens": 1}
+    harness = SimbaLM(str(model), **options)
     plain = MambaForCausalLM.from_pretrained(model).eval()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for length in (9, 14, 22, 31, 47):
         ids = torch.randint(1, len(WORDS), (1, length))
-        ((total, _),) = harness._score(ids, length - 1)
-        with torch.no_grad():
-            each = F.log_softmax(plain(ids[:, :-1]).logits, -1).gather(2, ids[:, 1:, None])
+        scored = length // last if last else length - 1
+        ((total, _),) = harness._score(ids, scored)
+        expected = pruned_forward(plain, ids[:, :-1], logits_to_keep=scored, **options).logits
+        each = F.log_softmax(expected, -1).gather(2, ids[:, -scored:, None])
         assert total == pytest.approx(each.sum().item(), abs=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first length's, and one for all

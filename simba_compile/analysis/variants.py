@@ -210,9 +210,9 @@ def record_scans(model: PreTrainedModel, ids: Tensor, options: Options, **call: 
         made = found[0]
 
         def run(*args: Any) -> Any:
-            graph, counts = made.of_length(ids.shape[1])
+            graph, numbers = made.of_call(args, ids.shape[1])
             recorder = _Recorder(graph)
-            result = recorder.run(*args, *counts)
+            result = recorder.run(*args, *numbers)
             scans.extend(recorder.scans)
             return result
 

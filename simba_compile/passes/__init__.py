@@ -18,6 +18,8 @@ lower       fuses what belongs together
 
 import dataclasses
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -43,7 +45,7 @@ class Transformed:
     dense : GraphModule
         The lowered graph on all tokens.
     pruned : GraphModule or None
-        The lowered graph on the kept tokens, with one more input for each count of `plan`; None where nothing prunes.
+        The lowered graph on the kept tokens, with the `plan`'s numbers as further inputs; None where nothing prunes.
     plan : Plan or None
         How many tokens stay.
     mixers : list of Mixer
@@ -58,12 +60,12 @@ class Transformed:
     mixers: list[Mixer]
     options: Options
 
-    def of_length(self, tokens: int) -> tuple[GraphModule, list[int]]:
-        """The graph for sequences of so many tokens that do not end in padding, and the counts that it takes besides."""
-        counts = [] if self.plan is None else self.plan.inputs(tokens)
-        if self.pruned is None or counts[-1] == tokens:
+    def of_call(self, args: Sequence[Any], tokens: int) -> tuple[GraphModule, list[int]]:
+        """The graph for a call on so many tokens that do not end in padding, and the numbers that it takes besides."""
+        numbers = [] if self.plan is None else self.plan.of_call(args).inputs(tokens)
+        if self.pruned is None or numbers[-1] == tokens:
             return self.dense, []
-        return self.pruned, counts
+        return self.pruned, numbers
 
 
 def transform(gm: GraphModule, options: Options, partial: str | None = None) -> Transformed:

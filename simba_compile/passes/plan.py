@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
+import torch
 from torch.fx import Graph
 
 from simba_compile.options import OptionError, Options
-from simba_compile.passes.length import Length
+from simba_compile.passes.length import Length, expression, value_of
 from simba_compile.passes.match import Mixer
 from simba_compile.passes.padding import padding_reader
 from simba_compile.passes.tokens import suffix
@@ -29,6 +31,9 @@ class Plan:
         The ones of them that drop tokens.
     protect_first, protect_last, min_tokens : int
         See `Options`; protect_last covers what the graph reads from the end.
+    ends : dict of sympy.Expr to int
+        The numbers of tokens read from the end that calls give (``logits_to_keep``, once it has varied), each with its place
+        among a call's arguments. They are protected as well (`of_call`).
     length : Length
         Of the graph.
     ends_in_padding : callable
@@ -41,8 +46,19 @@ class Plan:
     protect_first: int
     protect_last: int
     min_tokens: int
+    ends: dict[sympy.Expr, int]
     length: Length
     ends_in_padding: Callable[[Sequence[Any]], bool]
+
+    def of_call(self, args: Sequence[Any]) -> "Plan":
+        """The plan for a call with these arguments, in which `protect_last` covers what they say is read."""
+        if not self.ends:
+            return self
+        return dataclasses.replace(self, protect_last=max(self.protect_last, *(args[at] for at in self.ends.values())))
+
+    def protects(self, last: int | torch.SymInt) -> bool:
+        """Whether so many of the last tokens stay in every call."""
+        return last <= self.protect_last if isinstance(last, int) else expression(last) in self.ends
 
     def counts(self, tokens: int) -> list[int]:
         """Tokens left after each mixer for a sequence of this length."""
@@ -55,9 +71,13 @@ class Plan:
         return counts
 
     def inputs(self, tokens: int) -> list[int]:
-        """What the pruned graph takes besides the dense one's inputs: the count of each pruning mixer."""
+        """What the pruned graph takes besides the dense one's inputs: the count of each pruning mixer.
+
+        Before them `protect_last`, where calls say what it is.
+        """
         counts = self.counts(tokens)
-        return [counts[i] for i in self.pruning]
+        protected = [self.protect_last] if self.ends else []
+        return protected + [counts[i] for i in self.pruning]
 
     def why_all_stay(self, tokens: int) -> str:
         """Why `counts` drops none of a sequence of this length, where it drops none."""
@@ -122,16 +142,27 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options, partial: str 
             mixer.reason = f"its tokens are others than the first mixer's: there are {other} of them, not {length.tokens}"
     ratios, pruning = ratios_of(options, len(mixers))
     windows = {window for mixer in mixers for window in mixer.windows}
-    read = [suffix(node, length) or 0 for node in graph.nodes if node not in windows]
+    read = [last for node in graph.nodes if node not in windows and (last := suffix(node, length)) is not None]
+    ends = _given_by_calls(read, graph)
     plan = Plan(
         mixers=tuple(mixers),
         ratios=ratios,
         pruning=pruning,
         protect_first=options.protect_first,
-        protect_last=max([options.protect_last, *read]),
+        # A number that no argument is, one more than an argument say, is fixed by a guard.
+        protect_last=max([options.protect_last, *(int(last) for last in read if expression(last) not in ends)]),
         min_tokens=options.min_tokens,
+        ends=ends,
         length=length,
         ends_in_padding=padding_reader(graph, [scan for mixer in mixers for scan in mixer.scans], length),
     )
     blocked = next((i for i, mixer in enumerate(mixers) if mixer.reason), None)
     return plan if blocked is None else plan.without(blocked, mixers[blocked].reason or "")
+
+
+def _given_by_calls(numbers: Sequence[int | torch.SymInt], graph: Graph) -> dict[sympy.Expr, int]:
+    """Those of the numbers that are arguments of the graph and vary, and the place of each among the arguments."""
+    values = list(map(value_of, graph.find_nodes(op="placeholder")))
+    places = {expression(value): place for place, value in enumerate(values) if isinstance(value, torch.SymInt)}
+    varying = [expression(number) for number in numbers if not expression(number).is_Integer]
+    return {number: places[number] for number in varying if number in places}

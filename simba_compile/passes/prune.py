@@ -69,6 +69,7 @@ class _Pruning:
         self.windows = {window: mixer.conv for mixer in plan.mixers for window in mixer.windows if mixer.conv}
         self.version: dict[Node, int] = {}  # of every node of the old graph
         self.made: dict[tuple[Node, int], Node] = {}  # (old node, version) → new node
+        self.protect_last: int | Node = plan.protect_last
         self.counts: list[Node] = []  # version 1 is entry 0: how many tokens are left,
         self.kept: list[Node] = []  # … their places among the tokens of the version before,
         self.positions: dict[int, Node] = {}  # version → their places in the sequence, where something asks for them
@@ -98,6 +99,8 @@ class _Pruning:
         inputs = [node for node in nodes if node.op == "placeholder"]
         for node in inputs:
             self._emit(node, 0)
+        if self.plan.ends:
+            self.protect_last = self.out.placeholder("protect_last")
         self.counts = [self.out.placeholder(f"kept_{i}") for i in self.plan.pruning]
         self.tokens = self._full_length(inputs)
         for node in nodes:
@@ -282,7 +285,7 @@ class _Pruning:
             seed = self.options.seed + mixer
             x = self.at(scans[0].args[0], self.latest)  # type: ignore[arg-type]
             scores = self._call(OPS.token_scores, x, count, self.options.criterion, seed)
-        kept = self._call(OPS.select, scores, count, self.plan.protect_first, self.plan.protect_last)
+        kept = self._call(OPS.select, scores, count, self.plan.protect_first, self.protect_last)
         if self.options.placement == "scan":
             self.kept.append(kept)
         else:
@@ -329,11 +332,15 @@ class _Pruning:
         if node in self.windows:
             return True
         k = suffix(node, self.length)
-        return k is not None and k <= self.plan.protect_last and self.length.of(node) == NO_TOKENS
+        return k is not None and self.plan.protects(k) and self.length.of(node) == NO_TOKENS
 
     def _emit_last_tokens(self, node: Node, version: int) -> None:
         source: Node = node.args[0]  # type: ignore[assignment]
-        new = self._call(OPS.last_tokens, self.at(source, version), suffix(node, self.length), self.length.of(source))
+        last: Any = suffix(node, self.length)
+        place = self.plan.ends.get(expression(last))
+        if place is not None:
+            last = self.made[self.gm.graph.find_nodes(op="placeholder")[place], 0]
+        new = self._call(OPS.last_tokens, self.at(source, version), last, self.length.of(source))
         new.meta = dict(node.meta)
         self.version[node] = 0  # no token axis is left to be gathered along
         self.made[node, 0] = new

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._dynamo.source import TensorPropertySource
 from torch.fx import Node
 
 from simba_compile.passes.length import FLAT, NO_TOKENS, UNCLEAR, Length, expression, value_of
@@ -233,8 +234,11 @@ def takes_sizes(node: Node) -> bool:
     return node.target in SAME_MEMORY
 
 
-def suffix(node: Node, length: Length) -> int | None:
-    """k where the node is ``x[..., -k:, ...]`` along the tokens, with everything along the other axes, or `last_tokens`."""
+def suffix(node: Node, length: Length) -> int | torch.SymInt | None:
+    """k where the node is ``x[..., -k:, ...]`` along the tokens, with everything along the other axes, or `last_tokens`.
+
+    Symbolic where calls give it and it has varied, as ``logits_to_keep`` may.
+    """
     if node.target is torch.ops.simba.last_tokens:
         source, k, dim = node.args
         return k if length.of(source) == dim else None  # type: ignore[return-value]
@@ -264,12 +268,15 @@ def _slices(node: Node) -> list[slice] | None:
     return found if len(found) == len(items) == rank else None
 
 
-def _number(value: Any, length: Length) -> int | None:
-    """An integer argument's value, where it does not depend on the length.
-
-    A symbolic one (``logits_to_keep`` after calls with different values) is fixed by a guard: the plan depends on it.
-    """
-    value = value_of(value) if isinstance(value, Node) else value
+def _number(argument: Any, length: Length) -> int | torch.SymInt | None:
+    """An integer argument's value, where it does not depend on the length."""
+    value = value_of(argument) if isinstance(argument, Node) else argument
     if isinstance(value, torch.SymInt):
-        return None if length.depends(value) else int(value)
+        return None if length.depends(value) and not _is_given(argument) else value
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_given(node: Node) -> bool:
+    """Whether it is less a number that a call gives: no tensor's size, though it be the same and have its symbol."""
+    given = node.args[0].meta.get("grapharg") if node.target is operator.neg else None  # type: ignore[union-attr]
+    return given is not None and not isinstance(given.source, TensorPropertySource)

@@ -9,8 +9,7 @@ rows        writes what is computed with the tokens last as operations on rows, 
 match       finds the mixers (find_mixers: also those inside)      → a record for each
 plan        decides how many tokens each of them keeps             → counts from a length
 subgraphs   checkpoint_as_eager; then the graphs inside are lowered
-prune       scores, selects, and lets what follows run on what is left (with `attention`; with `restore` where full length is
-            needed)
+prune       scores, selects, and lets what follows run on what is left (with `attention`; `versions` gathers and restores)
 lower       fuses what belongs together
 
 `match` and `plan` only read the graph. Logger ``simba_compile.passes`` shows the graph before and after the last.

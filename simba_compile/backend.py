@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule
 from simba_compile import capture, kernels
 from simba_compile.cuda_graphs import beside_cuda_graphs, why_unrecorded
 from simba_compile.eager import as_it_is, without_tangents
-from simba_compile.graph_breaks import why_cut, why_partial
+from simba_compile.graph_breaks import why_cut, why_partial, why_uncompiled
 from simba_compile.options import OptionError, Options
 from simba_compile.passes import Transformed, transform
 from simba_compile.passes.length import expression, value_of
@@ -218,6 +218,9 @@ def on_gpu_of_inputs(function: Callable) -> Callable:
 def _log(result: Transformed, partial: str | None) -> None:
     pruning = 0 if result.plan is None else len(result.plan.pruning)
     if not result.mixers:
+        uncompiled = why_uncompiled()
+        if uncompiled is not None and result.options.prunes:
+            _warn_once(uncompiled)
         log.info("Nothing to prune in this graph: a decoding step, or a model without a mixer.")
         return
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)

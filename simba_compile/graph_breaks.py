@@ -11,13 +11,16 @@ from types import CodeType, FrameType
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
+from torch._dynamo.convert_frame import output_codes
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.subgraphs import with_subgraphs
+from simba_compile.substitutes import OF_A_PROMPT
 
 WHERE = "TORCH_LOGS=graph_breaks shows where"
+_SCANNING = {function.__name__ for function in OF_A_PROMPT}
 _parted: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()  # lists found in several graphs of a module
 
 
@@ -52,6 +55,17 @@ def why_cut(gm: GraphModule) -> str:
     if _broken(gm)[0] is None or all(_calls_of_scans(gm)):
         return ""
     return f"; Dynamo broke the graph inside this mixer ({WHERE})"
+
+
+def why_uncompiled() -> str | None:
+    """Say which mixer, in whose call Dynamo has just made a graph, is itself none of Dynamo's: its scan is in no graph."""
+    for code, module in _running():
+        if not _SCANNING.isdisjoint(code.co_names) and code not in output_codes:
+            return (
+                f"{type(module).__name__}.{code.co_name} runs uncompiled. Dynamo leaves a function so in which a call "
+                f"raised an error, until torch._dynamo.reset() ({WHERE})"
+            )
+    return None
 
 
 def _calls_of_scans(gm: GraphModule) -> list[dict]:

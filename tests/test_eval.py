@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from simba_compile.analysis import budget, recall
@@ -129,6 +129,15 @@ def test_a_model_with_a_tokenizer_reads_tokens(tmp_path: Path) -> None:
 
 
 # --- the grid and the file -------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_cannot_be_cut_into_tokens_and_bytes(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("the cat sat on the mat")
+    with pytest.raises(ValueError, match="recall makes no tokens of text; is there one"):
+        read_text([tmp_path / "text"], str(folder / "recall"), 50)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ByT5Tokenizer, does not say which bytes"):
+        read_text([tmp_path / "text"], str(tmp_path), 384)
 
 
 def test_the_grid_has_no_setting_twice() -> None:
@@ -319,6 +328,8 @@ def test_eval_says_what_is_wrong(folder: Path) -> None:
     (folder / "empty").touch()
     for more in ((), ("--budget", 0.8)):
         assert "empty is empty" in told("--model", folder / "bytes", "--text", folder / "empty", *more)
+    assert "goes with --task recall" in told("--model", folder / "bytes", "--text", folder / "text", "--within", 5)
+    assert "there is no such folder" in told("--model", "nowhere/")
     assert "must be one of" in told("--model", folder / "recall", "--pool", "mean")
     assert "cannot be loaded" in told("--model", folder / "nothing")
     on_text = ("--model", folder / "bytes", "--text", folder / "text", "--length", 50)

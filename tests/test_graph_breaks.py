@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from conftest import KEEP_FEW, close, pruned_exactly, random_ids, tiny_model
@@ -71,6 +72,23 @@ def test_a_break_inside_a_mixer_is_named(model: MambaForCausalLM, caplog: pytest
         close(logits(compiled(model), LENGTH), expected, 1e-4)
     told = {record.message for record in caplog.records if record.name == "simba_compile"}
     assert told and all("; Dynamo broke the graph inside this mixer (TORCH_LOGS=graph_breaks" in message for message in told)
+
+
+def test_a_mixer_that_dynamo_leaves_out_is_named(graphs: list[Transformed], caplog: pytest.LogCaptureFixture) -> None:
+    """After an error in it, such as for ids without a batch axis, Dynamo leaves a function as it is; and what calls it."""
+    of_mamba2 = families.tiny_model("mamba2")
+    run = compiled(of_mamba2)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        run(random_ids(1, LENGTH)[0])
+    expected = logits(of_mamba2, LENGTH)
+    with caplog.at_level("WARNING", "simba_compile"):
+        close(logits(run, LENGTH), expected, 1e-4)
+    (told,) = [record.message for record in caplog.records if record.name == "simba_compile"]
+    assert told.startswith("Dense: Mamba2Mixer.forward runs uncompiled.")
+    torch._dynamo.reset()
+    graphs.clear()
+    logits(run, LENGTH)
+    assert [graph.pruned is not None for graph in graphs] == [True]
 
 
 @pytest.mark.parametrize("way", [disable_a_norm, hook_each, dispatch_each, shard_each])

@@ -53,8 +53,8 @@ def sequences(
     room = context if window is None else min(window, context)
     if not 1 <= queries <= pairs <= min(room // 2, len(KEYS)):
         raise ValueError(
-            f"{pairs} pairs and {queries} queries in {room} tokens; expected 1 to {len(KEYS)} pairs of two tokens that fit, "
-            "and at most as many queries."
+            f"{pairs} pairs and {queries} queries in the {room} tokens before the first query; expected 1 to {len(KEYS)} "
+            "pairs of two tokens that fit, and at most as many queries."
         )
     ids = torch.randint(NOISE.start, NOISE.stop, (count, context), generator=generator)
     keys = KEYS.start + torch.rand(count, len(KEYS), generator=generator).argsort(1)[:, :pairs]

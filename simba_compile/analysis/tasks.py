@@ -114,7 +114,7 @@ def read_text(paths: Sequence[Path], model: str, vocabulary: int) -> Text:
     OSError
         Where a file cannot be read, or there is no tokenizer.
     ValueError
-        Where there is nothing in them.
+        Where there is nothing in them, or the tokenizer does not say which bytes its tokens stand for.
     """
     data = b"".join(path.read_bytes() for path in paths)
     name = " ".join(path.name for path in paths)
@@ -124,9 +124,14 @@ def read_text(paths: Sequence[Path], model: str, vocabulary: int) -> Text:
         ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         return Text(name, ids, torch.ones_like(ids))
     tokenizer = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        raise ValueError(f"the tokenizer of {model}, {kind}, does not say which bytes a token stands for.")
     text = data.decode("utf-8", errors="replace")
     # Not through transformers' call, which warns of texts longer than the model's own limit: they are cut into windows.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if not tokens["input_ids"]:  # as of the tokenizer that transformers makes up for a folder without one
+        raise ValueError(f"the tokenizer of {model} makes no tokens of {name}; is there one in it?")
     sizes = [len(text[start:end].encode()) for start, end in tokens["offset_mapping"]]
     return Text(name, torch.tensor(tokens["input_ids"], dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64))
 

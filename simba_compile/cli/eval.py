@@ -110,6 +110,8 @@ def _smaller(name: str, vocabulary: int) -> Variants:
 def _tasks(request: Request, vocabulary: int) -> list[Task]:
     with told_of():
         if request.task == "text":
+            if request.within is not None:
+                raise typer.BadParameter("it says where pairs stand, and goes with --task recall.", param_hint="--within")
             return [TextTask(_text(request, vocabulary), request.windows, request.last, max(request.lengths))]
         if vocabulary != recall.VOCABULARY:
             wanted = recall.VOCABULARY

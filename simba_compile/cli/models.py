@@ -68,7 +68,8 @@ def load(name: str, config_only: bool, dtype: Any = "auto", option: str = "model
     typer.BadParameter
         Where it cannot be loaded, with the reason that transformers gives; for the command's `option`.
     """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # transformers would take it for a name on the Hub
+    is_path = name.startswith(("/", ".", "~")) or name.endswith("/")
+    if is_path and not Path(name).is_dir():  # transformers would take it for a name on the Hub
         raise typer.BadParameter(f"{name} cannot be loaded: there is no such folder.", param_hint=option)
     try:
         if config_only:

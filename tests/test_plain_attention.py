@@ -1,0 +1,136 @@
+"""Attention that a model computes by itself: it runs on kept tokens as PyTorch's does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KEEP_FEW, cache_of, close, left_padding, random_ids, simba
+from families import tiny_model
+from torch import Tensor
+from toys import HIDDEN, Captured, tokens
+
+from simba_compile.cli.models import going_on
+from simba_compile.passes import Transformed
+from simba_compile.passes.arguments import name_calls, place_arguments
+from simba_compile.passes.plain_attention import fuse_attention
+
+KEY, VALUE = torch.randn(2, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+def heads(h: Tensor) -> Tensor:
+    """Two of them: (batch, head, token, channel)."""
+    return h.unflatten(2, (2, -1)).transpose(1, 2)
+
+
+def scores(h: Tensor) -> Tensor:
+    return heads(h) @ heads(h @ KEY).transpose(2, 3)
+
+
+def weigh(weights: Tensor, h: Tensor) -> Tensor:
+    return weights @ heads(h @ VALUE)
+
+
+def as_transformers(h: Tensor, mask: Tensor) -> Tensor:
+    weights = F.softmax(scores(h) * 0.3 + mask, dim=-1, dtype=torch.float32).to(h.dtype)
+    return weigh(F.dropout(weights, p=0.4, training=False), h)
+
+
+def with_weights(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    weights = scores(h).softmax(-1)
+    return weigh(weights, h), weights
+
+
+def with_scores(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    found = scores(h) * 0.3
+    return weigh(found.softmax(-1), h), found
+
+
+def written_in_between(h: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.clone()
+    found = scores(h) + mask
+    mask.zero_()
+    return weigh(found.softmax(-1), h) + mask.sum()
+
+
+FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "as transformers": as_transformers,
+    "without a mask": lambda h, mask: weigh(torch.softmax(scores(h) * 0.3, -1), h),
+    "without a scale": lambda h, mask: weigh((scores(h) + mask).softmax(-1), h),
+    "the scores last": lambda h, mask: weigh((mask + 0.3 * scores(h)).softmax(3), h),
+    "in another type": lambda h, mask: weigh((scores(h).double() * 0.3 + mask).softmax(-1).float(), h),
+    "one mask for all queries": lambda h, mask: weigh((scores(h) + mask[:, :, :1]).softmax(-1), h),
+    "dropout of nothing": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 0.0), h),
+}
+LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "the weights are read": with_weights,
+    "the scores are read": with_scores,
+    "dropout": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 1.0), h),
+    "over the queries": lambda h, mask: weigh(scores(h).softmax(-2), h),
+    "a scale for each head": lambda h, mask: weigh((scores(h) * KEY[:2, :1, None]).softmax(-1), h),
+    "a mask of another type": lambda h, mask: weigh((scores(h) + (mask > 0)).softmax(-1), h),
+    "one head of keys": lambda h, mask: weigh((heads(h) @ heads(h @ KEY)[:, :1].transpose(2, 3)).softmax(-1), h),
+    "no swap": lambda h, mask: weigh((scores(h) @ scores(h)).softmax(-1), h),
+    "written in between": written_in_between,
+}
+
+
+@pytest.mark.parametrize("name", [*FUSED, *LEFT])
+def test_attention_in_parts_is_fused(name: str) -> None:
+    attend = {**FUSED, **LEFT}[name]
+    captured = Captured(lambda h: attend(h, h[:, None, :, :1] * h[:, None, None, :, 1]), tokens())
+    name_calls(captured.gm.graph)
+    place_arguments(captured.gm.graph)
+    fuse_attention(captured.gm.graph)
+    captured.gm.recompile()
+    assert (F.scaled_dot_product_attention in captured.targets()) is (name in FUSED)
+    with torch.no_grad():
+        result = captured.gm(*captured.args)
+    expected = captured.result if isinstance(captured.result, tuple) else (captured.result,)
+    torch.testing.assert_close(tuple(result), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "dynamic"), [("jamba", None), ("jamba", True), ("zamba2", None), ("falcon_h1", None), ("nemotron_h", None)]
+)
+def test_eager_attention_runs_on_kept_tokens(family: str, dynamic: bool | None, graphs: list[Transformed]) -> None:
+    """A prompt and a step on its cache, with ``attn_implementation="eager"``: as with PyTorch's own."""
+    ids, mask, token = random_ids(2, 40), left_padding(2, 40), random_ids(2, 1, seed=1)
+    logits = []
+    for attention in ("sdpa", "eager"):
+        model = tiny_model(family)
+        model.set_attn_implementation(attention)
+        compiled = torch.compile(model, backend="simba", options=KEEP_FEW, dynamic=dynamic)
+        with torch.no_grad():
+            out = compiled(ids, attention_mask=mask, use_cache=True)
+            keys = [layer.keys for layer in cache_of(out).layers if getattr(layer, "keys", None) is not None]
+            assert any(entries.isnan().any() for entries in keys)  # pruned ones are marked
+            longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+            step = compiled(token, attention_mask=longer, **going_on(out), use_cache=True)
+        logits.append((out.logits[mask.bool()], step.logits))
+    for theirs, ours in zip(*logits, strict=True):
+        close(ours, theirs, 1e-6)
+    *_, prompt, step_graph = graphs
+    assert prompt.pruned is not None
+    for graph in (prompt.pruned, prompt.dense, step_graph.dense):
+        calls = [node for node in graph.graph.nodes if node.target in (torch.matmul, F.softmax)]
+        assert not [node.name for node in calls if node.meta["example_value"].dim() == 4]
+
+
+def test_weights_that_are_returned_are_those_of_all_tokens() -> None:
+    """Attention then reads the tokens that left, too, with the stream that they had on leaving."""
+    model, ids = tiny_model("jamba"), random_ids(2, 40)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(ids, output_attentions=True)
+        out = simba(model, keep=1.0)(ids, output_attentions=True)
+        pruned = simba(model, **KEEP_FEW)(ids, output_attentions=True)
+    close(out.logits, expected.logits, 1e-5)
+    for theirs, ours, of_pruned in zip(expected.attentions, out.attentions, pruned.attentions, strict=True):
+        close(ours, theirs, 1e-5)
+        assert of_pruned.shape == theirs.shape
+        close(of_pruned.sum(-1), torch.ones_like(of_pruned[..., 0]), 1e-5)
+    assert not torch.allclose(pruned.logits[:, -1], expected.logits[:, -1], atol=1e-3)

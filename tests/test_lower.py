@@ -15,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from toys import HIDDEN, OPS, Captured, half_written, matrix, tokens, toys
 
 from simba_compile import Options
+from simba_compile.backend import compile_inner
 from simba_compile.passes import lower, prune
 from simba_compile.passes.edit import erase
 from simba_compile.passes.length import value_of
@@ -431,6 +432,30 @@ SLICES: dict[str, tuple[Callable, bool]] = {  # and whether one is left
 def test_slices_that_take_all_are_left_out(case: str) -> None:
     function, is_left = SLICES[case]
     assert (operator.getitem in Captured(function, tokens()).lowered()) is is_left
+
+
+JOINED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it is a copy of one value
+    "keys of a cache": (lambda h: torch.cat([h.new_empty(0), across(h)], -2), True),
+    "nothing last": (lambda h: torch.cat([across(h), across(h)[:, :, :0]], 2), True),
+    "two": (lambda h: torch.cat([h.new_empty(0), across(h), across(h)], -2), False),
+    "of another type": (lambda h: torch.cat([h.new_empty(0, dtype=torch.float64), across(h)], -2), False),
+    "alone": (lambda h: torch.cat([across(h)], -2), False),
+}
+
+
+def across(h: Tensor) -> Tensor:
+    """Heads, as attention has them: (batch, head, token, channel), with the heads of a token together in memory."""
+    return h.unflatten(2, (2, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_what_is_joined_with_nothing_is_copied(case: str) -> None:
+    function, is_copied = JOINED[case]
+    captured = Captured(function, tokens())
+    assert (torch.cat not in captured.lowered()) is is_copied
+    if case == "keys of a cache":  # a step would be compiled for each layout
+        (result,) = compile_inner(captured.gm, "inductor")(*captured.args)
+        assert result.is_contiguous()
 
 
 def test_what_is_returned_is_no_input_itself() -> None:

@@ -71,6 +71,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "dropout": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 1.0), h),
     "over the queries": lambda h, mask: weigh(scores(h).softmax(-2), h),
     "a scale for each head": lambda h, mask: weigh((scores(h) * KEY[:2, :1, None]).softmax(-1), h),
+    "a scale that is a tensor": lambda h, mask: weigh((scores(h) * KEY[0, 0]).softmax(-1), h),
     "a mask of another type": lambda h, mask: weigh((scores(h) + (mask > 0)).softmax(-1), h),
     "one head of keys": lambda h, mask: weigh((heads(h) @ heads(h @ KEY)[:, :1].transpose(2, 3)).softmax(-1), h),
     "no swap": lambda h, mask: weigh((scores(h) @ scores(h)).softmax(-1), h),

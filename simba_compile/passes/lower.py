@@ -16,7 +16,7 @@ from simba_compile.passes.norms import fuse_add_norm, fuse_gated_norm, fuse_norm
 from simba_compile.passes.pieces import is_of_one_type, is_plain, linear_arguments, pieces_of
 from simba_compile.passes.scans import SCANS
 from simba_compile.passes.step import fix_sizes, fuse_ssd_step, fuse_step, log_of_minus, take_logarithm
-from simba_compile.passes.tokens import LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_one_result, is_simba
+from simba_compile.passes.tokens import CONCATENATIONS, LINEAR, POINTWISE, PRODUCTS, SPLITS, TO_TYPE, is_one_result, is_simba
 
 OPS = torch.ops.simba
 WIDENED = ("A", "A_log", "D", "dt_bias")  # what operators take in any type, as norms take their weights
@@ -29,8 +29,9 @@ def lower(gm: GraphModule) -> None:
     plainer = (drop_marks, drop_casts, drop_slices, untranspose_product, cancel_transposes, gather_first, project_kept)
     norms = (fuse_gated_norm, fuse_rounding, fuse_norm)
     fusions = (fuse_gather, fuse_residual, fuse_add_norm, fuse_linear)
-    steps = (fix_sizes, take_logarithm, drop_widening, fuse_step, fuse_ssd_step)
-    for rewrite in (*plainer, *norms, *fusions, *steps, lay_out_rates, keep_result, leave_unfilled, read_cache):
+    steps = (fix_sizes, take_logarithm, drop_widening, fuse_step, fuse_ssd_step, lay_out_rates)
+    caches = (keep_result, leave_unfilled, copy_joined, read_cache)
+    for rewrite in (*plainer, *norms, *fusions, *steps, *caches):
         for node in list(gm.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 rewrite(node)
@@ -138,6 +139,22 @@ def leave_unfilled(node: Node) -> None:
     made, _ = _written_over(node)
     if made is not None:
         made.target = UNFILLED[made.target]
+
+
+def copy_joined(node: Node) -> None:
+    """``cat([empty, x], dim)``, as a cache takes its first keys: a copy of x, laid out as what `cat` makes.
+
+    Inductor would lay it out as x is, and what reads it (a step) would be compiled for that, and then for what it adds to.
+    """
+    parts = node.args[0] if node.target in CONCATENATIONS and node.target is not torch.stack else None
+    if not isinstance(parts, list | tuple):
+        return
+    full = [part for part in parts if 0 not in sizes(part)]
+    if len(full) != 1 or len(parts) == 1 or sizes(full[0]) != sizes(node) or dtype_of(full[0]) != dtype_of(node):
+        return
+    copied = insert(node, "clone", full[0])
+    copied.kwargs = {"memory_format": torch.contiguous_format}
+    replace(node, copied)
 
 
 def _written_over(node: Node) -> tuple[Node | None, Node | None]:

@@ -41,7 +41,7 @@ def _fuse(node: Node) -> None:
     read = [query, key, value] if mask is None else [query, key, value, mask]
     if not all(isinstance(source, Node) for source in read) or not may_move(product, node, *read):
         return
-    if len({dtype_of(source) for source in (*read, node)}) > 1 or len(sizes(scale)) > 0:
+    if len({dtype_of(source) for source in (*read, node)}) > 1 or dtype_of(scale) is not None:
         return
     (*before, queries, _), (*of_keys, keys, _), (*of_values, values, _) = (sizes(source) for source in read[:3])
     if not before == of_keys == of_values or keys != values:

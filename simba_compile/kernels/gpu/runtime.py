@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# Parameters that follow the length of a sequence. Triton would compile a kernel anew for a 1, for a multiple of 16 and for
-# any other number in each of them, and a pruned model has another length in every layer.
-LENGTHS = ("tokens", "kept", "k", "chunk", "chunks", "spans", "rows", "inner_rows", "index_batch")
+# Parameters that follow the length of a sequence, or how much of it a call reads. Triton would compile a kernel anew for a
+# 1, for a multiple of 16 and for any other number in each of them, and a pruned model has another length in every layer.
+LENGTHS = ("tokens", "kept", "k", "last", "chunk", "chunks", "spans", "rows", "inner_rows", "index_batch")
 
 # By what Triton compiles a kernel for: what it compiled, and the values of the constants that come behind its arguments.
 COMPILED: dict[tuple, tuple[Any, list[Any]]] = {}

@@ -36,6 +36,20 @@ def test_a_sequence_that_ends_in_padding_is_dense(
     assert caplog.text.count("ends in padding") == 1 and "pad on the left" in caplog.text
 
 
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_so_is_one_sequence_alone(family: str, selected: list[Tensor]) -> None:
+    """The length of its mask has another symbol than that of its tokens, in most families."""
+    fast = torch.compile(families.tiny_model(family), backend="simba", options=KEEP_FEW)
+    mask = torch.ones(1, LENGTH, dtype=torch.long)
+    with torch.no_grad():
+        fast(random_ids(1, LENGTH), attention_mask=mask)
+        assert selected
+        selected.clear()
+        mask[0, -3:] = 0
+        fast(random_ids(1, LENGTH), attention_mask=mask)
+    assert not selected
+
+
 def test_explain_says_so() -> None:
     model, ids = families.tiny_model("mamba"), random_ids(2, LENGTH)
     mask = torch.ones(2, LENGTH, dtype=torch.long)

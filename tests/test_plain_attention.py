@@ -16,9 +16,11 @@ from toys import HIDDEN, Captured, tokens
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 from simba_compile.passes.arguments import name_calls, place_arguments
+from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.plain_attention import fuse_attention
 
 KEY, VALUE = torch.randn(2, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
+FIXED = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
 
 
 def heads(h: Tensor) -> Tensor:
@@ -63,6 +65,9 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "the scores last": lambda h, mask: weigh((mask + 0.3 * scores(h)).softmax(3), h),
     "in another type": lambda h, mask: weigh((scores(h).double() * 0.3 + mask).softmax(-1).float(), h),
     "one mask for all queries": lambda h, mask: weigh((scores(h) + mask[:, :, :1]).softmax(-1), h),
+    "divided": lambda h, mask: weigh((scores(h) / 3 + mask).softmax(-1), h),
+    "a wider mask": lambda h, mask: weigh((scores(h) + mask.double()).softmax(-1).float(), h),
+    "a mask that is one for all": lambda h, mask: weigh((scores(h) + mask[:1]).softmax(-1), h),
     "dropout of nothing": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 0.0), h),
 }
 LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -73,6 +78,20 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a scale for each head": lambda h, mask: weigh((scores(h) * KEY[:2, :1, None]).softmax(-1), h),
     "a scale that is a tensor": lambda h, mask: weigh((scores(h) * KEY[0, 0]).softmax(-1), h),
     "a mask of another type": lambda h, mask: weigh((scores(h) + (mask > 0)).softmax(-1), h),
+    "a number divided by them": lambda h, mask: weigh((2 / (scores(h).abs() + 1)).softmax(-1), h),
+    "the length as a scale": lambda h, mask: weigh((scores(h) * h.shape[1]).softmax(-1), h),
+    "whole numbers": lambda h, mask: weigh(scores(h).int().float().softmax(-1), h),
+    "a mask for more heads": lambda h, mask: (
+        (scores(h)[:, :1] + KEY[:3, :1, None]).softmax(-1) @ heads(h @ VALUE)[:, :1]
+    ),
+    "a bias for more heads": lambda h, mask: (
+        (scores(h)[:, :1] + torch.cat([mask, mask, mask], 1)).softmax(-1) @ heads(h @ VALUE)[:, :1]
+    ),
+    "to fixed states": lambda h, mask: (heads(h) @ heads(FIXED).transpose(2, 3)).softmax(-1) @ heads(FIXED),
+    "pooling": lambda h, mask: (heads(FIXED)[:, :, :1] @ heads(h).transpose(2, 3)).softmax(-1) @ heads(h),
+    "among the heads of a token": lambda h, mask: (
+        (h.unflatten(2, (2, -1)) @ h.unflatten(2, (2, -1)).transpose(2, 3)).softmax(-1) @ h.unflatten(2, (2, -1))
+    ),
     "one head of keys": lambda h, mask: weigh((heads(h) @ heads(h @ KEY)[:, :1].transpose(2, 3)).softmax(-1), h),
     "no swap": lambda h, mask: weigh((scores(h) @ scores(h)).softmax(-1), h),
     "written in between": written_in_between,
@@ -85,7 +104,8 @@ def test_attention_in_parts_is_fused(name: str) -> None:
     captured = Captured(lambda h: attend(h, h[:, None, :, :1] * h[:, None, None, :, 1]), tokens())
     name_calls(captured.gm.graph)
     place_arguments(captured.gm.graph)
-    fuse_attention(captured.gm.graph)
+    h = next(node for node in captured.gm.graph.find_nodes(op="placeholder") if isinstance(value_of(node), Tensor))
+    fuse_attention(captured.gm.graph, Length(value_of(h)))
     captured.gm.recompile()
     assert (F.scaled_dot_product_attention in captured.targets()) is (name in FUSED)
     with torch.no_grad():

@@ -5,9 +5,9 @@ arguments   name_calls: puts calls under one name
 functional  make_functional: writes in-place operations as ordinary ones
 arguments   place_arguments: puts arguments that are given by name in their places
 functional  allow_any_layout: writes what depends on where numbers lie in memory so that it does not
-plain_attention  writes attention that the model computes by itself as PyTorch's
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers (find_mixers: also those inside)      → a record for each
+plain_attention  writes attention that the model computes by itself as PyTorch's
 plan        decides how many tokens each of them keeps             → counts from a length
 subgraphs   checkpoint_as_eager; then the graphs inside are lowered
 prune       scores, selects, and lets what follows run on what is left (with `attention`; `versions` gathers and restores)
@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 from simba_compile.options import Options
 from simba_compile.passes.arguments import name_calls, place_arguments
 from simba_compile.passes.functional import allow_any_layout, make_functional
+from simba_compile.passes.length import Length
 from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer
 from simba_compile.passes.plain_attention import fuse_attention
@@ -73,16 +74,17 @@ class Transformed:
 def transform(gm: GraphModule, options: Options, partial: str | None = None) -> Transformed:
     """Run the passes on a graph; `gm` itself becomes the dense one. `partial` says why it is a part only: it stays dense."""
     graphs = with_subgraphs(gm)
-    has_mixers = any(is_simba(node) for each in graphs for node in each.graph.nodes)
     for each in graphs:
         name_calls(each.graph)
         make_functional(each.graph)
         place_arguments(each.graph)
         allow_any_layout(each.graph)
-        if has_mixers:  # a prompt's or a step's: what reads the caches of prompts has to know their marks
-            fuse_attention(each.graph)
         make_rows(each.graph)
     mixers = find_mixers(gm)
+    if any(is_simba(node) for each in graphs for node in each.graph.nodes):
+        length = Length(mixers[0].x) if mixers else None
+        for each in graphs:
+            fuse_attention(each.graph, length if length is not None and length.is_symbolic else None)
     plan = make_plan(gm.graph, mixers, options, partial)
     for each in graphs:
         checkpoint_as_eager(each)

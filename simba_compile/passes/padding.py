@@ -145,5 +145,5 @@ def _is_cheap(node: Node, length: Length) -> bool:
         return False
     if any(is_inplace(other) for other in (node, *node.users)):
         return False
-    value = value_of(node)
-    return not isinstance(value, Tensor) or _is_narrow(value, length)
+    value = value_of(node)  # an argument's length may have a symbol of its own, until it is cut to the tokens
+    return node.op == "placeholder" or not isinstance(value, Tensor) or _is_narrow(value, length)

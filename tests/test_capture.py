@@ -228,6 +228,22 @@ def test_one_graph_serves_every_number_of_labels(graphs: list[Transformed], sele
     assert len(graphs) == 2 and [kept.shape[1] for kept in selected] == [5, 6, 9, 4]
 
 
+def test_one_more_than_the_labels_is_a_number_of_its_graph(graphs: list[Transformed], selected: list[torch.Tensor]) -> None:
+    model = tiny_model(layers=2).backbone
+
+    def last(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(ids).last_hidden_state[:, -labels.shape[1] - 1 :]
+
+    run = simba(last, **KEEP_FEW | {"keep": 0.05})
+    with torch.no_grad():
+        for count in (5, 6, 9):
+            assert run(random_ids(2, 50), random_ids(2, count)).shape[1] == count + 1
+    assert [kept.shape[1] for kept in selected] == [6, 7, 10]
+    for graph in graphs:
+        assert graph.pruned is not None
+        assert torch.ops.simba.restore not in [node.target for node in graph.pruned.graph.nodes]
+
+
 def test_explain_reads_off_how_many_tokens_are_read() -> None:
     model = tiny_model(layers=2).backbone
 

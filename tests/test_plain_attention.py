@@ -114,6 +114,13 @@ def test_attention_in_parts_is_fused(name: str) -> None:
     torch.testing.assert_close(tuple(result), expected)
 
 
+def assert_fused(result: Transformed) -> None:
+    """No weights of attention are computed."""
+    for graph in (result.dense, result.pruned or result.dense):
+        weights = [node for node in graph.graph.nodes if node.target is F.softmax and value_of(node).dim() == 4]
+        assert not weights
+
+
 @pytest.mark.parametrize(
     ("family", "dynamic"), [("jamba", None), ("jamba", True), ("zamba2", None), ("falcon_h1", None), ("nemotron_h", None)]
 )
@@ -136,9 +143,21 @@ def test_eager_attention_runs_on_kept_tokens(family: str, dynamic: bool | None, 
         close(ours, theirs, 1e-6)
     *_, prompt, step_graph = graphs
     assert prompt.pruned is not None
-    for graph in (prompt.pruned, prompt.dense, step_graph.dense):
-        calls = [node for node in graph.graph.nodes if node.target in (torch.matmul, F.softmax)]
-        assert not [node.name for node in calls if node.meta["example_value"].dim() == 4]
+    assert_fused(prompt)
+    assert_fused(step_graph)
+
+
+@pytest.mark.parametrize("family", ["jamba", "bamba"])
+def test_eager_attention_under_autocast(family: str, graphs: list[Transformed]) -> None:
+    """Queries, keys and values may then be of two types, and the mask has numbers that are infinite in the narrower one."""
+    ids, mask, logits = random_ids(2, 40), left_padding(2, 40), []
+    for attention in ("sdpa", "eager"):
+        model = tiny_model(family)
+        model.set_attn_implementation(attention)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits.append(simba(model, **KEEP_FEW)(ids, attention_mask=mask).logits[mask.bool()])
+    close(logits[1], logits[0], 1e-3)
+    assert_fused(graphs[-1])
 
 
 def test_weights_that_are_returned_are_those_of_all_tokens() -> None:

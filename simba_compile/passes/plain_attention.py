@@ -54,8 +54,8 @@ def _fuse(node: Node, length: Length | None) -> None:
         return
     query, key = product.args[0], _swapped(product.args[1])
     rows = [query, key, value]
-    if not all(isinstance(row, Node) for row in rows) or len({dtype_of(row) for row in (*rows, node)}) > 1:
-        return
+    if not all(isinstance(row, Node) for row in rows) or dtype_of(product) != dtype_of(node):
+        return  # within autocast what they read may be of other types
     if not _fit(node, query, key, value, mask) or not may_move(product, node, *rows, *([] if mask is None else [mask])):
         return
     if length is not None and not all(length.depends(value_of(row).shape[2]) for row in rows):

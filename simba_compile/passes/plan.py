@@ -58,7 +58,8 @@ class Plan:
 
     def protects(self, last: int | torch.SymInt) -> bool:
         """Whether so many of the last tokens stay in every call."""
-        return last <= self.protect_last if isinstance(last, int) else expression(last) in self.ends
+        number = expression(last)
+        return number in self.ends or (number.is_Integer and int(number) <= self.protect_last)
 
     def counts(self, tokens: int) -> list[int]:
         """Tokens left after each mixer for a sequence of this length."""
@@ -149,7 +150,7 @@ def make_plan(graph: Graph, mixers: list[Mixer], options: Options, partial: str 
         ratios=ratios,
         pruning=pruning,
         protect_first=options.protect_first,
-        # A number that no argument is, one more than an argument say, is fixed by a guard.
+        # A number that no argument is, one more than an argument say, is fixed by a guard, and with it that argument.
         protect_last=max([options.protect_last, *(int(last) for last in read if expression(last) not in ends)]),
         min_tokens=options.min_tokens,
         ends=ends,

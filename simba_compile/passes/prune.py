@@ -17,7 +17,6 @@ sets around a mixture of experts. Any other operation, and the graph's output, s
 """
 
 import operator
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -257,10 +256,9 @@ class _Pruning(Versions):
 
     def _emit_last_tokens(self, node: Node, version: int) -> None:
         source: Node = node.args[0]  # type: ignore[assignment]
-        last: Any = suffix(node, self.length)
-        place = self.plan.ends.get(expression(last))
-        if place is not None:
-            last = self.made[self.gm.graph.find_nodes(op="placeholder")[place], 0]
+        number = expression(suffix(node, self.length))
+        place = self.plan.ends.get(number)
+        last = int(number) if place is None else self.made[self.gm.graph.find_nodes(op="placeholder")[place], 0]
         new = self.call(OPS.last_tokens, self.at(source, version), last, self.length.of(source))
         new.meta = dict(node.meta)
         self.version[node] = 0  # no token axis is left to be gathered along

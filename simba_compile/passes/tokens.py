@@ -277,6 +277,9 @@ def _number(argument: Any, length: Length) -> int | torch.SymInt | None:
 
 
 def _is_given(node: Node) -> bool:
-    """Whether it is less a number that a call gives: no tensor's size, though it be the same and have its symbol."""
+    """Whether it is ``-k``, where a call gives k. It may be as many as there are tokens, and have their symbol.
+
+    ``-n`` of a size n of a tensor reads all tokens, if there are n: as where nothing is cut off, none is protected for it.
+    """
     given = node.args[0].meta.get("grapharg") if node.target is operator.neg else None  # type: ignore[union-attr]
     return given is not None and not isinstance(given.source, TensorPropertySource)

@@ -62,7 +62,7 @@ def _fuse(node: Node, length: Length | None) -> None:
         return
     if scale is None:
         scale = 1.0
-    elif scaled.target in _DIV and isinstance(scale, float | int):
+    elif scaled.target in _DIV and isinstance(scale, float | int) and scale != 0:
         scale = 1 / scale
     elif scaled.target in _DIV or not isinstance(_number(scale), float | int | torch.SymFloat):
         return

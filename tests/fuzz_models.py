@@ -56,6 +56,11 @@ def mixed(h: Tensor, weights: Tensor) -> Tensor:
     return torch.softmax(weights, -1) @ h
 
 
+def heads(h: Tensor) -> Tensor:
+    """Two of them: (batch, head, token, channel)."""
+    return h.unflatten(2, (2, -1)).transpose(1, 2)
+
+
 # The sequence that the first statement reads, made of the input's: the mixers' length is no input's then.
 STARTS: dict[str, Function] = {
     "as it is": lambda x: x,
@@ -142,6 +147,12 @@ LOOK: dict[str, Function] = {
         (h @ h.transpose(-1, -2)).masked_fill(arange(h)[:, None] < arange(h), -torch.inf),
     ),
     "sdpa": lambda h: F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None], is_causal=True)[:, 0],
+    "attention of heads": lambda h: mixed(heads(h), heads(h) @ heads(h).transpose(2, 3) * 0.5).transpose(1, 2).flatten(2),
+    "causal attention of heads": lambda h: (
+        mixed(heads(h), heads(h) @ heads(h).transpose(2, 3) / 2 + -1e4 * (arange(h)[:, None] < arange(h)))
+        .transpose(1, 2)
+        .flatten(2)
+    ),
     "einsum of tokens": lambda h: mixed(h, torch.einsum("bth,bsh->bts", h, h)),
     "conv": lambda h: F.conv1d(h.transpose(1, 2), TAPS, padding=1, groups=HIDDEN).transpose(1, 2),
     "pooled": lambda h: F.avg_pool1d(h.transpose(1, 2), 3, 1, 1).transpose(1, 2),
@@ -186,7 +197,8 @@ LOOK: dict[str, Function] = {
     "in place": lambda h: h.clone().mul_(h.mean(1, keepdim=True) + 1),
     "first zeroed": lambda h: h.index_fill(1, torch.tensor([0]), 0.0),
 }
-ATTENDS = {"sdpa"}  # runs on the tokens that are left, as docs/method.md has it
+# Run on the tokens that are left, as docs/method.md has it.
+ATTENDS = {"sdpa", "attention of heads", "causal attention of heads"}
 # Written as ``h + ...``: adds onto the stream, in which those who left may keep what they had.
 ONTO = {"positions", "positions of length", "shift", "mean", "last", "last, squeezed", "first", "first, squeezed", "middle"}
 ONTO |= {"batch roll", "across batch", "rank", "masked sum"}

@@ -67,6 +67,7 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "one mask for all queries": lambda h, mask: weigh((scores(h) + mask[:, :, :1]).softmax(-1), h),
     "divided": lambda h, mask: weigh((scores(h) / 3 + mask).softmax(-1), h),
     "a wider mask": lambda h, mask: weigh((scores(h) + mask.double()).softmax(-1).float(), h),
+    "a narrower mask": lambda h, mask: weigh((scores(h) + mask.bfloat16()).softmax(-1), h),
     "a mask that is one for all": lambda h, mask: weigh((scores(h) + mask[:1]).softmax(-1), h),
     "dropout of nothing": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 0.0), h),
 }

@@ -121,7 +121,10 @@ def _of_type(mask: Any, dtype: Any, before: Node) -> Any:
     """A mask in a type, in which its least numbers stay numbers: rows that see nothing would be NaN."""
     if mask is None or dtype_of(mask) == dtype:
         return mask
-    for target, *args in (("clamp", torch.finfo(dtype).min), ("to", dtype)):
+    steps: list[tuple] = [("to", dtype)]
+    if torch.finfo(dtype).max < torch.finfo(value_of(mask).dtype).max:
+        steps = [("clamp", torch.finfo(dtype).min), *steps]
+    for target, *args in steps:
         made = insert(before, target, mask, *args)
         made.meta = {**mask.meta, "example_value": getattr(value_of(mask), target)(*args)}
         mask = made

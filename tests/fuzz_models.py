@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 from torch import Tensor, nn
+from toys import heads
 
 HIDDEN, LAYERS = 16, 3
 Function = Callable[[Tensor], Tensor]
@@ -54,11 +55,6 @@ def arange(h: Tensor) -> Tensor:
 def mixed(h: Tensor, weights: Tensor) -> Tensor:
     """Attention-like: tokens weighted by (batch, token, token)."""
     return torch.softmax(weights, -1) @ h
-
-
-def heads(h: Tensor) -> Tensor:
-    """Two of them: (batch, head, token, channel)."""
-    return h.unflatten(2, (2, -1)).transpose(1, 2)
 
 
 # The sequence that the first statement reads, made of the input's: the mixers' length is no input's then.

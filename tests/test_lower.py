@@ -12,7 +12,7 @@ from conftest import have_products_of_torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.testing._internal.two_tensor import TwoTensor
-from toys import HIDDEN, OPS, Captured, half_written, matrix, tokens, toys
+from toys import HIDDEN, OPS, Captured, half_written, heads, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.backend import compile_inner
@@ -435,17 +435,12 @@ def test_slices_that_take_all_are_left_out(case: str) -> None:
 
 
 JOINED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it is a copy of one value
-    "keys of a cache": (lambda h: torch.cat([h.new_empty(0), across(h)], -2), True),
-    "nothing last": (lambda h: torch.cat([across(h), across(h)[:, :, :0]], 2), True),
-    "two": (lambda h: torch.cat([h.new_empty(0), across(h), across(h)], -2), False),
-    "of another type": (lambda h: torch.cat([h.new_empty(0, dtype=torch.float64), across(h)], -2), False),
-    "alone": (lambda h: torch.cat([across(h)], -2), False),
+    "keys of a cache": (lambda h: torch.cat([h.new_empty(0), heads(h)], -2), True),
+    "nothing last": (lambda h: torch.cat([heads(h), heads(h)[:, :, :0]], 2), True),
+    "two": (lambda h: torch.cat([h.new_empty(0), heads(h), heads(h)], -2), False),
+    "of another type": (lambda h: torch.cat([h.new_empty(0, dtype=torch.float64), heads(h)], -2), False),
+    "alone": (lambda h: torch.cat([heads(h)], -2), False),
 }
-
-
-def across(h: Tensor) -> Tensor:
-    """Heads, as attention has them: (batch, head, token, channel), with the heads of a token together in memory."""
-    return h.unflatten(2, (2, -1)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("case", JOINED)

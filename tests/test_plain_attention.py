@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import KEEP_FEW, cache_of, close, left_padding, random_ids, simba
 from families import tiny_model
 from torch import Tensor
-from toys import HIDDEN, Captured, tokens
+from toys import HIDDEN, Captured, heads, tokens
 
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
@@ -21,11 +21,6 @@ from simba_compile.passes.plain_attention import fuse_attention
 
 KEY, VALUE = torch.randn(2, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
 FIXED = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
-
-
-def heads(h: Tensor) -> Tensor:
-    """Two of them: (batch, head, token, channel)."""
-    return h.unflatten(2, (2, -1)).transpose(1, 2)
 
 
 def scores(h: Tensor) -> Tensor:

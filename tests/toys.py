@@ -47,6 +47,11 @@ class Toy(nn.Module):
         return self.out_proj(y)
 
 
+def heads(h: Tensor) -> Tensor:
+    """Two of them, as attention has them: (batch, head, token, channel), those of a token together in memory."""
+    return h.unflatten(2, (2, -1)).transpose(1, 2)
+
+
 class Captured:
     """A module's graph with symbolic batch and length, and the tensors that Dynamo runs it on."""
 

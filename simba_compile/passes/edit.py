@@ -18,11 +18,11 @@ def sizes(node: Any) -> list[sympy.Expr]:
     return [expression(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
 
 
-def is_swap(node: Node) -> bool:
-    """Whether it is ``x.transpose(1, 2)``."""
+def is_swap(node: Node, first: int = 1, second: int = 2) -> bool:
+    """Whether it is ``x.transpose(first, second)``."""
     rank = len(sizes(node))
     axes = {axis % rank for axis in node.args[1:]} if node.target in ("transpose", torch.transpose) else set()  # type: ignore
-    return axes == {1, 2} and not node.kwargs
+    return axes == {first, second} and not node.kwargs
 
 
 def insert(before: Node, target: Callable | str, *args: Any) -> Node:
@@ -31,6 +31,15 @@ def insert(before: Node, target: Callable | str, *args: Any) -> Node:
         if isinstance(target, str):
             return before.graph.call_method(target, args)
         return before.graph.call_function(target, args)
+
+
+def insert_traced(before: Node, target: Callable | str, *args: Any) -> Node:
+    """A call in front of a node, with what it computes as Dynamo would show it: passes that follow read that."""
+    values = torch.fx.map_arg(args, value_of)
+    new = insert(before, target, *args)
+    value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
+    new.meta = {**before.meta, "example_value": value}
+    return new
 
 
 def replace(node: Node, new: Node) -> None:

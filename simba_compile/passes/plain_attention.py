@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.edit import dtype_of, insert, may_move, replace, sizes
+from simba_compile.passes.edit import dtype_of, insert, insert_traced, is_swap, may_move, replace, sizes
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.tokens import MUL, PRODUCTS, TO_TYPE
@@ -52,7 +52,10 @@ def _fuse(node: Node, length: Length | None) -> None:
     product = _before(product, TO_TYPE)
     if product is None or product.target not in PRODUCTS or len(product.args) != 2:
         return
-    query, key = product.args[0], _swapped(product.args[1])
+    query, across = product.args
+    if not isinstance(across, Node) or not is_swap(across, 2, 3):
+        return
+    key = across.args[0]
     rows = [query, key, value]
     if not all(isinstance(row, Node) for row in rows) or dtype_of(product) != dtype_of(node):
         return  # within autocast what they read may be of other types
@@ -121,25 +124,13 @@ def _of_type(mask: Any, dtype: Any, before: Node) -> Any:
     """A mask in a type, in which its least numbers stay numbers: rows that see nothing would be NaN."""
     if mask is None or dtype_of(mask) == dtype:
         return mask
-    steps: list[tuple] = [("to", dtype)]
     if torch.finfo(dtype).max < torch.finfo(value_of(mask).dtype).max:
-        steps = [("clamp", torch.finfo(dtype).min), *steps]
-    for target, *args in steps:
-        made = insert(before, target, mask, *args)
-        made.meta = {**mask.meta, "example_value": getattr(value_of(mask), target)(*args)}
-        mask = made
-    return mask
+        mask = insert_traced(before, "clamp", mask, torch.finfo(dtype).min)
+    return insert_traced(before, "to", mask, dtype)
 
 
 def _number(value: Any) -> Any:
     return value_of(value) if isinstance(value, Node) else value
-
-
-def _swapped(node: Any) -> Any:
-    """x of ``x.transpose(2, 3)``, else None."""
-    if not isinstance(node, Node) or node.target not in ("transpose", torch.transpose) or node.kwargs:
-        return None
-    return node.args[0] if {axis % 4 for axis in node.args[1:]} == {2, 3} else None  # type: ignore[operator]
 
 
 def _given(node: Node, place: int, name: str, default: Any = None) -> Any:

@@ -11,15 +11,13 @@ kernels are fastest there, and the convolution is one of the operators that `mat
 """
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from simba_compile.kernels.native.conv import MAX_WIDTH
-from simba_compile.passes.edit import insert, is_swap, may_move, replace, sizes
+from simba_compile.passes.edit import insert_traced, is_swap, may_move, replace, sizes
 from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import split_axis
@@ -62,11 +60,11 @@ def project_rows(node: Node) -> None:
     is_flat = len(sizes(rows)) == 2
     if sizes(rows)[:-1] != ([batch * tokens] if is_flat else [batch, tokens]):
         return
-    new = _insert(swapped, F.linear, rows, weight)
+    new = insert_traced(swapped, F.linear, rows, weight)
     if is_flat:
         channels, *places = given  # type: ignore[misc]
-        new = _insert(swapped, "reshape", new, (*places, channels))
-    replace(swapped, _insert(swapped, "transpose", new, 1, 2))
+        new = insert_traced(swapped, "reshape", new, (*places, channels))
+    replace(swapped, insert_traced(swapped, "transpose", new, 1, 2))
 
 
 def _rows_of(across: Node) -> Node | None:
@@ -108,9 +106,9 @@ def convolve_rows(node: Node) -> None:
     assert last is not None
     if not may_move(node, last, *node.all_input_nodes):
         return
-    rows = _insert(last, "transpose", x, 1, 2)
-    new = _insert(last, OPS.causal_conv1d, rows, _insert(last, "squeeze", weight, 1), given["bias"], activated)
-    replace(last, new if swapped else _insert(last, "transpose", new, 1, 2))
+    rows = insert_traced(last, "transpose", x, 1, 2)
+    new = insert_traced(last, OPS.causal_conv1d, rows, insert_traced(last, "squeeze", weight, 1), given["bias"], activated)
+    replace(last, new if swapped else insert_traced(last, "transpose", new, 1, 2))
 
 
 def keep_window(node: Node) -> None:
@@ -126,10 +124,10 @@ def keep_window(node: Node) -> None:
     if not width.is_Integer:
         return
     if is_swap(x) and not mode_changes(x, node):  # type: ignore[arg-type]
-        window = _insert(node, OPS.last_tokens, x.args[0], int(width), 1)  # type: ignore[union-attr]
-        replace(node, _insert(node, "transpose", window, 1, 2))
+        window = insert_traced(node, OPS.last_tokens, x.args[0], int(width), 1)  # type: ignore[union-attr]
+        replace(node, insert_traced(node, "transpose", window, 1, 2))
     else:
-        replace(node, _insert(node, OPS.last_tokens, x, int(width), 2))
+        replace(node, insert_traced(node, OPS.last_tokens, x, int(width), 2))
 
 
 def split_rows(node: Node) -> None:
@@ -141,9 +139,9 @@ def split_rows(node: Node) -> None:
         return
     if any(mode_changes(across, piece) for piece in node.users):  # type: ignore[arg-type]
         return
-    rows = _insert(node, node.target, across.args[0], sizes_or_count, -1)  # type: ignore[arg-type, union-attr]
+    rows = insert_traced(node, node.target, across.args[0], sizes_or_count, -1)  # type: ignore[arg-type, union-attr]
     for piece in list(node.users):
-        replace(piece, _insert(piece, "transpose", _insert(piece, operator.getitem, rows, piece.args[1]), 1, 2))
+        replace(piece, insert_traced(piece, "transpose", insert_traced(piece, operator.getitem, rows, piece.args[1]), 1, 2))
 
 
 # --- what nodes are ----------------------------------------------------------------------------------------------------
@@ -171,12 +169,3 @@ def _keeps_front(node: Node, axis: int) -> bool:
 
 def _only_user(node: Node | None) -> Node | None:
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
-
-
-def _insert(before: Node, target: Callable | str, *args: Any) -> Node:
-    """A call before a node, with what it computes as Dynamo would show it: `match` reads what this pass writes."""
-    values = torch.fx.map_arg(args, value_of)
-    new = insert(before, target, *args)
-    value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-    new.meta = {**before.meta, "example_value": value}
-    return new

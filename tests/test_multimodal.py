@@ -68,8 +68,25 @@ def granite_speech(family: str) -> tuple[nn.Module, dict[str, Tensor], int]:
     return transformers.GraniteSpeechForConditionalGeneration(config), {"input_features": torch.randn(2, 15, 8)}, 3
 
 
+def nemotron3_5_transcribe(family: str) -> tuple[nn.Module, dict[str, Tensor], int]:
+    """NemotronH behind an encoder of speech and a model that tells speakers apart."""
+    tower = {**TOWER, "num_mel_bins": 8}
+    speakers = {"head_config": {"hidden_size": 16, "audio_hidden_size": 16, "num_speakers": 2}, "audio_config": tower}
+    speakers |= {"model_type": "nemotron3_diarization", "streaming_config": {"num_speakers": 2}}
+    config = transformers.AutoConfig.for_model(
+        "nemo_speechlm",
+        text_config=backbone_of(family).to_dict(),
+        audio_config={"asr_config": tower, "diarization_config": speakers},
+        word_timestamp_config={**TOWER, "vocab_size": 9, "blank_token_id": 8},
+        audio_token_id=MEDIUM,
+    )
+    sound = {"input_features": torch.randn(2, 24, 8), "input_features_mask": torch.ones(2, 24, dtype=torch.long)}
+    return transformers.Nemotron3_5TranscribeForConditionalGeneration(config), sound, 3
+
+
 MODELS: dict[str, tuple[Callable[[str], tuple[nn.Module, dict[str, Tensor], int]], str]] = {
     "nemotron_h_omni": (nemotron_h_omni, "nemotron_h"),
+    "nemotron3_5_transcribe": (nemotron3_5_transcribe, "nemotron_h"),
     "granite_speech": (granite_speech, "granitemoehybrid"),
     "llava-bamba": (llava, "bamba"),
     "llava-falcon_h1": (llava, "falcon_h1"),

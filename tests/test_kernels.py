@@ -303,6 +303,8 @@ def test_scatter_and_restore_undo_gathering(dtype: torch.dtype, data: st.DataObj
     for b in range(batch):
         expected[b, second[b]] = (other + 1)[b, second[b]]
     assert torch.equal(OPS.restore(base, values, [first, second]), expected)
+    wide = [value[..., None].expand(-1, -1, -1, tokens) for value in (base, *values)]  # an axis as long as the tokens'
+    assert torch.equal(OPS.restore(wide[0], wide[1:], [first, second]), expected[..., None].expand_as(wide[0]))
     assert torch.equal(base, before)
 
 

@@ -108,6 +108,10 @@ def test_gradients_of_what_moves_tokens() -> None:
         lambda base, a, b: OPS.restore(base, [a, b], [index, later]),
         (leaf(2, 5, 3), leaf(2, 3, 3, seed=1), leaf(2, 2, 3)),
     )
+    torch.autograd.gradcheck(
+        lambda base, a, b: OPS.restore(base, [a, b], [index, later]),
+        (leaf(2, 5, 2, 3), leaf(2, 3, 2, 3, seed=1), leaf(2, 2, 2, 3)),
+    )
     for k in (2, 7):
         torch.autograd.gradcheck(lambda x, k=k: OPS.last_tokens(x, k, 1), (leaf(2, 5, 3),))
     for dim, shape in ((1, (2, 3, 4)), (2, (2, 4, 3))):

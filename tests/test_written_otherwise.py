@@ -69,6 +69,14 @@ def scaled(factor: Any, layer: Toy, h: Tensor) -> Tensor:
     return factor * h + layer.mixer(h)
 
 
+def with_four_axes(h: Tensor) -> Tensor:
+    """Three layers whose stream has the channels in two axes."""
+    stream = h.unflatten(2, (2, -1))
+    for layer in (a, b, c):
+        stream = stream + layer.mixer(stream.flatten(2)).unflatten(2, (2, -1))
+    return stream.flatten(2)
+
+
 a_unknown, b_unknown, c_unknown = (Otherwise(layer, in_proj=behind_unknown) for layer in (a, b, c))
 a_product, b_product, c_product = (Otherwise(layer, out_proj=product) for layer in (a, b, c))
 
@@ -131,6 +139,7 @@ WAYS: dict[str, Ways] = {
         lambda h: scaled(scale, c, b(a(h))),
         (),
     ),
+    "a stream of four axes": (lambda h: c(b(a(h))), with_four_axes, ()),
     "a side input in flattened form": (
         lambda h, x: c(F.linear(b(a(h)) * x, matrix)),
         lambda h, x: c(F.linear(b(a(h)).reshape(-1, HIDDEN) * x.reshape(-1, HIDDEN), matrix).view(h.shape)),

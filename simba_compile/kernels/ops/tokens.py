@@ -218,9 +218,9 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     Parameters
     ----------
     base : Tensor
-        (batch, token, channel): the stream before the first pruning.
+        (batch, token, ...): the stream before the first pruning.
     values : list of Tensor
-        (batch, k, channel) with k falling: the stream after each pruning.
+        (batch, k, ...) with k falling: the stream after each pruning.
     positions : list of Tensor
         (batch, k) int64, no position twice: where in the sequence each one's tokens stand; every list is a subset of the one
         before.
@@ -228,7 +228,7 @@ def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tens
     Returns
     -------
     Tensor
-        (batch, token, channel) in the dtype of the last values: at each position, the latest value that has it.
+        As `base`, in the dtype of the last values: at each position, the latest value that has it.
     """
     if not values or len(values) != len(positions):
         raise ValueError(f"there are {len(values)} values and {len(positions)} positions; expected one or more of each.")

@@ -1,5 +1,7 @@
 """Selecting tokens, and moving them."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,25 +40,28 @@ def pool_heads(a: Tensor, b: Tensor, pool: str) -> Tensor:
 
 def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """See `simba_compile.kernels.ops.tokens.gather`."""
-    shape = [1] * x.dim()
-    shape[0], shape[dim] = index.shape
     sizes = list(x.shape)
     sizes[0], sizes[dim] = index.shape
-    return x.expand([sizes[0], *x.shape[1:]]).gather(dim, index.view(shape).expand(sizes))
+    return x.expand([sizes[0], *x.shape[1:]]).gather(dim, _along(dim, index, sizes))
+
+
+def _along(dim: int, index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The places of tokens (batch, k) for each number of a value of these sizes, which has k tokens in axis `dim`."""
+    shape = [1] * len(sizes)
+    shape[0], shape[dim] = index.shape
+    return index.view(shape).expand(sizes)
 
 
 def scatter(full: Tensor, index: Tensor, x: Tensor, dim: int = 1) -> Tensor:
     """See `simba_compile.kernels.ops.tokens.scatter`."""
-    shape = [1] * x.dim()
-    shape[0], shape[dim] = index.shape
-    return full.scatter(dim, index.view(shape).expand(x.shape), x)
+    return full.scatter(dim, _along(dim, index, x.shape), x)
 
 
 def restore(base: Tensor, values: list[Tensor], positions: list[Tensor]) -> Tensor:
     """See `simba_compile.kernels.ops.tokens.restore`."""
     full = base.to(values[-1].dtype, copy=True)
     for value, index in zip(values, positions, strict=True):
-        full.scatter_(1, index[:, :, None].expand(value.shape), value.to(full.dtype))
+        full.scatter_(1, _along(1, index, value.shape), value.to(full.dtype))
     return full
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
+import transformers
 from conftest import (
     KEEP_FEW,
     assert_steps_with_our_operators,
@@ -81,6 +84,22 @@ def test_decoding_goes_on_from_the_pruned_states(
     for ours, theirs in zip(actual, expected, strict=True):
         close(ours, theirs, 1e-5)  # Hugging Face's step rounds its activations to float32
     assert_steps_with_our_operators(graphs[0], graphs[-1])
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "bamba"])
+def test_a_cache_that_records_its_past_leaves_the_prompt_dense(family: str, graphs: list[Transformed]) -> None:
+    """It has all that the convolutions read, with nothing that tells which tokens entered their layers."""
+    model = families.tiny_model(family)
+
+    def logits(run: Callable[..., Any]) -> list[Tensor]:
+        cache = transformers.DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        return [run(ids, use_cache=True, cache=cache).logits[:, -1] for ids in (random_ids(2, 50), random_ids(2, 1, seed=1))]
+
+    with torch.no_grad():
+        for ours, theirs in zip(logits(simba(model, **KEEP_FEW)), logits(model), strict=True):
+            close(ours, theirs, 1e-4)
+    assert "records its past" in (graphs[0].mixers[0].reason or "")
 
 
 @pytest.mark.parametrize("padded", [False, True])

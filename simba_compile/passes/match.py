@@ -114,6 +114,8 @@ def _mixer(scans: list[Node]) -> Mixer:
         windows = [user for user in uses if suffix(user, length) and _is_only_kept(user)]
         if length.of(conv) < 0:  # what it reads has another length than the prompt
             reason = "it goes on from a cache, or the prompt is shorter than the convolution"
+        elif any(user.op == "output" for user in uses):
+            reason = "all that its convolution reads is returned, as for a cache that records its past"
     work = [_arithmetic(head) for head in scans]
     return Mixer(
         path=path_of(scan),

@@ -94,9 +94,11 @@ def test_a_cache_that_records_its_past_leaves_the_prompt_dense(family: str, grap
     def logits(run: Callable[..., Any]) -> list[Tensor]:
         cache = transformers.DynamicCache(config=model.config)
         cache.activate_past_recording()
-        return [run(ids, use_cache=True, cache=cache).logits[:, -1] for ids in (random_ids(2, 50), random_ids(2, 1, seed=1))]
+        calls = (random_ids(2, 50), random_ids(2, 1, seed=1))
+        return [run(ids, use_cache=True, **{name: cache}).logits[:, -1] for ids in calls]
 
     with torch.no_grad():
+        (name,) = going_on(model(random_ids(2, 5), use_cache=True))
         for ours, theirs in zip(logits(simba(model, **KEEP_FEW)), logits(model), strict=True):
             close(ours, theirs, 1e-4)
     assert "records its past" in (graphs[0].mixers[0].reason or "")

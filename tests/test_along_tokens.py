@@ -14,6 +14,12 @@ from torch import Tensor, nn
 import simba_compile.backend
 from simba_compile.passes import Transformed
 
+
+def backwards(h: Tensor) -> Tensor:
+    """The places of the tokens, the last one's first."""
+    return torch.arange(h.shape[1] - 1, -1, -1)
+
+
 TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda h: h,
     "layer norm": lambda h: h + F.layer_norm(h, (32,)),
@@ -54,6 +60,13 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted": lambda h: h.sort(1).values,
     "permuted": lambda h: h.gather(1, h.argsort(1)),
     "permuted by an index": lambda h: h[torch.arange(len(h))[:, None], h[..., 0].argsort(1)],
+    "flipud": lambda h: torch.flipud(h.transpose(0, 1)).transpose(0, 1),
+    "rotated": lambda h: h.rot90(2, (1, 2)),
+    "stacked as columns": lambda h: torch.column_stack([h[:, 1:], h[:, :1]]),
+    "scattered": lambda h: torch.zeros_like(h).scatter(1, h.argsort(1), h),
+    "copied to an index": lambda h: torch.zeros_like(h).index_copy(1, backwards(h), h),
+    "added to an index": lambda h: torch.zeros_like(h).index_add(1, backwards(h), h),
+    "put to an index": lambda h: torch.index_put(torch.zeros_like(h), (torch.arange(len(h))[:, None], backwards(h)), h),
     "first": lambda h: h + h[:, :1],
     "last": lambda h: h + h[:, -1:],
     "last three": lambda h: h + h[:, -3:].mean(1, keepdim=True),
@@ -82,7 +95,8 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 REORDERED = {
     *("flip", "flip by name", "flip of a sum", "roll", "roll by names", "index_select by name", "sorted", "permuted"),
     *("permuted by an index", "roll by cat", "roll back by cat", "roll by narrow", "roll of copies", "roll of a longer one"),
-    *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped", "flat roll by cat"),
+    *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped", "flat roll by cat", "flipud", "rotated"),
+    *("stacked as columns", "scattered", "copied to an index", "added to an index", "put to an index"),
 }
 IN_PLACE = {
     *("shift by cat", "shift by cat onto the first", "look ahead by cat", "first ones replaced", "in order, by names"),

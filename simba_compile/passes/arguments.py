@@ -58,7 +58,8 @@ def name_calls(graph: Graph) -> None:
             node.op, node.target = "call_method", name
         if node.op == "call_method" and node.target.startswith("__") and hasattr(operator, node.target) and not node.kwargs:
             node.op, node.target = "call_function", getattr(operator, node.target)
-        if node.target is torch.hstack and value_of(node).dim() > 1:
+        is_along_second = node.target in (torch.hstack, torch.column_stack)
+        if is_along_second and all(value_of(part).dim() > 1 for part in node.all_input_nodes):
             node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": 1}
 
 

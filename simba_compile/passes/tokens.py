@@ -41,8 +41,11 @@ ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must 
 }
 DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
 REORDERS: set[Any] = {  # may put what stands along an axis in another order
-    *("flip", "fliplr", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
-    *(torch.flip, torch.fliplr, torch.roll, torch.sort, torch.msort, torch.gather, torch.index_select, torch.take_along_dim),
+    *("flip", "fliplr", "flipud", "rot90", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
+    *("scatter", "scatter_add", "index_copy", "index_add", "index_put"),
+    *(torch.flip, torch.fliplr, torch.flipud, torch.rot90, torch.roll, torch.sort, torch.msort, torch.gather),
+    *(torch.index_select, torch.take_along_dim, torch.scatter, torch.scatter_add, torch.index_copy, torch.index_add),
+    torch.index_put,
 }
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad

@@ -40,13 +40,12 @@ ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must 
     **dict.fromkeys(("topk", "sort"), -1),
 }
 DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
-REORDERS: set[Any] = {  # may put what stands along an axis in another order
+_REORDERING = (
     *("flip", "fliplr", "flipud", "rot90", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
     *("scatter", "scatter_add", "index_copy", "index_add", "index_put"),
-    *(torch.flip, torch.fliplr, torch.flipud, torch.rot90, torch.roll, torch.sort, torch.msort, torch.gather),
-    *(torch.index_select, torch.take_along_dim, torch.scatter, torch.scatter_add, torch.index_copy, torch.index_add),
-    torch.index_put,
-}
+)
+# May put what stands along an axis in another order: as methods, and as functions.
+REORDERS: set[Any] = {*_REORDERING, *(getattr(torch, name) for name in _REORDERING)}
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad
 NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has the third for the second

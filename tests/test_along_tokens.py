@@ -35,6 +35,8 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "roll by cat": lambda h: torch.cat([h[:, 1:], h[:, :1]], 1),
     "roll back by cat": lambda h: torch.cat((h[:, -1:, :], h[:, :-1]), dim=-2),
     "roll by hstack": lambda h: torch.hstack([h[:, 1:], h[:, :1]]),
+    "flat roll by vstack": lambda h: (lambda x: torch.vstack([x[1:], x[:1]]).view(h.shape))(h.reshape(-1, 32)),
+    "roll by dstack": lambda h: (lambda x: torch.dstack([x[..., 1:], x[..., :1]]))(h.transpose(1, 2)).transpose(1, 2),
     "roll by narrow": lambda h: torch.cat([h.narrow(1, 3, h.shape[1] - 3), h.narrow(1, 0, 3)], 1),
     "roll by names": lambda h: torch.roll(input=h, shifts=1, dims=1),
     "flip by name": lambda h: torch.flip(input=h, dims=(1,)),
@@ -96,6 +98,7 @@ REORDERED = {
     *("flip", "flip by name", "flip of a sum", "roll", "roll by names", "index_select by name", "sorted", "permuted"),
     *("permuted by an index", "roll by cat", "roll back by cat", "roll by narrow", "roll of copies", "roll of a longer one"),
     *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped", "flat roll by cat", "flipud", "rotated"),
+    *("roll by hstack", "flat roll by vstack", "roll by dstack"),
     *("stacked as columns", "scattered", "copied to an index", "added to an index", "put to an index"),
 }
 IN_PLACE = {

@@ -11,6 +11,7 @@ it shows what the mode sees. Torch takes NumPy's names of some arguments beside 
 """
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -30,6 +31,8 @@ from simba_compile.passes.tokens import (
     VIEWS,
 )
 
+# The axis along which they join, where all have it; where one has not, they make it first.
+_STACKS: dict[Any, int] = {torch.vstack: 0, torch.row_stack: 0, torch.hstack: 1, torch.column_stack: 1, torch.dstack: 2}
 _OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 _FIRST = {"input", "tensor", "tensors"}
 _NEXT = {  # what follows the first argument, as far as some pass reads it by its place
@@ -58,9 +61,9 @@ def name_calls(graph: Graph) -> None:
             node.op, node.target = "call_method", name
         if node.op == "call_method" and node.target.startswith("__") and hasattr(operator, node.target) and not node.kwargs:
             node.op, node.target = "call_function", getattr(operator, node.target)
-        is_along_second = node.target in (torch.hstack, torch.column_stack)
-        if is_along_second and all(value_of(part).dim() > 1 for part in node.all_input_nodes):
-            node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": 1}
+        dim = _STACKS.get(node.target)
+        if dim is not None and all(value_of(part).dim() > max(dim, 1) for part in node.all_input_nodes):
+            node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": dim}
 
 
 def place_arguments(graph: Graph) -> None:

@@ -10,6 +10,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(MAKE) --jobs types suite
 
 types: .venv/installed

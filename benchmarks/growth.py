@@ -134,9 +134,7 @@ def lengths(model: PreTrainedModel, settings: Settings, say: Callable[[str], Non
         row: dict[str, Any] = {"tokens": tokens}
         row |= timed({name: functools.partial(run, ids, **CALL) for name, run in compiled.items()}, settings.repeats)
         row["stages"] = stages.seconds(stages.clock(model, ids, {"keep": KEEP}, settings.repeats))
-        row["memory"] = {
-            name: memory(name, settings.few, tokens, settings.first)["growth_mib"] for name in (DENSE, PRUNED)
-        }
+        row["memory"] = {name: memory(name, settings.few, tokens, settings.first)["growth_mib"] for name in (DENSE, PRUNED)}
         rows.append(row)
     return rows
 

@@ -246,9 +246,7 @@ def _before_scan(
     return _ScanInputs(x, delta, B, C, A, D), gate, window
 
 
-def _before_ssd(
-    mixer: nn.Module, hidden: Tensor, real: Tensor, window: Tensor | None
-) -> tuple[_ScanInputs, Tensor, Tensor]:
+def _before_ssd(mixer: nn.Module, hidden: Tensor, real: Tensor, window: Tensor | None) -> tuple[_ScanInputs, Tensor, Tensor]:
     """Mamba-2: as `_before_scan`."""
     hidden = hidden * real[..., None] * getattr(mixer, "ssm_in_multiplier", 1.0)
     projected = mixer.in_proj(hidden) * getattr(mixer, "mup_vector", 1.0)  # FalconH1
@@ -259,9 +257,7 @@ def _before_ssd(
 
     x, B, C = y.split([inner, of_groups, of_groups], dim=-1)
     x = x.unflatten(-1, (heads, -1))
-    B, C = (
-        value.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(heads // mixer.n_groups, dim=2) for value in (B, C)
-    )
+    B, C = (value.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(heads // mixer.n_groups, dim=2) for value in (B, C))
     delta = F.softplus(dt + mixer.dt_bias)
     if prompt or hidden.shape[1] > 1:  # Hugging Face's one-token steps, and mamba-ssm's, know no limits
         delta = delta.clamp(*mixer.time_step_limit)
@@ -299,9 +295,7 @@ def _zamba_layer(walk: _Walk, layer: nn.Module, hidden: Tensor) -> Tensor:
         return _zamba_mixer(walk, layer, hidden, hidden)
     block = layer.shared_transf if hasattr(layer, "shared_transf") else layer.shared_transformer
     place = layer.mamba_decoder.layer_idx
-    attended = walk.attend(
-        block.self_attn, block.input_layernorm(torch.cat([hidden, walk.tokens.embedding], dim=-1)), place
-    )
+    attended = walk.attend(block.self_attn, block.input_layernorm(torch.cat([hidden, walk.tokens.embedding], dim=-1)), place)
     normed = block.pre_ff_layernorm(attended)
     output = block.feed_forward(normed, place) if hasattr(block.feed_forward, "layer_dic") else block.feed_forward(normed)
     return _zamba_mixer(walk, layer.mamba_decoder, hidden, hidden + layer.linear(output))

@@ -180,9 +180,9 @@ LOOK: dict[str, Function] = {
     "group norm": lambda h: F.group_norm(h.transpose(1, 2), 4).transpose(1, 2),
     "layer norm of tokens": lambda h: F.layer_norm(h, h.shape[1:]),
     "normalize": lambda h: F.normalize(h, dim=1) * 4,
-    "blocks": lambda h: F.pad(h, (0, 0, 0, -h.shape[1] % 4)).unflatten(1, (-1, 4)).mean(2).repeat_interleave(4, 1)[
-        :, : h.shape[1]
-    ],
+    "blocks": lambda h: (
+        F.pad(h, (0, 0, 0, -h.shape[1] % 4)).unflatten(1, (-1, 4)).mean(2).repeat_interleave(4, 1)[:, : h.shape[1]]
+    ),
     "rank": lambda h: h + h.argsort(1).double() * 0.01,
     "above the mean": lambda h: h * (h > h.mean(1, keepdim=True)),
     "masked sum": lambda h: h + (h * (arange(h) < 5)[None, :, None]).sum(1, keepdim=True) / 5,

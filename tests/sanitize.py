@@ -178,7 +178,10 @@ def drive(path: str, seconds: float, seed: int) -> None:
             "gated_norm": (normed, z, parameter(dtype, channels), 1e-5, parts, chance.choice([None, dtype, torch.float32])),
             "add_norm": (
                 x.to(chance.choice([dtype, reference.compute_dtype(dtype)])),
-                make(batch, tokens if index is None else index.shape[1], channels), D, 1e-5, index,
+                make(batch, tokens if index is None else index.shape[1], channels),
+                D,
+                1e-5,
+                index,
             ),
             "select": (scores, k, first, chance.randint(0, k - first)),
             "linear": linear_case(),

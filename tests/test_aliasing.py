@@ -143,9 +143,7 @@ def run(steps: list[Step], returned: list[int], h: Tensor) -> tuple[Tensor, ...]
 places = st.sampled_from((0, 0, 0, 1, 1, 2, 3))
 names = {"same": sorted(SAME), "made": sorted(MADE), "write": sorted(WRITTEN), "add": ADDED}
 steps = st.sampled_from(("same", "made", "made", "write", "write", "add")).flatmap(
-    lambda kind: st.tuples(
-        st.just(kind), st.sampled_from(names[kind]), st.sampled_from(sorted(WRITES)), places, places
-    )
+    lambda kind: st.tuples(st.just(kind), st.sampled_from(names[kind]), st.sampled_from(sorted(WRITES)), places, places)
 )
 
 

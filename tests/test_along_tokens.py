@@ -136,9 +136,7 @@ def acceptable(model: Between, h: Tensor, sizes: list[int]) -> list[Tensor]:
                     changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
                 full = changed
             inputs = eager._before_scan(block.mixer, block.norm(eager._take(full, positions)), None)
-            index = eager.select(
-                eager._scores(block.mixer, inputs, size, "influence", "max", "include"), size, 0, 1
-            )
+            index = eager.select(eager._scores(block.mixer, inputs, size, "influence", "max", "include"), size, 0, 1)
             positions = eager._take(positions, index)
             output, _ = eager._scan_and_after(block.mixer, inputs.take(index))
             output = eager._take(full, positions) + output
@@ -167,9 +165,7 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
         if prunings:
             sizes = [*[index.shape[1] for index in prunings], *[prunings[-1].shape[1]] * (2 - len(prunings))]
         if name == "last three":
-            monkeypatch.setattr(
-                eager, "select", lambda s, k, first, last, original=eager.select: original(s, k, first, 3)
-            )
+            monkeypatch.setattr(eager, "select", lambda s, k, first, last, original=eager.select: original(s, k, first, 3))
         with exact_casts():
             allowed = acceptable(model, h, sizes)
             dense = model(h)
@@ -184,9 +180,7 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
         return
     assert len(prunings) == 2 or any(reasons)
     assert not is_dense
-    assert any(torch.allclose(out, one, rtol=1e-7, atol=1e-7) for one in allowed), [
-        (out - a).abs().max() for a in allowed
-    ]
+    assert any(torch.allclose(out, one, rtol=1e-7, atol=1e-7) for one in allowed), [(out - a).abs().max() for a in allowed]
 
 
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]  # layer, stream, what the model was given

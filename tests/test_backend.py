@@ -118,9 +118,7 @@ def test_residual_in_float32_and_half_weights_stay_near_the_reference(selected: 
 
 @pytest.mark.parametrize("count", [1, 5])
 @each_family
-def test_logits_to_keep_restores_nothing(
-    family: str, count: int, graphs: list[Transformed], selected: list[Tensor]
-) -> None:
+def test_logits_to_keep_restores_nothing(family: str, count: int, graphs: list[Transformed], selected: list[Tensor]) -> None:
     model = tiny_model(family, torch.float64)
     with torch.no_grad():
         out = simba(model, keep=0.1, min_tokens=1)(random_ids(2, 60), logits_to_keep=count, use_cache=True)
@@ -362,9 +360,7 @@ def test_other_backends_see_the_graphs_that_they_always_saw() -> None:
 def test_models_without_a_mixer_are_as_in_eager(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     caplog.set_level(logging.INFO, "simba_compile")
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
-    )
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     llama = LlamaForCausalLM(config).eval()
     layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     x = torch.randn(3, 8, requires_grad=True)

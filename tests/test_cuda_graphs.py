@@ -78,9 +78,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "at", set())
 
 
-@pytest.mark.parametrize(
-    ("family", "gradients", "recorded"), [("mamba", torch.enable_grad, 4), ("jamba", torch.no_grad, 1)]
-)
+@pytest.mark.parametrize(("family", "gradients", "recorded"), [("mamba", torch.enable_grad, 4), ("jamba", torch.no_grad, 1)])
 def test_decoding_goes_on_from_a_recorded_prompt(family: str, gradients: Callable, recorded: int) -> None:
     """Logits of three steps of two sequences are those of a prompt that is not recorded.
 

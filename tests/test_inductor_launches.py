@@ -224,9 +224,7 @@ def test_a_mixer_and_a_step_of_mamba2(started: list[str], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("batch", "lengths"), [(2, (21, 30)), (1, (150, 300))], ids=["two-sequences", "one-in-chunks"])
-def test_a_whole_model(
-    batch: int, lengths: tuple[int, ...], started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_model(batch: int, lengths: tuple[int, ...], started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the backend: prompts of two lengths, pruned, on a cache, and a step; all of it in Inductor's code."""
     model = tiny_model(layers=2, hidden_size=8, state_size=4)
     expected, seen = [], []

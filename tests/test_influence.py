@@ -127,9 +127,7 @@ def test_influence_is_the_logarithm_of_pooled_contributions(
     with pytest.MonkeyPatch.context() as patch:
         if not with_native:
             patch.setattr(binding, "available", lambda: False)
-        scores = OPS.influence(
-            *(scan[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus")), pool, include
-        )
+        scores = OPS.influence(*(scan[name] for name in ("x", "dt", "A", "B", "C", "dt_bias", "softplus")), pool, include)
     assert scores.dtype == torch.float64
     # The exponent grows with the decay, and with it what rounding it costs.
     close(scores.exp(), pooled, scale * (1 + scale.clamp(min=1e-300).log().abs()))

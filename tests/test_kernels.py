@@ -395,9 +395,8 @@ def test_empty_batch(with_native: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert OPS.gather(x, torch.zeros(0, 3, dtype=torch.int64), 1).shape == (0, 3, 6)
     assert OPS.rms_norm(x, torch.ones(6), 1e-5).shape == (0, 5, 6)
     assert OPS.add_norm(x, x[:, :3], None, 1e-5, torch.zeros(0, 3, dtype=torch.int64))[1].shape == (0, 3, 6)
-    assert OPS.state_update(
-        torch.zeros(0, 6, 3), x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], None, None, None, True
-    ).shape == (0, 6)
+    out = OPS.state_update(torch.zeros(0, 6, 3), x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], None, None, None, True)
+    assert out.shape == (0, 6)
     assert [g.shape[0] for g in OPS.selective_scan_backward(x, None, x, x, A, B, B, None, None, None, True)[:2]] == [
         0,
         0,

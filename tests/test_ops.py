@@ -47,9 +47,7 @@ def test_gradients_of_selective_scan(
 def test_gradient_through_the_last_state_alone() -> None:
     x, dt, B = leaf(1, 4, 3), leaf(1, 4, 3, seed=1), leaf(1, 4, 2)
     A, C = -torch.ones(3, 2, dtype=torch.float64), torch.ones(1, 4, 2, dtype=torch.float64)
-    torch.autograd.gradcheck(
-        lambda *v: OPS.selective_scan(*v[:2], A, v[2], C, None, None, None, True, None)[1], (x, dt, B)
-    )
+    torch.autograd.gradcheck(lambda *v: OPS.selective_scan(*v[:2], A, v[2], C, None, None, None, True, None)[1], (x, dt, B))
 
 
 @pytest.mark.parametrize("with_native", [True, False])

@@ -339,6 +339,7 @@ def test_nothing_is_restored_where_a_suffix_is_read() -> None:
 
 # --- functional --------------------------------------------------------------------------------------------------------
 
+
 def both(w: Tensor, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """A value and a view of it."""
     return w, view(w)

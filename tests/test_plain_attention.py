@@ -78,9 +78,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "divided by zero": lambda h, mask: weigh((scores(h) / 0).softmax(-1), h),
     "the length as a scale": lambda h, mask: weigh((scores(h) * h.shape[1]).softmax(-1), h),
     "whole numbers": lambda h, mask: weigh(scores(h).int().float().softmax(-1), h),
-    "a mask for more heads": lambda h, mask: (
-        (scores(h)[:, :1] + KEY[:3, :1, None]).softmax(-1) @ heads(h @ VALUE)[:, :1]
-    ),
+    "a mask for more heads": lambda h, mask: (scores(h)[:, :1] + KEY[:3, :1, None]).softmax(-1) @ heads(h @ VALUE)[:, :1],
     "a bias for more heads": lambda h, mask: (
         (scores(h)[:, :1] + torch.cat([mask, mask, mask], 1)).softmax(-1) @ heads(h @ VALUE)[:, :1]
     ),

@@ -343,9 +343,7 @@ def test_offsets_along_a_normed_row_are_of_64_bits() -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize(("size", "states"), [(1, 1), (4, 8), (4, 16), (5, 16), (64, 128)])
-def test_steps_in_place_have_no_spare_threads(
-    target: str, size: int, states: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_in_place_have_no_spare_threads(target: str, size: int, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A spare thread holds a number a second time: it may read the state after the first has updated it.
 
     Those of one warp run in step, and read before they write. AMD's warps are of 64.

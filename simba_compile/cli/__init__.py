@@ -322,9 +322,7 @@ Texts = Annotated[list[Path], typer.Option("--text", help="A file to read; sever
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 Windows = Annotated[int, typer.Option(min=2, help="Windows of the text.")]
 Figures = Annotated[Path, typer.Option(dir_okay=False, callback=_file, help="The figures, as JSON.")]
-Picture = Annotated[
-    Path | None, typer.Option(dir_okay=False, callback=_file, help="Draw it here; needs matplotlib.")
-]
+Picture = Annotated[Path | None, typer.Option(dir_okay=False, callback=_file, help="Draw it here; needs matplotlib.")]
 
 
 @analyze.command()

@@ -69,7 +69,7 @@ class Mixer:
 
     @property
     def kind(self) -> str:
-        """"mamba1" or "mamba2"."""
+        """Either "mamba1" or "mamba2"."""
         return SCANS[self.scans[0].target].kind  # type: ignore[index]
 
 

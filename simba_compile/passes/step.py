@@ -214,9 +214,7 @@ def _rows(value: Tensor, channels: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] 
     return rows[0] if rows else (sympy.Integer(1), sympy.Integer(0))
 
 
-def _is_piece(
-    node: Any, source: Node, first: sympy.Expr, count: sympy.Expr, channels: sympy.Expr | None = None
-) -> bool:
+def _is_piece(node: Any, source: Node, first: sympy.Expr, count: sympy.Expr, channels: sympy.Expr | None = None) -> bool:
     """Whether a value is the channels first..first+count of another, which is dense, row by row.
 
     The other's channels are its last axis, or as many as are given.

@@ -114,9 +114,7 @@ def _add_norm(
         tl.store(out + r * size + n, y, mask=known)
 
 
-def add_norm(
-    residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `simba_compile.kernels.ops.norm.add_norm`. A position outside the residual counts as zeros."""
     runtime.expect(weight=(weight, (x.shape[-1],)))
     if index is None:

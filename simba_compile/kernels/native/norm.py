@@ -52,9 +52,7 @@ def gated_norm(
     return out.to(dtype)
 
 
-def add_norm(
-    residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `simba_compile.kernels.ops.norm.add_norm`."""
     kind = compute_dtype(x.dtype)
     if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] > MAX_GROUP or residual.dtype not in (x.dtype, kind):

@@ -101,9 +101,7 @@ def gated_norm(
 
 
 @fake("gated_norm")
-def _(
-    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None
-) -> Tensor:
+def _(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, groups: int, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -126,9 +124,7 @@ differentiable("gated_norm", _gated_norm_backward, _gated_norm_setup)
 
 
 @operator("(Tensor residual, Tensor x, Tensor? weight, float eps, Tensor? index) -> (Tensor, Tensor)")
-def add_norm(
-    residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """A residual stream with a layer's output added, and the next layer's norm of it.
 
     Parameters

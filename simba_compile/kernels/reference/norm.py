@@ -26,9 +26,7 @@ def gated_norm(
     return (y if weight is None else y * weight.to(kind)).to(dtype or x.dtype)
 
 
-def add_norm(
-    residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `simba_compile.kernels.ops.norm.add_norm`."""
     total = (residual if index is None else gather(residual, index)) + x
     return total, rms_norm(total.to(x.dtype), weight, eps)

@@ -16,7 +16,7 @@ from toys import HIDDEN, OPS, Captured, matrix, tokens
 from simba_compile.passes.attention import why_not
 from simba_compile.passes.effects import is_inplace, is_random, written
 from simba_compile.passes.length import FLAT, Length, value_of
-from simba_compile.passes.tokens import is_one_result, is_tokenwise
+from simba_compile.passes.tokens import POINTWISE, is_one_result, is_tokenwise
 
 
 def test_length_finds_the_argument_that_shows_it() -> None:
@@ -35,6 +35,12 @@ def test_length_finds_the_argument_that_shows_it() -> None:
 column = torch.randn(HIDDEN, 3)
 TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last operation of each, and whether it is
     "a function of each number": (lambda h: torch.tanh(h), True),
+    "an activation": (lambda h: F.hardtanh(h), True),
+    "an activation that draws numbers": (lambda h: F.rrelu(h, training=True), False),
+    "a mixture": (lambda h: torch.lerp(h, h.sin(), 0.3), True),
+    "a product added": (lambda h: h.addcmul(h.sin(), h.cos(), value=0.5), True),
+    "by an operator": (lambda h: h % 0.3, True),
+    "truths": (lambda h: torch.logical_xor(h > 0, h.sin() > 0.3), True),
     "rows": (lambda h: h.flatten(0, 1), True),
     "a function of rows": (lambda h: h.flatten(0, 1) * 2, True),
     "rows of channels and tokens": (lambda h: h.transpose(1, 2).reshape(h.shape[0] * h.shape[1], HIDDEN), False),
@@ -104,6 +110,42 @@ def test_tokenwise_is_what_gives_kept_tokens_the_same(case: str) -> None:
             rows = all_tokens.unflatten(0, (2, 20)) if length.of(node) == FLAT else all_tokens
             taken = rows.index_select(max(length.of(node), 1), kept)
             torch.testing.assert_close(few, taken.flatten(0, 1) if length.of(node) == FLAT else taken)
+
+
+def calls_of(target: Any) -> list[Callable[..., Tensor]]:
+    """What is known as pointwise, called with as many tensors or numbers as it takes."""
+    function = getattr(Tensor, target) if isinstance(target, str) else target
+    return [
+        lambda h, g, i: function(h),
+        lambda h, g, i: function(h, g),
+        lambda h, g, i: function(h, g, g.cos()),
+        lambda h, g, i: function(h, 0.5, 0.7),
+        lambda h, g, i: function(h, torch.float64),
+        lambda h, g, i: function(i),
+        lambda h, g, i: function(i, i.flip(2)),
+        lambda h, g, i: function(h > 0.3, h, g),
+        lambda h, g, i: function(h, g > 0.3, 0.5),
+        lambda h, g, i: function(h, 1),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:This overload of add is deprecated")
+def test_what_torch_calls_pointwise_is() -> None:
+    """Computed for some tokens alone, it gives what they have among all."""
+    tensors = (*torch.rand(2, 2, 20, HIDDEN), torch.randint(1, 9, (2, 20, HIDDEN)))
+    kept = torch.tensor([0, 3, 19])
+    for target in sorted(POINTWISE - {F.dropout}, key=str):
+        compared = 0
+        for call in calls_of(target):
+            try:
+                whole = call(*(value.clone() for value in tensors))  # what is truth to one may be `inplace` to another
+            except (TypeError, RuntimeError, ValueError):
+                continue  # it takes other arguments
+            if not isinstance(whole, Tensor):
+                continue  # compared with a type
+            torch.testing.assert_close(call(*(value[:, kept] for value in tensors)), whole[:, kept], equal_nan=True)
+            compared += 1
+        assert compared, f"{target} was never called"
 
 
 def in_a_buffer(keys: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
 _ZEROS: set[Any] = {torch.zeros, torch.zeros_like, "new_zeros"}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
     *(POINTWISE | CONCATENATIONS | _SAME_NUMBERS),
-    *(torch.arange, torch.zeros, torch.ones, torch.full, torch.eq, torch.ne, torch.logical_and, torch.logical_not),
-    *("size", "long", "int", "logical_and", "logical_not", "new_ones", "new_zeros", PAD),
+    *(torch.arange, torch.zeros, torch.ones, torch.full, "size", "long", "int", "new_ones", "new_zeros", PAD),
 }
 
 

@@ -1,7 +1,7 @@
 """What may run on fewer tokens than it was traced with. An operation may if it treats tokens alike and apart.
 
-Symbolic sizes show most that do not (the axis is gone, or its size is another); what they cannot show is decided by short
-lists of operations. What is not known to be safe is not.
+Symbolic sizes show most that do not (the axis is gone, or its size is another); what they cannot show is decided by
+torch's tag of what is pointwise, and by short lists of operations. What is not known to be safe is not.
 """
 
 import itertools
@@ -20,17 +20,31 @@ from simba_compile.passes.scans import MIXER_OPERATORS
 
 _F = torch.nn.functional
 
+
+def _is_pointwise(name: str) -> bool:
+    """Whether all that torch calls by this name computes each element from those at its place: it has tags for that."""
+    packet = getattr(torch.ops.aten, name, None)
+    if name.startswith("_") or not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    forms = [getattr(packet, overload) for overload in packet.overloads()]
+    forms = [form for form in forms if not form._schema.is_mutable and _takes_and_gives_a_tensor(form._schema)]
+    is_random = any(torch.Tag.nondeterministic_seeded in form.tags for form in forms)
+    return bool(forms) and not is_random and all(torch.Tag.pointwise in form.tags for form in forms)
+
+
+def _takes_and_gives_a_tensor(schema: torch.FunctionSchema) -> bool:
+    types = [str(value.type) for value in (*schema.arguments[:1], *schema.returns)]
+    return types == ["Tensor", "Tensor"]
+
+
 POINTWISE: set[Any] = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_),
+    *(name for name in dir(Tensor) if _is_pointwise(name)),
+    *(getattr(space, name) for space in (torch, _F) for name in dir(space) if _is_pointwise(name)),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_, operator.xor),
     *(operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.pow, torch.exp, torch.log, torch.sqrt, torch.rsqrt),
-    *(torch.sigmoid, torch.tanh, torch.relu, torch.clamp, torch.where, torch.abs, torch.square, torch.maximum),
-    *(torch.minimum, _F.silu, _F.gelu, _F.relu, _F.softplus, _F.sigmoid, _F.tanh, torch._C._nn.gelu),
-    *("add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "clamp"),
-    *("abs", "square", "masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool"),
-    *("contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "cos", "sin", torch.cos, torch.sin),
-    *(torch.zeros_like, torch.ones_like, operator.floordiv, _F.relu6, _F.leaky_relu, _F.hardswish, _F.mish, _F.elu),
-    *(_F.dropout, torch.floor_divide),
+    *(operator.floordiv, operator.mod, torch.floor_divide, torch.where, torch.zeros_like, torch.ones_like),
+    *(_F.hardswish, _F.leaky_relu, _F.dropout),
+    *("masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool", "contiguous", "detach"),
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),

@@ -39,6 +39,10 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: torch.transpose(input=h, dim0=1, dim1=2).sin().transpose(dim0=1, dim1=2),
         lambda h: h.transpose(1, 2).sin().transpose(1, 2),
     ),
+    "transpose by other names": (
+        lambda h: torch.swapdims(h, dim0=1, dim1=2).sin().swapaxes(axis0=1, axis1=2).mT.cos().mT,
+        lambda h: torch.transpose(h, 1, 2).sin().transpose(1, 2).transpose(-2, -1).cos().transpose(-2, -1),
+    ),
     "permute": (
         lambda h: torch.permute(h, dims=(0, 2, 1)).sin().permute(dims=(0, 2, 1)),
         lambda h: h.permute((0, 2, 1)).sin().permute((0, 2, 1)),
@@ -47,6 +51,10 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
     "arithmetic": (
         lambda h: torch.mul(h, other=torch.add(input=h, other=1).sub(other=2)),
         lambda h: torch.mul(h, torch.add(h, 1).sub(2)),
+    ),
+    "arithmetic by other names": (
+        lambda h: torch.multiply(h, h.negative().subtract(other=2)).absolute().true_divide(torch.divide(h, 3).exp()),
+        lambda h: torch.mul(h, h.neg().sub(2)).abs().div(torch.div(h, 3).exp()),
     ),
     "by NumPy's names": (lambda h: torch.mul(x1=torch.exp(a=h), x2=torch.sqrt(x=h.abs())), lambda h: torch.mul(
         torch.exp(h), torch.sqrt(h.abs()))),

@@ -3,6 +3,7 @@
 ``torch.Tensor.split(x, 2)``           →  ``x.split(2)``
 ``x.__invert__()``                     →  ``~x``
 ``torch.hstack([x, y])``               →  ``torch.cat([x, y], dim=1)``
+``x.swapaxes(1, 2)``, ``x.mT``         →  ``x.transpose(1, 2)``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
 
@@ -33,7 +34,14 @@ from simba_compile.passes.tokens import (
 
 # The axis along which they join, where all have it; where one has not, they make it first.
 _STACKS: dict[Any, int] = {torch.vstack: 0, torch.row_stack: 0, torch.hstack: 1, torch.column_stack: 1, torch.dstack: 2}
-_OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+_SYNONYMS = {  # functions and methods
+    **{"swapaxes": "transpose", "swapdims": "transpose", "multiply": "mul", "divide": "div", "true_divide": "div"},
+    **{"subtract": "sub", "negative": "neg", "absolute": "abs"},
+}
+_OF_NUMPY = {
+    **{"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
+    **{"x": "input", "a": "input", "x1": "input", "x2": "other"},
+}
 _FIRST = {"input", "tensor", "tensors"}
 _NEXT = {  # what follows the first argument, as far as some pass reads it by its place
     **dict.fromkeys(LINEAR, ("weight", "bias")),
@@ -61,6 +69,12 @@ def name_calls(graph: Graph) -> None:
             node.op, node.target = "call_method", name
         if node.op == "call_method" and node.target.startswith("__") and hasattr(operator, node.target) and not node.kwargs:
             node.op, node.target = "call_function", getattr(operator, node.target)
+        if name in _SYNONYMS and node.target is getattr(torch, name):
+            node.target = getattr(torch, _SYNONYMS[name])
+        if node.op == "call_method" and node.target in _SYNONYMS:
+            node.target = _SYNONYMS[node.target]
+        if node.target is getattr and node.args[1] == "mT":
+            node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
         dim = _STACKS.get(node.target)
         if dim is not None and all(value_of(part).dim() > max(dim, 1) for part in node.all_input_nodes):
             node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": dim}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import ascii_letters
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 from toys import HIDDEN, OPS, WIDTH, Captured, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.passes import transform
-from simba_compile.passes.arguments import place_arguments
+from simba_compile.passes.arguments import name_calls, place_arguments
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.match import match
 
@@ -48,6 +50,10 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: h.permute((0, 2, 1)).sin().permute((0, 2, 1)),
     ),
     "product": (lambda h: torch.matmul(input=h, other=matrix), lambda h: torch.matmul(h, matrix)),
+    "product by einsum": (
+        lambda h: torch.einsum("bnd,ed->bne", torch.einsum("b n d, d e -> b n e", h, matrix), matrix),
+        lambda h: torch.matmul(torch.matmul(h, matrix), matrix.transpose(-2, -1)),
+    ),
     "arithmetic": (
         lambda h: torch.mul(h, other=torch.add(input=h, other=1).sub(other=2)),
         lambda h: torch.mul(h, torch.add(h, 1).sub(2)),
@@ -95,6 +101,35 @@ def test_names_and_places_mean_the_same(name: str) -> None:
         called.append([getattr(target, "__name__", target) for target in captured.targets(result.pruned)])
     assert sorted(called[0]) == sorted(called[1])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+EINSUMS = {  # and whether they are products of matrices
+    **{"bid,bjd->bij": True, "bij,bjd->bid": True, "bid,de->bie": True, "id,de->ie": True},
+    **{"bid,bjd->bji": False, "bij,bjd->bi": False, "bid,bjd->ij": False, "bid,bde->dbe": False, "id,bjd->bij": False},
+    **{"bid,dbj->bij": False, "bii,bij->bij": False, "bid,bid->bid": False, "bid,cde->bie": False, "...d,de->...e": False},
+    **{"bid,d->bi": False, "bid,bde": False, "bid->bdi": False, "bid,dj,jk->bik": False, "bid,bdd->bid": False},
+    **{"bij,bjj->bij": False, "bsd,bsd->bs": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("equation", "repeated"), [*((e, False) for e in EINSUMS), *((e, True) for e in EINSUMS if EINSUMS[e])]
+)
+def test_products_written_as_einsum(equation: str, repeated: bool) -> None:
+    """Only those are written otherwise, and to the same result; where the sum is over an axis that one repeats, none is."""
+    size = {letter: 5 + i for i, letter in enumerate(sorted(set(equation) & set(ascii_letters)))}
+    terms = equation.partition("->")[0].split(",")
+    factors = [torch.randn([size.get(letter, 3) for letter in term.replace("...", "..")]) for term in terms]
+    if repeated:
+        factors[1] = factors[1].narrow(-1 if terms[1][-1] in terms[0] else -2, 0, 1)
+    expected = torch.einsum(equation, *factors)
+    graphs: list[GraphModule] = []
+    torch.compile(lambda *given: torch.einsum(equation, *given), backend=lambda gm, _: graphs.append(gm) or gm)(*factors)
+    (gm,) = graphs
+    name_calls(gm.graph)
+    gm.recompile()
+    assert any(node.target is torch.matmul for node in gm.graph.nodes) is (EINSUMS[equation] and not repeated)
+    torch.testing.assert_close(gm(*factors)[0], expected)
 
 
 def test_operators_of_ours_by_name() -> None:

@@ -16,6 +16,7 @@ from toys import HIDDEN, Captured, heads, tokens
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 from simba_compile.passes.arguments import name_calls, place_arguments
+from simba_compile.passes.functional import make_functional
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.plain_attention import fuse_attention
 
@@ -53,6 +54,8 @@ def written_in_between(h: Tensor, mask: Tensor) -> Tensor:
     return weigh(found.softmax(-1), h) + mask.sum()
 
 
+LEAST = torch.finfo(torch.float32).min
+
 FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "as transformers": as_transformers,
     "without a mask": lambda h, mask: weigh(torch.softmax(scores(h) * 0.3, -1), h),
@@ -65,6 +68,23 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a narrower mask": lambda h, mask: weigh((scores(h) + mask.bfloat16()).softmax(-1), h),
     "a mask that is one for all": lambda h, mask: weigh((scores(h) + mask[:1]).softmax(-1), h),
     "dropout of nothing": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 0.0), h),
+    "by other names": lambda h, mask: weigh(torch.softmax(heads(h) @ heads(h @ KEY).mT, -1), h),
+    "by einsum": lambda h, mask: torch.einsum(
+        "bhqk, bhkd -> bhqd",
+        (torch.einsum("b h i d, b h j d -> b h i j", heads(h), heads(h @ KEY)) + mask).softmax(-1),
+        heads(torch.einsum("bnd,de->bne", h, VALUE)),
+    ),
+    "replaced": lambda h, mask: weigh((scores(h) * 0.3).masked_fill(mask > 0, -torch.inf).softmax(-1), h),
+    "replaced in place": lambda h, mask: weigh((scores(h) * 0.3).masked_fill_(mask > 0, -1e9).softmax(-1), h),
+    "replaced where one is not seen": lambda h, mask: weigh(torch.where(mask > 0, scores(h) / 3, LEAST).softmax(-1), h),
+    "replaced where one goes": lambda h, mask: weigh(torch.where(mask > 0, LEAST, scores(h)).softmax(-1), h),
+    "replaced by the method": lambda h, mask: weigh(scores(h).where(mask > 0, -torch.inf).softmax(-1), h),
+    "all replaced": lambda h, mask: weigh(scores(h).masked_fill(h[:, None, :, :1] > mask * 0, LEAST).softmax(-1), h),
+    "replaced in another type": lambda h, mask: weigh(
+        scores(h).double().masked_fill(mask > 0, LEAST).softmax(-1).float(), h
+    ),
+    "without heads": lambda h, mask: (h @ (h @ KEY).transpose(1, 2) * 0.3 + mask[:, 0]).softmax(-1) @ (h @ VALUE),
+    "without heads, replaced": lambda h, mask: (h @ h.mT).masked_fill(mask[:, 0] > 0, LEAST).softmax(2) @ (h @ VALUE),
 }
 LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "the weights are read": with_weights,
@@ -90,6 +110,12 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "one head of keys": lambda h, mask: weigh((heads(h) @ heads(h @ KEY)[:, :1].transpose(2, 3)).softmax(-1), h),
     "no swap": lambda h, mask: weigh((scores(h) @ scores(h)).softmax(-1), h),
     "written in between": written_in_between,
+    "replaced by no low number": lambda h, mask: weigh(scores(h).masked_fill(mask > 0, -50.0).softmax(-1), h),
+    "replaced by a tensor": lambda h, mask: weigh(torch.where(mask > 0, scores(h), mask * 1e9).softmax(-1), h),
+    "replaced by the largest": lambda h, mask: weigh(scores(h).masked_fill(mask > 1, 1e9).softmax(-1), h),
+    "replaced for more heads": lambda h, mask: (
+        scores(h)[:, :1].masked_fill(torch.cat([mask, mask, mask], 1) > 0, LEAST).softmax(-1) @ heads(h @ VALUE)[:, :1]
+    ),
 }
 
 
@@ -98,6 +124,7 @@ def test_attention_in_parts_is_fused(name: str) -> None:
     attend = {**FUSED, **LEFT}[name]
     captured = Captured(lambda h: attend(h, h[:, None, :, :1] * h[:, None, None, :, 1]), tokens())
     name_calls(captured.gm.graph)
+    make_functional(captured.gm.graph)
     place_arguments(captured.gm.graph)
     h = next(node for node in captured.gm.graph.find_nodes(op="placeholder") if isinstance(value_of(node), Tensor))
     fuse_attention(captured.gm.graph, Length(value_of(h)))

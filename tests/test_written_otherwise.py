@@ -18,6 +18,7 @@ a, b, c = toys(3)
 side = torch.randn(2, 20, HIDDEN, generator=torch.Generator().manual_seed(1))
 scale = nn.Parameter(torch.tensor(0.7))
 square = torch.randn(20, 20, generator=torch.Generator().manual_seed(2)).tril()
+TRIANGLE = torch.ones(64, 64).tril()
 row = torch.arange(20) % 3 > 0
 
 Ways = tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]  # plainly, otherwise, inputs beside h
@@ -55,6 +56,14 @@ def attends(h: Tensor, mask: Tensor) -> Tensor:
 
 def attends_without_heads(h: Tensor, mask: Tensor) -> Tensor:
     return h + F.scaled_dot_product_attention(h, h, h, mask)
+
+
+def attends_by_itself(h: Tensor) -> Tensor:
+    """To the tokens before, as a model of one's own may: with a triangle that is longer than its sequences."""
+    heads = h.unflatten(-1, (2, 3)).transpose(1, 2)
+    scores = heads @ heads.mT / 3**0.5
+    scores = scores.masked_fill(TRIANGLE[: h.shape[1], : h.shape[1]] == 0, -torch.inf)
+    return h + (scores.softmax(-1) @ heads).transpose(1, 2).flatten(2)
 
 
 def behind_unknown(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -174,6 +183,11 @@ WAYS: dict[str, Ways] = {
         lambda h, m: c(attends_without_heads(b(a(h)), m.expand(h.shape[0], -1, -1))),
         lambda h, m: c(attends_without_heads(b(a(h)), m)),
         (square,),
+    ),
+    "attention that a model writes out": (
+        lambda h: c(attends(b(a(h)), torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril())),
+        lambda h: c(attends_by_itself(b(a(h)))),
+        (),
     ),
     "one mask for attention with heads and without": (
         lambda h, m: c(attends(attends_without_heads(b(a(h)), m[None]), m[None, None])),

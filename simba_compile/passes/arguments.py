@@ -4,6 +4,7 @@
 ``x.__invert__()``                     →  ``~x``
 ``torch.hstack([x, y])``               →  ``torch.cat([x, y], dim=1)``
 ``x.swapaxes(1, 2)``, ``x.mT``         →  ``x.transpose(1, 2)``
+``einsum("bid,bjd->bij", x, y)``       →  ``x @ y.transpose(-2, -1)``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from simba_compile.passes.edit import insert_traced, sizes
 from simba_compile.passes.length import value_of
 from simba_compile.passes.scans import MIXER_OPERATORS
 from simba_compile.passes.tokens import (
@@ -75,9 +77,33 @@ def name_calls(graph: Graph) -> None:
             node.target = _SYNONYMS[node.target]
         if node.target is getattr and node.args[1] == "mT":
             node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
+        if node.target is torch.einsum:
+            _name_product(node)
         dim = _STACKS.get(node.target)
         if dim is not None and all(value_of(part).dim() > max(dim, 1) for part in node.all_input_nodes):
             node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": dim}
+
+
+def _name_product(node: Node) -> None:
+    """Write an einsum as a product of matrices, where it is one of all that stand in the two, or of rows with a matrix."""
+    equation, *factors = node.args
+    if not isinstance(equation, str) or len(factors) != 2:
+        return
+    one, _, rest = equation.replace(" ", "").partition(",")
+    other, _, out = rest.partition("->")
+    if not (one + other + out).isalpha() or min(len(one), len(other)) < 2:
+        return
+    *rows, i, j = list(one)
+    *columns, k, last = list(other)
+    is_plain = all(len(set(term)) == len(term) for term in (one, other, out)) and columns in (rows, [])
+    if not is_plain or set(one) & set(other) != {*columns, j}:
+        return
+    if j == last and out == "".join([*rows, i, k]):
+        factors[1] = insert_traced(node, "transpose", factors[1], -2, -1)
+    elif j != k or out != "".join([*rows, i, last]):
+        return
+    if sizes(factors[0])[-1] == sizes(factors[1])[-2]:  # else one is a single one, which einsum repeats
+        node.target, node.args = torch.matmul, tuple(factors)
 
 
 def place_arguments(graph: Graph) -> None:

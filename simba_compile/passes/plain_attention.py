@@ -4,9 +4,11 @@ So has transformers with ``attn_implementation="eager"``:
 
 ``softmax(q @ k.transpose(2, 3) * s + mask, -1) @ v``  →  ``scaled_dot_product_attention(q, k, v, mask, scale=s)``
 
-Weights that something else reads (``output_attentions=True``) or that are dropped at random have to be computed: they stay.
+A number far below all scores in place of some is a mask, too (``masked_fill(scores, gone, -inf)``, ``where``). Weights that
+something else reads (``output_attentions=True``) or that are dropped at random have to be computed: they stay.
 """
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -21,6 +23,8 @@ from simba_compile.passes.match import ADDS
 from simba_compile.passes.tokens import MUL, PRODUCTS, TO_TYPE
 
 _DIV: set[Any] = {operator.truediv, torch.div, "div"}
+_REPLACING: set[Any] = {"masked_fill", torch.masked_fill, torch.where, "where"}
+_FAR_BELOW = -1e9  # beside it, scores are lost in rounding: adding it or putting it in their place is the same
 _SOFTMAX: set[Any] = {F.softmax, torch.softmax, "softmax"}
 
 
@@ -36,32 +40,35 @@ def fuse_attention(graph: Graph, length: Length | None) -> None:
         an encoder's states, among the heads of a token), or reads them all (pooling). In a graph without tokens to prune,
         such as a decoding step, all attention is fused, since it may read a cache with marks.
     """
+    ranks = (4,) if length is None else (3, 4)  # what is read from a cache has heads
     for node in list(graph.nodes):
-        if node.target in PRODUCTS and len(node.args) == 2 and len(sizes(node)) == 4:
+        if node.target in PRODUCTS and len(node.args) == 2 and len(sizes(node)) in ranks:
             _fuse(node, length)
 
 
 def _fuse(node: Node, length: Length | None) -> None:
     weights, value = node.args
+    last = len(sizes(node)) - 1
     softmax = _before(weights, {F.dropout} | TO_TYPE)
-    if softmax is None or softmax.target not in _SOFTMAX or _given(softmax, 1, "dim") not in (-1, 3):
+    if softmax is None or softmax.target not in _SOFTMAX or _given(softmax, 1, "dim") not in (-1, last):
         return
-    scores, mask = _operands(_before(softmax.args[0], TO_TYPE), ADDS)
+    scores, mask = _unmasked(_before(softmax.args[0], TO_TYPE))
     scaled = _before(scores, TO_TYPE)
     product, scale = _operands(scaled, MUL | _DIV)
     product = _before(product, TO_TYPE)
     if product is None or product.target not in PRODUCTS or len(product.args) != 2:
         return
     query, across = product.args
-    if not isinstance(across, Node) or not is_swap(across, 2, 3):
+    if not isinstance(across, Node) or not is_swap(across, last - 1, last):
         return
     key = across.args[0]
     rows = [query, key, value]
     if not all(isinstance(row, Node) for row in rows) or dtype_of(product) != dtype_of(node):
         return  # within autocast what they read may be of other types
-    if not _fit(node, query, key, value, mask) or not may_move(product, node, *rows, *([] if mask is None else [mask])):
+    read = rows if mask is None else [*rows, mask.given]
+    if not _fit(node, *read) or not may_move(product, node, *read):
         return
-    if length is not None and not all(length.depends(value_of(row).shape[2]) for row in rows):
+    if length is not None and not all(length.depends(value_of(row).shape[-2]) for row in rows):
         return
     if scale is None:
         scale = 1.0
@@ -69,9 +76,60 @@ def _fuse(node: Node, length: Length | None) -> None:
         scale = 1 / scale
     elif scaled.target in _DIV or not isinstance(_number(scale), float | int | torch.SymFloat):
         return
-    new = insert(node, F.scaled_dot_product_attention, *rows, _of_type(mask, dtype_of(node), node), 0.0, False)
+    added = None if mask is None else _of_type(mask.added(node), dtype_of(node), node)
+    new = insert(node, F.scaled_dot_product_attention, *rows, added, 0.0, False)
     new.kwargs = {"scale": scale}
     replace(node, new)
+
+
+@dataclasses.dataclass
+class _Mask:
+    """What hides keys from queries: numbers that are added to the scores, or truths that say which are replaced.
+
+    Attributes
+    ----------
+    given : Node
+        The numbers or truths.
+    masked : Node
+        The scores with some hidden.
+    low : float, optional
+        What replaces scores.
+    of_seen : bool
+        Whether the truths say which scores stay.
+    """
+
+    given: Node
+    masked: Node
+    low: float | None = None
+    of_seen: bool = False
+
+    def added(self, before: Node) -> Node:
+        """The mask as numbers to add, in front of a node."""
+        if self.low is None:
+            return self.given
+        gone = insert_traced(before, "logical_not", self.given) if self.of_seen else self.given
+        return insert_traced(before, "masked_fill", insert_traced(before, "to", gone, dtype_of(self.masked)), gone, self.low)
+
+
+def _unmasked(node: Any) -> tuple[Any, _Mask | None]:
+    """The scores, and the mask where there is one; no scores where it is no mask that can be added."""
+    scores, added = _operands(node, ADDS)
+    if added is not None:
+        numbers = value_of(added)
+        is_float = isinstance(numbers, Tensor) and numbers.is_floating_point()
+        return (scores, _Mask(added, node)) if is_float else (None, None)
+    if node is None or node.target not in _REPLACING or len(node.args) != 3:
+        return node, None
+    first, second, third = node.args
+    if node.target is torch.where:
+        scores, truths, low, of_seen = (
+            (second, first, third, True) if isinstance(second, Node) else (third, first, second, False)
+        )
+    else:
+        scores, truths, low, of_seen = first, second, third, node.target == "where"
+    if not isinstance(low, float | int) or low > max(torch.finfo(value_of(node).dtype).min, _FAR_BELOW):
+        return None, None
+    return scores, _Mask(truths, node, low, of_seen)
 
 
 def _before(node: Any, passed: set[Any]) -> Any:
@@ -105,19 +163,15 @@ def _are_scores(value: Any) -> bool:
     return isinstance(value, Node) and value.target in PRODUCTS
 
 
-def _fit(node: Node, query: Any, key: Any, value: Any, mask: Any) -> bool:
+def _fit(node: Node, query: Any, key: Any, value: Any, mask: Any = None) -> bool:
     """Whether they are of attention with as many heads of keys as of queries, and the mask widens nothing."""
-    if not all(len(sizes(row)) == 4 for row in (query, key, value)):
+    if not all(len(sizes(row)) == len(sizes(node)) for row in (query, key, value)):
         return False
     *heads, queries, _ = sizes(query)
     *_, keys, _ = sizes(key)
-    if not heads == sizes(key)[:2] == sizes(value)[:2] == sizes(node)[:2] or keys != sizes(value)[2]:
+    if not heads == sizes(key)[:-2] == sizes(value)[:-2] == sizes(node)[:-2] or keys != sizes(value)[-2]:
         return False
-    if mask is None:
-        return True
-    given = value_of(mask)
-    is_float = isinstance(given, Tensor) and given.is_floating_point()
-    return is_float and sizes(mask)[-2:] in ([queries, keys], [1, keys])
+    return mask is None or sizes(mask)[-2:] in ([queries, keys], [1, keys])
 
 
 def _of_type(mask: Any, dtype: Any, before: Node) -> Any:

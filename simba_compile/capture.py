@@ -198,6 +198,7 @@ def _arguments(source: str, value: Any, seen: set[int] | None = None) -> Iterato
         items = [
             (f"dict.__getitem__({source}, list(dict.keys({source}))[{i}])", item) for i, item in enumerate(value.values())
         ]
+        items += [(f"{source}.{name}", item) for name, item in value.items() if getattr(value, name, None) is item]
     elif isinstance(value, dict):
         items = [(f"{source}[{key!r}]", item) for key, item in value.items()]
     elif type(value) in (list, tuple):

@@ -188,10 +188,20 @@ def _describe(result: Transformed, inputs: tuple) -> list[MixerReport]:
 
 
 def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
-    """What the passes' result means for each mixer of a sequence of this length."""
+    """What the passes' result means for each mixer of a sequence of this length.
+
+    A mixer of another sequence than the first one's, which is dense, has as many tokens as when the graph was made.
+    """
     counts = [tokens] * len(result.mixers) if result.plan is None else result.plan.counts(tokens)
     rows, before, influence = [], tokens, result.options.criterion == "influence"
+    first = Length(result.mixers[0].x).tokens
     for i, mixer in enumerate(result.mixers):
+        if Length(mixer.x).tokens != first:
+            size = mixer.x.shape[1]
+            own = size if isinstance(size, int) else size.node.hint
+            dense = own * (mixer.entering_flops + mixer.scanned_flops)
+            rows.append(MixerReport(mixer.path, mixer.kind, own, own, dense, dense, mixer.reason))
+            continue
         reason = mixer.reason
         if reason is None and result.plan is not None and result.plan.pruning and counts[-1] == tokens:
             reason = result.plan.why_all_stay(tokens)

@@ -17,6 +17,7 @@ from simba_compile.passes import Transformed
 from simba_compile.passes.tokens import LINEAR
 from simba_compile.report import mixer_rows
 
+UNIFORM = {"schedule": "uniform", "min_tokens": 4}
 LENGTH, WORDS = 50, 70  # no width of a tiny model is 70
 OPS = torch.ops.simba
 
@@ -131,6 +132,24 @@ def test_a_call_without_mixers() -> None:
     report = simba_compile.explain(torch.sin, torch.randn(2, LENGTH))
     assert report.to_dict() == {"mixers": [], "flops_dense": 0, "flops_pruned": 0, "graphs": 1}
     assert str(report) == "No Mamba mixer was found: the model runs as it is.\n"
+
+
+@pytest.mark.parametrize("tokens", [LENGTH + 1, LENGTH - 3, LENGTH // 2])
+def test_a_sequence_of_another_length_has_its_own_tokens(tokens: int) -> None:
+    """Three layers, and before the second one the sequence is made longer or shorter: from there on all is dense."""
+    first, second, third = tiny_model(layers=3).backbone.layers
+    change = {
+        LENGTH + 1: lambda h: torch.cat([h[:, :1], h], 1),
+        LENGTH - 3: lambda h: h[:, 3:],
+        LENGTH // 2: lambda h: h.unflatten(1, (-1, 2)).sum(2),
+    }[tokens]
+    h = torch.randn(2, LENGTH, 32)
+    with torch.no_grad():
+        report = simba_compile.explain(lambda h: third(second(change(first(h)))), h, options={"keep": 0.5, **UNIFORM})
+    assert [(row.tokens_in, row.tokens_out) for row in report.mixers] == [(LENGTH, 25), (tokens, tokens), (tokens, tokens)]
+    (one, two, _) = report.mixers
+    assert one.reason is None and "its tokens are others" in str(two.reason)
+    assert two.flops_pruned == two.flops_dense == one.flops_dense * tokens / LENGTH
 
 
 def test_a_fixed_length_is_the_reason() -> None:

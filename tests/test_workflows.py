@@ -16,6 +16,7 @@ from families import tiny_model as family_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerFast, pipeline
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 import simba_compile
@@ -62,6 +63,18 @@ class ReadsBatch(nn.Module):
         return self.model(**given).logits[:, -1]
 
 
+class ReadsAttribute(nn.Module):
+    """A model behind another one, whose output it reads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, given: ModelOutput) -> Tensor:
+        """Logits of the next token."""
+        return self.model(inputs_embeds=given.last_hidden_state).logits[:, -1]
+
+
 class NamedBatch(NamedTuple):
     input_ids: Tensor
 
@@ -104,6 +117,19 @@ def test_inputs_in_an_object(kind: Callable, selected: list[Tensor]) -> None:
             expected = pruned_exactly(model, ids, **KEEP_FEW).logits[:, -1]
         close(found, expected, 1e-6)  # logits are float32
         assert [index.shape[1] for index in selected.copy()] and not selected.clear()
+
+
+def test_what_another_model_returns(selected: list[Tensor]) -> None:
+    """Read as an attribute, as is usual, it prunes at its first length, too."""
+    model = tiny_model(dtype=torch.float64, layers=2)
+    compiled = simba(ReadsAttribute(model), fullgraph=False, **KEEP_FEW)
+    for length in (50, 40):
+        ids = random_ids(2, length)
+        with torch.no_grad():
+            found = compiled(BaseModelOutput(last_hidden_state=model.get_input_embeddings()(ids)))
+            expected = pruned_exactly(model, ids, **KEEP_FEW).logits[:, -1]
+        close(found, expected, 1e-6)  # logits are float32
+        assert selected and not selected.clear()
 
 
 def test_inputs_in_an_object_of_its_own_kind(selected: list[Tensor]) -> None:

@@ -69,6 +69,10 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "copied to an index": lambda h: torch.zeros_like(h).index_copy(1, backwards(h), h),
     "added to an index": lambda h: torch.zeros_like(h).index_add(1, backwards(h), h),
     "put to an index": lambda h: torch.index_put(torch.zeros_like(h), (torch.arange(len(h))[:, None], backwards(h)), h),
+    "reduced to an index": lambda h: torch.zeros_like(h).scatter_reduce(1, h.argsort(1), h, "sum"),
+    "scattered by truths": lambda h: h.masked_scatter(h > 0, h),
+    "channels backwards": lambda h: h.flip(-1),
+    "other channels": lambda h: h.index_select(-1, torch.arange(h.shape[2] - 1, -1, -1)),
     "first": lambda h: h + h[:, :1],
     "last": lambda h: h + h[:, -1:],
     "last three": lambda h: h + h[:, -3:].mean(1, keepdim=True),
@@ -98,12 +102,12 @@ REORDERED = {
     *("flip", "flip by name", "flip of a sum", "roll", "roll by names", "index_select by name", "sorted", "permuted"),
     *("permuted by an index", "roll by cat", "roll back by cat", "roll by narrow", "roll of copies", "roll of a longer one"),
     *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped", "flat roll by cat", "flipud", "rotated"),
-    *("roll by hstack", "flat roll by vstack", "roll by dstack"),
+    *("reduced to an index", "scattered by truths", "roll by hstack", "flat roll by vstack", "roll by dstack"),
     *("stacked as columns", "scattered", "copied to an index", "added to an index", "put to an index"),
 }
 IN_PLACE = {
     *("shift by cat", "shift by cat onto the first", "look ahead by cat", "first ones replaced", "in order, by names"),
-    *("mean", "cumsum", "gate", "channels swapped in a longer one"),
+    *("channels backwards", "other channels", "mean", "cumsum", "gate", "channels swapped in a longer one"),
 }
 
 

@@ -49,6 +49,10 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: torch.permute(h, dims=(0, 2, 1)).sin().permute(dims=(0, 2, 1)),
         lambda h: h.permute((0, 2, 1)).sin().permute((0, 2, 1)),
     ),
+    "channels moved": (
+        lambda h: torch.roll(h, shifts=2, dims=2).flip(dims=(2,)),
+        lambda h: torch.roll(h, 2, 2).flip((2,)),
+    ),
     "product": (lambda h: torch.matmul(input=h, other=matrix), lambda h: torch.matmul(h, matrix)),
     "product by einsum": (
         lambda h: torch.einsum("bnd,ed->bne", torch.einsum("b n d, d e -> b n e", h, matrix), matrix),

@@ -53,7 +53,8 @@ _NEXT = {  # what follows the first argument, as far as some pass reads it by it
     **dict.fromkeys(PRODUCTS | {"add", torch.add, "sub", torch.sub, "mul", torch.mul, "div", torch.div}, ("other",)),
     **dict.fromkeys(("pow", torch.pow), ("exponent",)),
     **dict.fromkeys(("narrow", torch.narrow), ("dim", "start", "length")),
-    **dict.fromkeys(("permute", torch.permute), ("dims",)),
+    **dict.fromkeys(("permute", torch.permute, "flip", torch.flip), ("dims",)),
+    **dict.fromkeys(("roll", torch.roll), ("shifts", "dims")),
     **dict.fromkeys(("transpose", torch.transpose), ("dim0", "dim1")),
     **{"view": ("size",), "reshape": ("shape",), torch.reshape: ("shape",)},
 }

@@ -48,15 +48,17 @@ POINTWISE: set[Any] = {
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "cumsum", torch.gather, torch.scatter), None),
-    **dict.fromkeys(("gather", "scatter"), None),
-    **dict.fromkeys((torch.topk, torch.sort), -1),
-    **dict.fromkeys(("topk", "sort"), -1),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "cumsum"), None),
+    **dict.fromkeys((torch.gather, torch.scatter, torch.scatter_add, torch.scatter_reduce, torch.index_select), None),
+    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "index_select"), None),
+    **dict.fromkeys((torch.flip, "flip", torch.roll, "roll"), None),
+    **dict.fromkeys((torch.topk, torch.sort, "topk", "sort"), -1),
 }
-DIM_AT = {torch.topk: 2, "topk": 2}  # where ``dim`` stands among the arguments; elsewhere it is the second
+DIM_AT = dict.fromkeys((torch.topk, "topk", torch.roll, "roll"), 2)  # among the arguments; elsewhere it is the second
 _REORDERING = (
     *("flip", "fliplr", "flipud", "rot90", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
-    *("scatter", "scatter_add", "index_copy", "index_add", "index_put"),
+    *("scatter", "scatter_add", "scatter_reduce", "masked_scatter", "put"),
+    *("index_copy", "index_add", "index_reduce", "index_put"),
 )
 # May put what stands along an axis in another order: as methods, and as functions.
 REORDERS: set[Any] = {*_REORDERING, *(getattr(torch, name) for name in _REORDERING)}
@@ -140,7 +142,8 @@ def _is_repeated(node: Node, end: int, sources: list[Node]) -> bool:
 
 def _is_along_other_axes(node: Node, sources: list[Node], length: Length) -> bool:
     """Whether an operation along axes leaves alone the tokens' axis and the batch's, which are the same in all it reads."""
-    if any(isinstance(value_of(read), Tensor) and read not in sources for read in node.all_input_nodes):
+    selects = node.target in (torch.index_select, "index_select")
+    if not selects and any(isinstance(value_of(read), Tensor) and read not in sources for read in node.all_input_nodes):
         return False  # an index without tokens, whose rows are those of the first ones
     layouts = {(_rank(value), max(length.axis(value), 0), length.batch_axis(value)) for value in map(value_of, sources)}
     if len(layouts) != 1:
@@ -148,6 +151,8 @@ def _is_along_other_axes(node: Node, sources: list[Node], length: Length) -> boo
     ((rank, *taken),) = layouts
     at = DIM_AT.get(node.target, 1)
     dims = node.kwargs.get("dim", node.args[at] if len(node.args) > at else ALONG_AXES[node.target])
+    if node.target == "flip" and isinstance(dims, int):
+        dims = node.args[at:]
     dims = dims if isinstance(dims, list | tuple) else [dims]
     return all(isinstance(dim, int) and dim % rank not in taken for dim in dims)
 

@@ -220,7 +220,7 @@ def _log(result: Transformed, partial: str | None) -> None:
     if not result.mixers:
         uncompiled = why_uncompiled()
         if uncompiled is not None and result.options.prunes:
-            _warn_once(uncompiled)
+            capture.warn_once(f"Dense: {uncompiled}.")
         log.info("Nothing to prune in this graph: a decoding step, or a model without a mixer.")
         return
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
@@ -228,15 +228,9 @@ def _log(result: Transformed, partial: str | None) -> None:
     if dense is None or not result.options.prunes or dense.x.shape[1] == 1:  # of one token, nothing can be dropped
         return
     if partial:
-        _warn_once(partial)
+        capture.warn_once(f"Dense: {partial}.")
     else:
         log.warning("%s and the mixers after it stay dense: %s.", dense.path, dense.reason)
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    """Warn of what is the same for many graphs."""
-    log.warning("Dense: %s.", reason)
 
 
 capture.install(simba)

@@ -93,16 +93,25 @@ def _lifting() -> bool:
     compiler = InstructionTranslator.current_tx().output.compiler_fn
     splitter = getattr(compiler, "__self__", None)  # DistributedDataParallel's: it cuts the graph before we would see it
     if _unwrap(getattr(splitter, "backend_compile_fn", None)) is _backend:
-        _warn_of_splitting()
+        warn_once(
+            "Under DistributedDataParallel the model stays dense, for Dynamo would cut its graph into pieces: set "
+            "torch._dynamo.config.optimize_ddp = False before compiling."
+        )
     return _unwrap(compiler) is _backend
 
 
-@functools.cache
-def _warn_of_splitting() -> None:
-    log.warning(
-        "Under DistributedDataParallel the model stays dense, for Dynamo would cut its graph into pieces: set "
-        "torch._dynamo.config.optimize_ddp = False before compiling."
+@torch._dynamo.assume_constant_result
+def _warn_of_declining(name: str) -> None:
+    warn_once(
+        f"{name} is called in a way that simba_compile has no kernel for (more than {substitutes.MAX_STATES} states, "
+        "sequences packed into one row, or the like): it stays as it is, and its mixer counts as none."
     )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn of what many graphs have."""
+    log.warning(message)
 
 
 @torch._dynamo.assume_constant_result
@@ -268,15 +277,19 @@ def _lift(ours: Callable) -> Callable[[Callable], Callable]:
     """Put `ours` in a function's place where our backend compiles. A call that `ours` declines stays as it is."""
 
     def substitute_of(original: Callable) -> Callable:
+        name = f"{original.__module__}.{original.__name__}"
         if not _has_the_parameters_of(original, ours):
-            name = f"{original.__module__}.{original.__name__}"
             log.warning("%s has other parameters than this version of simba_compile knows: what calls it stays dense.", name)
             return original
 
         @functools.wraps(original)
         def substitute(*args, **kwargs):  # type: ignore[no-untyped-def]
-            result = ours(*args, **kwargs) if _lifting() else NotImplemented
+            if not _lifting():
+                return original(*args, **kwargs)
+            result = ours(*args, **kwargs)
             if result is NotImplemented:
+                if ours in substitutes.SCANS:
+                    _warn_of_declining(name)
                 return original(*args, **kwargs)
             if of_a_prompt:
                 _make_length_dynamic()

@@ -124,13 +124,17 @@ def test_a_step_of_one_state_or_one_channel_is_lifted(states: int, size: int) ->
 
 
 @pytest.mark.parametrize("config", [{"state_size": 257}, {"conv_kernel": 65}], ids=str)
-def test_what_is_beyond_our_kernels_is_left_to_transformers(config: dict[str, int]) -> None:
+def test_what_is_beyond_our_kernels_is_left_to_transformers(
+    config: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    capture.warn_once.cache_clear()
     model, ids = tiny_model(layers=2, **config), random_ids(2, 80)
     compiled = simba(model, keep=1.0)
     with torch.no_grad():
         theirs, ours = model(ids, use_cache=True), compiled(ids, use_cache=True)
         close(ours.logits, theirs.logits, 1e-4)  # compiled, transformers' scan adds in another order
         close(compiled(ids[:, :1], **going_on(ours)).logits, model(ids[:, :1], **going_on(theirs)).logits, 1e-4)
+    assert caplog.text.count("mamba_selective_scan is called in a way that") == ("state_size" in config)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])

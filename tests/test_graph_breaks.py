@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MambaForCausalLM
 
 import simba_compile
-from simba_compile import backend
+from simba_compile import capture
 from simba_compile.passes import Transformed
 
 LENGTH = 40
@@ -23,7 +23,7 @@ LENGTH = 40
 @pytest.fixture(autouse=True)
 def told_nothing() -> None:
     """A reason is told once in a process."""
-    backend._warn_once.cache_clear()
+    capture.warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SELECTING, exact_casts, tiny_model
 from torch import Tensor, nn
+from toys import OPS
 
 import simba_compile.backend
 from simba_compile.passes import Transformed
@@ -262,3 +263,46 @@ def test_a_dropped_token_is_what_it_was_on_leaving(name: str, selected: list[Ten
     dropped = torch.ones(2, 24, dtype=torch.bool).scatter(1, selected[0], False)
     torch.testing.assert_close(out[dropped], before[dropped], rtol=0, atol=1e-5)  # Hugging Face's scan is in float32
     assert (out - before)[~dropped].abs().amax(-1).min() > 1e-3
+
+
+MATRIX = torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda h: h,
+    "scaled": lambda h: 0.7 * h,
+    "bounded": torch.tanh,
+    "a norm": lambda h: F.rms_norm(h, (32,)),
+    "a norm in parts": lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "scaled by an add": lambda h: h + 0.1 * h,
+    "twice": lambda h: h + h,
+    "one more": lambda h: h + 1.0,
+    "an activation with an add": lambda h: 0.5 * h * (1 + torch.tanh(0.8 * (h + 0.044715 * h.pow(3)))),
+}
+
+
+@pytest.mark.parametrize("behind", ["an MLP", "nothing"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_token_that_left_misses_what_layers_add_alone(
+    name: str, behind: str, selected: list[Tensor], graphs: list[Transformed]
+) -> None:
+    """What else a model does to its stream in each layer goes on, and no layer runs on tokens that left."""
+    layers, change = tiny_model(dtype=torch.float64, layers=2).backbone.layers, CHANGES[name]
+    x = torch.randn(2, 24, 32, dtype=torch.float64)
+
+    def step(layer: nn.Module, h: Tensor) -> Tensor:
+        h = change(layer(h))
+        return h + F.silu(F.linear(F.rms_norm(h, (32,)), MATRIX)) if behind == "an MLP" else h
+
+    with torch.no_grad():
+        out = torch.compile(
+            lambda x: step(layers[1], step(layers[0], x)), backend="simba", options={"keep": 0.3, "min_tokens": 2}
+        )(x)
+        before = step(layers[0], x)
+    dropped = torch.ones(2, 24, dtype=torch.bool).scatter(1, selected[0], False)
+    torch.testing.assert_close(
+        out[dropped], change(before)[dropped], rtol=1e-6, atol=1e-5
+    )  # Hugging Face's scan is in float32
+    assert (out - change(before))[~dropped].abs().amax(-1).min() > 1e-3
+    (result,) = graphs
+    assert result.pruned is not None
+    dense, pruned = ([node.target for node in gm.graph.nodes].count(OPS.linear) for gm in (result.dense, result.pruned))
+    assert pruned == dense + 1  # the gate's part of in_proj, for the tokens that stay

@@ -169,13 +169,13 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
     "a mixer's output averaged": (
         output_averaged,
         BOTH,
-        ["is needed for all tokens, and is not defined for pruned ones"] * 2,
+        ["is needed for all tokens by mean_1, and is not defined for pruned ones"] * 2,
     ),
     "channels before tokens": (channels_before_tokens, BOTH, ["across_2 is the residual stream.* tokens in axis 2"] * 2),
     "a sum under autocast": (
         sum_under_autocast,
         BOTH,
-        ["is needed for all tokens within a no_grad or autocast of others"] * 2,
+        ["is needed for all tokens by total within a no_grad or autocast of others"] * 2,
     ),
     "written after it was read": (
         written_after_it_was_read,

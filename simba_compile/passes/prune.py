@@ -77,6 +77,7 @@ class _Pruning(Versions):
     def _visit(self, node: Node) -> None:
         if node in self.version:  # an input, or one that was needed earlier
             return
+        self.reader = node
         if node.op == "output":
             self.out.node_copy(node, self._returned)
             return

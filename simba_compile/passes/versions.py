@@ -54,6 +54,7 @@ class Versions:
         self.positions: dict[int, Node] = {}  # version → their places in the sequence, where something asks for them
         self.tokens: Node | None = None  # the full length as a number
         self.mixer = 0  # the last one that pruned: whom a failure is laid to
+        self.reader: Node | None = None  # the node that the walk has come to, for which others are made
         attentions = [node for node in graph.nodes if is_attention(node)]
         # Keys and values that attention reads, now or later: as outputs, a cache's entries
         self.entries = {source for node in attentions for source in entries(node, plan.length)}
@@ -68,6 +69,11 @@ class Versions:
     def cannot(self, node: Node, reason: str) -> Unprunable:
         """The error for a value that is not defined for pruned tokens."""
         return Unprunable(self.mixer, f"{name_of(node)} {reason}")
+
+    def cannot_restore(self, node: Node, reason: str) -> Unprunable:
+        """The error for a value that the reader needs at full length."""
+        reader = "" if self.reader is None or self.reader.op == "output" else f" by {name_of(self.reader)}"
+        return self.cannot(node, f"is needed for all tokens{reader}{reason}")
 
     # --- writing a value -------------------------------------------------------------------------------------------------
 
@@ -161,11 +167,11 @@ class Versions:
             where = (self.places(have), self.tokens, self.length.of(node))
             return self.call(OPS.cache_entries, self.made[node, have], *where)
         if node.target in MIXER_OPERATORS or not is_tokenwise(node, self.length):
-            raise self.cannot(node, "is needed for all tokens, and is not defined for pruned ones")
+            raise self.cannot_restore(node, ", and is not defined for pruned ones")
         mode = self.modes.of[node]
         if mode != self.modes.present:
             if not self.modes.leads_to(mode):
-                raise self.cannot(node, "is needed for all tokens within a no_grad or autocast of others")
+                raise self.cannot_restore(node, " within a no_grad or autocast of others")
             outside = self.take_derived()
             with self.modes.switched_to(mode, self.out):
                 new = self._restore(node, version)
@@ -176,7 +182,7 @@ class Versions:
         if not is_random(node):
             return self._copy(node, 0)
         if self.length.of(node) != 1:
-            raise self.cannot(node, "is needed for all tokens, and draws random numbers")
+            raise self.cannot_restore(node, ", and draws random numbers")
         have = self.version[node]  # the tokens of this version have theirs already
         return self.call(OPS.restore, self._copy(node, 0), [self.made[node, have]], [self.places(have)])
 
@@ -190,7 +196,7 @@ class Versions:
                     layers.setdefault(version, self.made[node, version])
             node = self.stream.uncast(self.stream.before[node])
         if node in self.entries and node not in self.stream.before:  # at full length it has marks
-            raise self.cannot(node, "is needed for all tokens, and attention reads it as keys or values")
+            raise self.cannot_restore(node, ", and attention reads it as keys or values")
         order = sorted(layers)
         positions = [self.places(version) for version in order]
         return self.call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

@@ -130,7 +130,7 @@ def add_norm(residual: Tensor, x: Tensor, weight: Tensor | None, eps: float, ind
     Parameters
     ----------
     residual : Tensor
-        (..., channel), in x's dtype or in float32.
+        (..., channel), in x's dtype, or in float32 beside halves.
     x : Tensor
         (..., channel).
     weight : Tensor, optional

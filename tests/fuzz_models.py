@@ -194,7 +194,7 @@ LOOK: dict[str, Function] = {
     "first zeroed": lambda h: h.index_fill(1, torch.tensor([0]), 0.0),
 }
 # Run on the tokens that are left, as docs/method.md has it.
-ATTENDS = {"sdpa", "attention of heads", "causal attention of heads"}
+ATTENDS = {"sdpa", "attention", "causal attention", "einsum of tokens", "attention of heads", "causal attention of heads"}
 # Written as ``h + ...``: adds onto the stream, in which those who left may keep what they had.
 ONTO = {"positions", "positions of length", "shift", "mean", "last", "last, squeezed", "first", "first, squeezed", "middle"}
 ONTO |= {"batch roll", "across batch", "rank", "masked sum"}

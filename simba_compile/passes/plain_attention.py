@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.edit import dtype_of, insert, insert_traced, is_swap, may_move, replace, sizes
+from simba_compile.passes.edit import dtype_of, erase, insert_traced, is_swap, may_move, sizes
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.match import ADDS
 from simba_compile.passes.tokens import MUL, PRODUCTS, TO_TYPE
@@ -77,9 +77,9 @@ def _fuse(node: Node, length: Length | None) -> None:
     elif scaled.target in _DIV or not isinstance(_number(scale), float | int | torch.SymFloat):
         return
     added = None if mask is None else _of_type(mask.added(node), dtype_of(node), node)
-    new = insert(node, F.scaled_dot_product_attention, *rows, added, 0.0, False)
-    new.kwargs = {"scale": scale}
-    replace(node, new)
+    node.op, node.target = "call_function", F.scaled_dot_product_attention  # in place: a mixer may be known to add onto it
+    node.args, node.kwargs = (*rows, added, 0.0, False), {"scale": scale}
+    erase(weights)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass

@@ -58,7 +58,10 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "shift by cat onto the first": lambda h: h + torch.cat([h[:, :1], h[:, :-1]], 1),
     "shift by cat": lambda h: h + torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1),
     "softmax": lambda h: h * torch.softmax(h, dim=1),
-    "softmax of scores": lambda h: h + torch.softmax(h @ h.transpose(1, 2), -1) @ h,
+    "attention": lambda h: h + torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) @ h,
+    "attention alone": lambda h: torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) @ h * 2,
+    "attention that is the stream": lambda h: torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) @ h,
+    "attention of weights": lambda h: h + (torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) ** 2) @ h,
     "doubled": lambda h: torch.cat([h, h], 1)[:, : h.shape[1]],
     "sorted": lambda h: h.sort(1).values,
     "permuted": lambda h: h.gather(1, h.argsort(1)),
@@ -112,6 +115,9 @@ IN_PLACE = {
 }
 
 
+AMONG_KEPT = {"attention", "attention alone", "attention that is the stream"}
+
+
 class Between(nn.Module):
     """Two blocks of Hugging Face's Mamba with a function of the stream between them."""
 
@@ -125,18 +131,21 @@ class Between(nn.Module):
         return self.layers[1](self.function(self.layers[0](h)))
 
 
-def acceptable(model: Between, h: Tensor, sizes: list[int]) -> list[Tensor]:
-    """What the pruned model may give: the function sees the restored stream.
+def acceptable(model: Between, h: Tensor, sizes: list[int], among_kept: bool) -> list[Tensor]:
+    """What the pruned model may give: the function sees the restored stream, or those that are left.
 
     A token that has left may take part in the function or keep what it had. What follows begins on the kept ones.
     """
     results = []
-    for those_who_left_take_part in (False, True):
+    for those_who_left_take_part in (False,) if among_kept else (False, True):
         full, positions = h, torch.arange(h.shape[1]).expand(h.shape[0], -1)
         for i, (block, size) in enumerate(zip(model.layers, sizes, strict=True)):
             if i == 1:
                 changed = model.function(full)
-                if not those_who_left_take_part:
+                if among_kept:
+                    kept = model.function(eager._take(full, positions))
+                    changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
+                elif not those_who_left_take_part:
                     kept = eager._take(changed, positions)
                     changed = full.scatter(1, positions[..., None].expand_as(kept), kept)
                 full = changed
@@ -172,7 +181,7 @@ def test_what_looks_along_the_tokens_is_never_wrong(name: str, monkeypatch: pyte
         if name == "last three":
             monkeypatch.setattr(eager, "select", lambda s, k, first, last, original=eager.select: original(s, k, first, 3))
         with exact_casts():
-            allowed = acceptable(model, h, sizes)
+            allowed = acceptable(model, h, sizes, name in AMONG_KEPT)
             dense = model(h)
     reasons = [mixer.reason for graph in found for mixer in graph.mixers]
     if name in REORDERED:

@@ -284,34 +284,64 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled by an add": lambda h: h + 0.1 * h,
     "twice": lambda h: h + h,
     "one more": lambda h: h + 1.0,
+    "a deviation": lambda h: (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + 1e-5).sqrt(),
     "an activation with an add": lambda h: 0.5 * h * (1 + torch.tanh(0.8 * (h + 0.044715 * h.pow(3)))),
 }
 
 
-@pytest.mark.parametrize("behind", ["an MLP", "nothing"])
+BLOCKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of the stream, changed and as the mixer left it
+    "nothing": lambda h, before: h,
+    "an MLP": lambda h, before: h + F.silu(F.linear(F.rms_norm(h, (32,)), MATRIX)),
+    "an MLP beside": lambda h, before: h + F.silu(F.linear(F.rms_norm(before, (32,)), MATRIX)),
+    "a norm of both": lambda h, before: F.rms_norm(1.5 * h + F.silu(F.linear(h, MATRIX)), (32,)),
+}
+
+
+@pytest.mark.parametrize("behind", BLOCKS)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_token_that_left_misses_what_layers_add_alone(
     name: str, behind: str, selected: list[Tensor], graphs: list[Transformed]
 ) -> None:
     """What else a model does to its stream in each layer goes on, and no layer runs on tokens that left."""
-    layers, change = tiny_model(dtype=torch.float64, layers=2).backbone.layers, CHANGES[name]
+    layers, change, block = tiny_model(dtype=torch.float64, layers=3).backbone.layers, CHANGES[name], BLOCKS[behind]
     x = torch.randn(2, 24, 32, dtype=torch.float64)
 
     def step(layer: nn.Module, h: Tensor) -> Tensor:
-        h = change(layer(h))
-        return h + F.silu(F.linear(F.rms_norm(h, (32,)), MATRIX)) if behind == "an MLP" else h
+        h = layer(h)
+        return block(change(h), h)
+
+    def without_layer(h: Tensor) -> Tensor:
+        """The same for a token that has left."""
+        return F.rms_norm(1.5 * change(h), (32,)) if behind == "a norm of both" else change(h)
+
+    def function(x: Tensor) -> Tensor:
+        return change(layers[2](step(layers[1], step(layers[0], x))))
 
     with torch.no_grad():
-        out = torch.compile(
-            lambda x: step(layers[1], step(layers[0], x)), backend="simba", options={"keep": 0.3, "min_tokens": 2}
-        )(x)
-        before = step(layers[0], x)
-    dropped = torch.ones(2, 24, dtype=torch.bool).scatter(1, selected[0], False)
-    torch.testing.assert_close(
-        out[dropped], change(before)[dropped], rtol=1e-6, atol=1e-5
-    )  # Hugging Face's scan is in float32
-    assert (out - change(before))[~dropped].abs().amax(-1).min() > 1e-3
+        out = torch.compile(function, backend="simba", options={"schedule": [1.0, 0.5, 0.3], "min_tokens": 2})(x)
+        expected = change(without_layer(step(layers[0], x)))
+    dropped = torch.ones(2, 24, dtype=torch.bool).scatter(1, selected[0], False)  # in the second layer
+    torch.testing.assert_close(out[dropped], expected[dropped], rtol=1e-6, atol=1e-5)  # Hugging Face's scan is in float32
+    assert (out - expected)[~dropped].abs().amax(-1).min() > 1e-3
     (result,) = graphs
     assert result.pruned is not None
     dense, pruned = ([node.target for node in gm.graph.nodes].count(OPS.linear) for gm in (result.dense, result.pruned))
-    assert pruned == dense + 1  # the gate's part of in_proj, for the tokens that stay
+    assert pruned == dense + 2  # the gates' parts of in_proj, for the tokens that stay
+
+
+def test_behind_the_last_mixer_is_the_head(selected: list[Tensor]) -> None:
+    """An add onto the final norm is the head's, which reads every token."""
+    layers = tiny_model(dtype=torch.float64, layers=2).backbone.layers
+    x = torch.randn(2, 24, 32, dtype=torch.float64)
+
+    def head(h: Tensor) -> Tensor:
+        h = F.rms_norm(h, (32,))
+        return h + F.silu(F.linear(h, MATRIX))
+
+    with torch.no_grad():
+        out = torch.compile(
+            lambda x: head(layers[1](layers[0](x))), backend="simba", options={"keep": 0.3, "min_tokens": 2}
+        )(x)
+        expected = head(layers[0](x))
+    dropped = torch.ones(2, 24, dtype=torch.bool).scatter(1, selected[0], False)
+    torch.testing.assert_close(out[dropped], expected[dropped], rtol=1e-6, atol=1e-5)

@@ -119,9 +119,39 @@ def test_a_convolution_that_is_cut(bias: Tensor | None, rows: bool, activated: b
     assert OPS.causal_conv1d in found and not {torch.conv1d, F.silu} & {*found}
 
 
+BEHIND_ZEROS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # of (batch, channel, token), and its token axis
+    "padded": (lambda x: F.conv1d(F.pad(x, (3, 0)), TAPS, groups=CHANNELS), 2),
+    "padded rows": (lambda x: F.conv1d(F.pad(x, (0, 0, 3, 0)).transpose(1, 2), TAPS, groups=CHANNELS), 1),
+    "padded by a value": (lambda x: F.silu(F.conv1d(F.pad(x, (3, 0), value=0.0), TAPS, TAPS[:, 0, 0], groups=CHANNELS)), 2),
+    "padded by a module": (lambda x: F.conv1d(torch.nn.ConstantPad1d((3, 0), 0.0)(x), TAPS, groups=CHANNELS), 2),
+    "joined": (lambda x: F.conv1d(torch.cat([torch.zeros_like(x[..., :3]), x], -1), TAPS, groups=CHANNELS), 2),
+    "joined rows": (
+        lambda x: F.conv1d(torch.cat([x.new_zeros(x.shape[0], 3, CHANNELS), x], 1).transpose(1, 2), TAPS, groups=CHANNELS),
+        1,
+    ),
+    "cut by narrow": (lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS).narrow(-1, 0, x.shape[-1]), 2),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_ZEROS)
+def test_a_convolution_behind_zeros(name: str) -> None:
+    convolve, axis = BEHIND_ZEROS[name]
+    found = targets(rewritten(convolve, numbers(BATCH, *((9, CHANNELS) if axis == 1 else (CHANNELS, 9))), axis))
+    assert OPS.causal_conv1d in found and torch.conv1d not in found
+
+
 @pytest.mark.parametrize(
     "convolve",
     [
+        lambda x: F.conv1d(F.pad(x, (4, 0)), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(F.pad(x, (3, 1)), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(F.pad(x, (3, 0), value=1.0), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(F.pad(x, (3, 0), mode="replicate"), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(F.pad(x, (0, 0, 3, 0)), torch.cat([TAPS, TAPS[:3]]), groups=CHANNELS + 3),
+        lambda x: F.conv1d(torch.cat([torch.ones_like(x[..., :3]), x], -1), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(torch.cat([x, torch.zeros_like(x[..., :3])], -1), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(torch.cat([torch.zeros_like(x[..., :2]), x], -1), TAPS, groups=CHANNELS),
+        lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS).narrow(2, 3, x.shape[-1]),
         lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS)[..., 3:],
         lambda x: F.conv1d(x, TAPS, padding=3, groups=CHANNELS)[:, :3, : x.shape[-1]],
         lambda x: F.conv1d(x, TAPS, padding=2, groups=CHANNELS)[..., : x.shape[-1]],

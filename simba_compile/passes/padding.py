@@ -16,10 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from simba_compile.passes.effects import is_inplace, is_random
 from simba_compile.passes.length import NO_TOKENS, Length, expression, value_of
-from simba_compile.passes.tokens import CASTS, CONCATENATIONS, MUL, PAD, POINTWISE, RESHAPES, VIEWS
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, MUL, PAD, POINTWISE, RESHAPES, VIEWS, ZEROS
 
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
-_ZEROS: set[Any] = {torch.zeros, torch.zeros_like, "new_zeros"}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
     *(POINTWISE | CONCATENATIONS | _SAME_NUMBERS),
     *(torch.arange, torch.zeros, torch.ones, torch.full, "size", "long", "int", "new_ones", "new_zeros", PAD),
@@ -103,7 +102,7 @@ def _pads_the_end(node: Node, length: Length) -> bool:
         behind = 2 * (value.dim() - 1 - axis) + 1  # a size for each end of each axis, and the last axis first
         return length.of(source) < 0 and len(sizes) > behind and bool(sizes[behind])  # type: ignore[arg-type, index]
     parts = node.args[0] if node.target in CONCATENATIONS else None
-    return isinstance(parts, list | tuple) and parts[-1].target in _ZEROS and length.of(parts[-1]) < 0  # type: ignore[union-attr]
+    return isinstance(parts, list | tuple) and parts[-1].target in ZEROS and length.of(parts[-1]) < 0  # type: ignore[union-attr]
 
 
 def _factors(node: Node, length: Length) -> list[Node]:

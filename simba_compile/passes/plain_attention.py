@@ -9,6 +9,7 @@ something else reads (``output_attentions=True``) or that are dropped at random 
 """
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
@@ -24,7 +25,7 @@ from simba_compile.passes.tokens import MUL, PRODUCTS, TO_TYPE
 
 _DIV: set[Any] = {operator.truediv, torch.div, "div"}
 _REPLACING: set[Any] = {"masked_fill", torch.masked_fill, torch.where, "where"}
-_FAR_BELOW = -1e9  # beside it, scores are lost in rounding: adding it or putting it in their place is the same
+_FAR_BELOW = -1e9  # a weight of 0 beside all others
 _SOFTMAX: set[Any] = {F.softmax, torch.softmax, "softmax"}
 
 
@@ -65,10 +66,12 @@ def _fuse(node: Node, length: Length | None) -> None:
     rows = [query, key, value]
     if not all(isinstance(row, Node) for row in rows) or dtype_of(product) != dtype_of(node):
         return  # within autocast what they read may be of other types
+    if mask is not None and mask.low not in (None, -math.inf) and dtype_of(node) == torch.float16:
+        return  # no number of that type is so low that scores beside it are lost in rounding
     read = rows if mask is None else [*rows, mask.given]
     if not _fit(node, *read) or not may_move(product, node, *read):
         return
-    if length is not None and not all(length.depends(value_of(row).shape[-2]) for row in rows):
+    if length is not None and not all(_has_rows(value_of(row), length) for row in rows):
         return
     if scale is None:
         scale = 1.0
@@ -108,7 +111,9 @@ class _Mask:
         if self.low is None:
             return self.given
         gone = insert_traced(before, "logical_not", self.given) if self.of_seen else self.given
-        return insert_traced(before, "masked_fill", insert_traced(before, "to", gone, dtype_of(self.masked)), gone, self.low)
+        dtype = value_of(self.masked).dtype
+        low = self.low if self.low == -math.inf else torch.finfo(dtype).min  # beside it, any score is lost in rounding
+        return insert_traced(before, "masked_fill", insert_traced(before, "to", gone, dtype), gone, low)
 
 
 def _unmasked(node: Any) -> tuple[Any, _Mask | None]:
@@ -127,9 +132,14 @@ def _unmasked(node: Any) -> tuple[Any, _Mask | None]:
         )
     else:
         scores, truths, low, of_seen = first, second, third, node.target == "where"
-    if not isinstance(low, float | int) or low > max(torch.finfo(value_of(node).dtype).min, _FAR_BELOW):
+    if not isinstance(low, float | int) or low > _FAR_BELOW:
         return None, None
     return scores, _Mask(truths, node, low, of_seen)
+
+
+def _has_rows(value: Tensor, length: Length) -> bool:
+    """Whether it has a row for each token, and sequences are told apart."""
+    return length.axis(value) == value.dim() - 2 and length.batch_axis(value) == 0
 
 
 def _before(node: Any, passed: set[Any]) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import is_attention, query_and_mask, why_not
+from simba_compile.passes.attention import entries, is_attention, query_and_mask, why_not
 from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.length import NO_TOKENS, expression, value_of
 from simba_compile.passes.match import name_of
@@ -96,12 +96,12 @@ class _Pruning(Versions):
             if newest > 0:
                 raise self.cannot(node, "writes in place into a value that has lost tokens")
             self._check_write(node)
-        if newest == 0:
+        if is_attention(node) and (newest > 0 or any(self.version[part] > 0 for part in entries(node, self.length))):
+            self._attend(node, newest)
+        elif newest == 0:
             self.emit(node, 0)
         elif self._reads_the_end(node):
             self._emit_last_tokens(node, newest)
-        elif is_attention(node):
-            self._attend(node, newest)
         elif node.target in MIXER_OPERATORS:
             self._check_tokens(node)
             self.emit(node, newest)
@@ -163,6 +163,8 @@ class _Pruning(Versions):
         reason = why_not(node, self.length)
         if reason is not None:
             raise Unprunable(self.mixer, reason)
+        if newest == 0:
+            raise self.cannot(node, "reads keys or values of attention for all tokens")
         query, mask = query_and_mask(node)
         if isinstance(mask, Node) and self.version[mask] == 0:
             rank = max(value_of(query).dim(), value_of(mask).dim())

@@ -5,7 +5,6 @@ of it has one operand that is the stream before. Restoring a node of the stream 
 the oldest, at full length, at the bottom; restoring anything that treats tokens apart computes it from restored inputs.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.match import ADDS, Mixer
 from simba_compile.passes.tokens import CASTS, NORMS, POINTWISE
 
-_CHANGES: set[Any] = POINTWISE | NORMS | {"mean", torch.mean}  # a norm in parts has one
+_CHANGES: set[Any] = POINTWISE | NORMS
+_MEANS: set[Any] = {"mean", "var", "std", torch.mean, torch.var, torch.std}  # of channels, in norms that are in parts
 
 
 class Stream:
@@ -27,8 +27,9 @@ class Stream:
     graph : Graph
     mixers : iterable of Mixer
         Their residual adds are where the stream is known; other adds onto its values since the last of those (of an MLP,
-        say) join by themselves, and so do those onto what scales or norms made of the stream. Adds onto an earlier one (the
-        embedding once more) do not: the stream has left it behind. Nor do those that only change it: ``h + 0.1 * h`` scales.
+        say) join by themselves, and so do those onto what scales or norms made of the stream, if a mixer is still to come:
+        behind the last one that is a head. Adds onto an earlier one (the embedding once more) do not: the stream has left it
+        behind. Nor do those that only change it: ``h + 0.1 * h`` scales.
     """
 
     def __init__(self, graph: Graph, mixers: tuple[Mixer, ...]) -> None:
@@ -38,6 +39,7 @@ class Stream:
         self.before: dict[Node, Node] = {}
         # Its values since the last mixer, and above them those of a stream within a block, if one goes on there.
         self.chains: list[list[Node]] = []
+        self.last = max((self.place[mixer.add] for mixer in mixers if mixer.add), default=0)
         self.residuals = {mixer.add: mixer.residual for mixer in mixers if mixer.add and mixer.residual}
 
     def note(self, node: Node) -> None:
@@ -46,7 +48,7 @@ class Stream:
             before = self.residuals[node]
         elif node.target in ADDS:
             sources = {self.uncast(source): source for source in node.all_input_nodes}
-            found = self._stream_among(list(sources))
+            found = self._stream_among(list(sources), node)
             if found is None:
                 return
             before = sources[found]
@@ -60,37 +62,39 @@ class Stream:
         self.chains[place:] = [[*values, node]]  # with values of two, the inner stream ends here
         self.before[node] = before
 
-    def _stream_among(self, sources: list[Node]) -> Node | None:
+    def _stream_among(self, sources: list[Node], add: Node) -> Node | None:
         """Which of those that are added is the stream before, where one is and another is what a layer adds to it."""
         for chain in self.chains:
             base = next((value for value in reversed(chain) if value in sources), None)
             if base is not None:
                 only_changed = all(self._is_change(other, base) for other in sources if other is not base)
                 return None if only_changed else base
-        for base, other in itertools.permutations(sources, 2):
-            of_the_stream = any(
-                self._is_change(base, chain[-1]) and sizes(base) == sizes(chain[-1]) for chain in self.chains
-            )
-            if of_the_stream and self._way(base, other) and not self._is_change(other, base):
-                return base
-        return None
+        if not self.chains or self.place[add] > self.last:
+            return None
+        stream = self.chains[-1][-1]
+        changes = [value for value in sources if self._is_change(value, stream) and sizes(value) == sizes(stream)]
+        others = [value for value in sources if value not in changes and self._is_made_of(value, stream)]
+        return changes[0] if len(changes) == len(others) == 1 else None
 
     def _is_change(self, value: Node, base: Node) -> bool:
-        """Whether all that a value has of another one came by scaling, norms and the like: through no layer."""
-        way = self._way(base, value)
-        return bool(way) and all(node.target in _CHANGES for node in way)
-
-    def _way(self, base: Node, value: Node) -> list[Node]:
-        """The nodes from one to another that is made of it, without the first; none where it is not."""
-        found = [value]
+        """Whether a value is another one scaled, normed or the like: made of it through no layer."""
+        found, reached = [value], False
         for node in found:  # grows while it is walked
-            inputs = (source for source in node.all_input_nodes if self.place[source] > self.place[base])
-            found += [source for source in inputs if source not in found]
-        made = [base]
-        for node in sorted(found, key=self.place.__getitem__):
-            if any(source in made for source in node.all_input_nodes):
-                made.append(node)
-        return made[1:] if made[-1] is value else []
+            if not _changes(node):
+                return False
+            later = [source for source in node.all_input_nodes if self.place[source] >= self.place[base]]
+            reached |= base in later
+            found += [source for source in later if source is not base and source not in found]
+        return reached
+
+    def _is_made_of(self, value: Node, base: Node) -> bool:
+        found = {value}
+        queue = [value]
+        for node in queue:  # grows while it is walked
+            new = {source for source in node.all_input_nodes if self.place[source] >= self.place[base]} - found
+            queue += new
+            found |= new
+        return base in found
 
     def uncast(self, node: Node) -> Node:
         """What the node is a cast or a copy of, if it is one, and both stay as they are."""
@@ -99,3 +103,10 @@ class Stream:
                 break
             node = node.args[0]
         return node
+
+
+def _changes(node: Node) -> bool:
+    """Whether an operation treats the numbers of a token alike, or norms them."""
+    if node.target in _MEANS:
+        return len(node.args) > 1 and node.args[1] in (-1, [-1], (-1,), len(sizes(node.args[0])) - 1)
+    return node.target in _CHANGES

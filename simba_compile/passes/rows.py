@@ -6,12 +6,15 @@ kernels are fastest there, and the convolution is one of the operators that `mat
 
 ``(W @ h.permute(2, 0, 1).reshape(c, b * l)).reshape(d, b, l).permute(1, 0, 2)``  →  ``linear(h, W).transpose(1, 2)``
 ``silu(conv1d(x, w, padding=k - 1, groups=c)[..., :l])``  →  ``causal_conv1d(x.transpose(1, 2), w, True).transpose(1, 2)``
+``silu(conv1d(pad(x, (k - 1, 0)), w, groups=c))``  →  the same
 ``pad(x, (k - l, 0))``, the window that a cache keeps  →  ``last_tokens(x, k)``
 ``h.transpose(1, 2).chunk(2, dim=1)``, of each piece  →  ``h.chunk(2, dim=-1)[i].transpose(1, 2)``
 """
 
 import operator
+from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
@@ -21,7 +24,7 @@ from simba_compile.passes.edit import insert_traced, is_swap, may_move, replace,
 from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
 from simba_compile.passes.pieces import split_axis
-from simba_compile.passes.tokens import PAD, PRODUCTS, RESHAPES
+from simba_compile.passes.tokens import CONCATENATIONS, PAD, PRODUCTS, RESHAPES, ZEROS
 
 OPS = torch.ops.simba
 
@@ -79,10 +82,13 @@ def _rows_of(across: Node) -> Node | None:
 
 
 def convolve_rows(node: Node) -> None:
-    """A convolution of each channel by itself, padded at both ends and cut to the length that came in: `causal_conv1d`."""
+    """A convolution of each channel by itself, with zeros before the first token: `causal_conv1d`.
+
+    Either it has them at both ends, and is cut to the length that came in; or they are put before the tokens first.
+    """
     names = ("x", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    given |= dict(zip(names, node.args, strict=False)) | node.kwargs  # type: ignore[arg-type]
+    given: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given |= dict(zip(names, node.args, strict=False)) | node.kwargs
     if node.target is not torch.conv1d or any(name not in given for name in names):
         return
     x, weight = given["x"], given["weight"]
@@ -92,23 +98,53 @@ def convolve_rows(node: Node) -> None:
         return
     channels, width = sizes(x)[1], sizes(weight)[2]
     steps = [item[0] if isinstance(item, list | tuple) else item for item in (given[name] for name in names[3:6])]
-    if width > MAX_WIDTH or steps != [1, width - 1, 1] or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
+    if width > MAX_WIDTH or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
         return
+    found = (
+        _cut(node, x) if steps == [1, width - 1, 1] else _behind_zeros(node, x, width - 1) if steps == [1, 0, 1] else None
+    )
+    if found is None:
+        return
+    source, rows_in, result, rows_out = found
+    after = _only_user(result)
+    activated = after is not None and after.target is F.silu
+    last = after if activated else result
+    assert last is not None
+    if not may_move(node, last, source, *node.all_input_nodes):
+        return
+    rows = source if rows_in else insert_traced(last, "transpose", source, 1, 2)
+    new = insert_traced(last, OPS.causal_conv1d, rows, insert_traced(last, "squeeze", weight, 1), given["bias"], activated)
+    replace(last, new if rows_out else insert_traced(last, "transpose", new, 1, 2))
+
+
+def _cut(node: Node, x: Node) -> tuple[Node, bool, Node, bool] | None:
+    """What a convolution reads and what is left of it once it is cut to that length, and which of the two has rows."""
     cut = _only_user(node)
     swapped = cut is not None and is_swap(cut)
     cut = _only_user(cut) if swapped else cut
     axis = 1 if swapped else 2
-    if cut is None or not _keeps_front(cut, axis) or sizes(cut)[axis] != sizes(x)[2]:
-        return
-    after = _only_user(cut)
-    activated = after is not None and after.target is F.silu
-    last = after if activated else cut
-    assert last is not None
-    if not may_move(node, last, *node.all_input_nodes):
-        return
-    rows = insert_traced(last, "transpose", x, 1, 2)
-    new = insert_traced(last, OPS.causal_conv1d, rows, insert_traced(last, "squeeze", weight, 1), given["bias"], activated)
-    replace(last, new if swapped else insert_traced(last, "transpose", new, 1, 2))
+    is_cut = cut is not None and _keeps_front(cut, axis) and sizes(cut)[axis] == sizes(x)[2]
+    return (x, False, cut, swapped) if cut is not None and is_cut else None
+
+
+def _behind_zeros(node: Node, x: Node, amount: sympy.Expr) -> tuple[Node, bool, Node, bool] | None:
+    """The same of a convolution of x, which is something behind so many zeros."""
+    swapped = is_swap(x)
+    padded: Any = x.args[0] if swapped else x
+    axis = 1 if swapped else 2
+    source = None
+    if padded.target is PAD and len(padded.args) > 1:
+        given = dict(zip(("x", "pad", "mode", "value"), padded.args, strict=False)) | padded.kwargs
+        before = [*([0, 0] if swapped else []), amount, 0]
+        if list(given["pad"]) == before and given.get("mode", "constant") == "constant" and not given.get("value"):
+            source = given["x"]
+    elif padded.target in CONCATENATIONS and len(padded.args) == 2 and padded.args[1] in (axis, axis - 3):
+        zeros, *rest = padded.args[0]
+        if zeros.target in ZEROS and sizes(zeros)[axis] == amount and len(rest) == 1:
+            source = rest[0]
+    if source is None or value_of(source).dtype != value_of(x).dtype or not may_move(padded, node, source):
+        return None
+    return source, swapped, node, False
 
 
 def keep_window(node: Node) -> None:
@@ -156,6 +192,8 @@ def _permutes(node: Node, order: tuple[int, ...]) -> bool:
 
 def _keeps_front(node: Node, axis: int) -> bool:
     """Whether it is ``x[:, ..., :n]`` along this of three axes, and all along the others."""
+    if node.target in ("narrow", torch.narrow):
+        return list(node.args[1:3]) in ([axis, 0], [axis - 3, 0]) and not node.kwargs
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return False
     index = list(node.args[1])

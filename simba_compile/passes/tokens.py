@@ -43,6 +43,7 @@ POINTWISE: set[Any] = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_, operator.xor),
     *(operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert),
     *(operator.floordiv, operator.mod, torch.floor_divide, torch.where, torch.zeros_like, torch.ones_like),
+    torch.full_like,
     *(_F.hardswish, _F.leaky_relu, _F.dropout),
     *("masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool", "contiguous", "detach"),
 }
@@ -51,10 +52,12 @@ ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must 
     **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "cumsum"), None),
     **dict.fromkeys((torch.gather, torch.scatter, torch.scatter_add, torch.scatter_reduce, torch.index_select), None),
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "index_select"), None),
-    **dict.fromkeys((torch.flip, "flip", torch.roll, "roll"), None),
+    **dict.fromkeys((torch.flip, "flip", torch.roll, "roll", torch.repeat_interleave, "repeat_interleave"), None),
     **dict.fromkeys((torch.topk, torch.sort, "topk", "sort"), -1),
 }
-DIM_AT = dict.fromkeys((torch.topk, "topk", torch.roll, "roll"), 2)  # among the arguments; elsewhere it is the second
+DIM_AT = {  # where ``dim`` stands among the arguments; elsewhere it is the second
+    **dict.fromkeys((torch.topk, "topk", torch.roll, "roll", torch.repeat_interleave, "repeat_interleave"), 2),
+}
 _REORDERING = (
     *("flip", "fliplr", "flipud", "rot90", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
     *("scatter", "scatter_add", "scatter_reduce", "masked_scatter", "put"),
@@ -63,6 +66,7 @@ _REORDERING = (
 # May put what stands along an axis in another order: as methods, and as functions.
 REORDERS: set[Any] = {*_REORDERING, *(getattr(torch, name) for name in _REORDERING)}
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+ZEROS: set[Any] = {torch.zeros, torch.zeros_like, "new_zeros"}
 PAD = torch._C._nn.pad  # Dynamo has it for torch.nn.functional.pad
 NORMS: set[Any] = {_F.layer_norm, _F.rms_norm, torch.rms_norm}  # over the last axes; Dynamo has the third for the second
 RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten}

@@ -326,6 +326,26 @@ def test_what_several_read_is_gathered_and_restored_once() -> None:
         torch.testing.assert_close(pruned(*captured.args, 40, 40)[0], captured.result, rtol=1e-5, atol=1e-5)
 
 
+def test_a_deep_model_is_restored_layer_by_layer() -> None:
+    """Two hundred layers that norm the stream: each needs the one before it."""
+    first, last = toys(2)
+
+    def function(h: Tensor) -> Tensor:
+        h = first(h)
+        for _ in range(200):
+            h = F.rms_norm(h + F.linear(h, matrix), (HIDDEN,))
+        return last(h)
+
+    captured = Captured(function, tokens())
+    result = transform(captured.gm, Options.from_mapping({"schedule": [0.6, 0.3], "min_tokens": 1}))
+    assert [mixer.reason for mixer in result.mixers] == [None, None] and result.pruned is not None
+    with torch.no_grad():
+        everything = result.pruned(*captured.args, 20, 20)[0]
+        few = result.pruned(*captured.args, 12, 6)[0]
+    torch.testing.assert_close(everything, captured.result, rtol=1e-3, atol=1e-4)
+    assert few.isfinite().all() and not torch.allclose(few, everything, rtol=1e-2)
+
+
 def test_nothing_is_restored_where_a_suffix_is_read() -> None:
     model = toys(2)
     captured = Captured(lambda h: model(h)[:, -2:] * 2, tokens(40))

@@ -19,7 +19,7 @@ from simba_compile.passes.modes import Modes
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import MIXER_OPERATORS
-from simba_compile.passes.tokens import is_tokenwise, takes_sizes
+from simba_compile.passes.tokens import inputs_with_tokens, is_tokenwise, takes_sizes
 
 OPS = torch.ops.simba
 
@@ -160,6 +160,8 @@ class Versions:
         """The value at full length, where a token that left is what it was on leaving."""
         if version != 0:
             raise self.cannot(node, "would be needed with more tokens than it has")
+        for value in self._restored_for(node):
+            self.at(value, 0)
         if node in self.stream.before:
             return self._restore_stream(node)
         if node in self.entries:
@@ -186,15 +188,36 @@ class Versions:
         have = self.version[node]  # the tokens of this version have theirs already
         return self.call(OPS.restore, self._copy(node, 0), [self.made[node, have]], [self.places(have)])
 
+    def _restored_for(self, node: Node) -> list[Node]:
+        """What else is restored for a value's sake, the oldest first: one for the sake of the next would go too deep."""
+        found = [node]
+        for value in found:  # grows while it is walked
+            if value in self.stream.before:
+                sources = [self._streams_below(value)[-1]]
+            elif value in self.entries or not is_tokenwise(value, self.length):
+                continue
+            else:
+                sources = list(inputs_with_tokens(value, self.length))
+            here = (source for source in sources if self.version[source] > 0 and (source, 0) not in self.made)
+            found += [source for source in here if source not in found and self.modes.of[source] == self.modes.present]
+        return sorted(found[1:], key=self.stream.place.__getitem__)
+
+    def _streams_below(self, node: Node) -> list[Node]:
+        """A value of the stream and those before it, down to one that has all tokens or was made of an earlier stream."""
+        found = [node]
+        while found[-1] in self.stream.before and self.version[found[-1]] > 0 and (found[-1], 0) not in self.made:
+            found.append(self.stream.uncast(self.stream.before[found[-1]]))
+        return found
+
     def _restore_stream(self, node: Node) -> Node:
         if self.length.of(node) != 1:
             raise self.cannot(node, f"is the residual stream, and has its tokens in axis {self.length.of(node)}")
         layers: dict[int, Node] = {}  # version → the last value of the stream in it
-        while node in self.stream.before and self.version[node] > 0 and (node, 0) not in self.made:
-            for version in range(self.version[node], 0, -1):  # "layer": the add also stands in the version before
-                if (node, version) in self.made:
-                    layers.setdefault(version, self.made[node, version])
-            node = self.stream.uncast(self.stream.before[node])
+        *above, node = self._streams_below(node)
+        for value in above:
+            for version in range(self.version[value], 0, -1):  # "layer": the add also stands in the version before
+                if (value, version) in self.made:
+                    layers.setdefault(version, self.made[value, version])
         if node in self.entries and node not in self.stream.before:  # at full length it has marks
             raise self.cannot_restore(node, ", and attention reads it as keys or values")
         order = sorted(layers)

@@ -32,6 +32,11 @@ def weigh(weights: Tensor, h: Tensor) -> Tensor:
     return weights @ heads(h @ VALUE)
 
 
+def weigh_all(keys: Tensor, h: Tensor) -> Tensor:
+    queries = heads(h) if keys.dim() == 4 else h
+    return (queries @ keys.transpose(-2, -1)).softmax(-1) @ keys
+
+
 def as_transformers(h: Tensor, mask: Tensor) -> Tensor:
     weights = F.softmax(scores(h) * 0.3 + mask, dim=-1, dtype=torch.float32).to(h.dtype)
     return weigh(F.dropout(weights, p=0.4, training=False), h)
@@ -80,6 +85,9 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "replaced where one goes": lambda h, mask: weigh(torch.where(mask > 0, LEAST, scores(h)).softmax(-1), h),
     "replaced by the method": lambda h, mask: weigh(scores(h).where(mask > 0, -torch.inf).softmax(-1), h),
     "all replaced": lambda h, mask: weigh(scores(h).masked_fill(h[:, None, :, :1] > mask * 0, LEAST).softmax(-1), h),
+    "all replaced, of large scores": lambda h, mask: weigh(
+        (scores(h) * 50).masked_fill(h[:, None, :, :1] > mask * 0, -1e9).softmax(-1), h
+    ),
     "replaced in another type": lambda h, mask: weigh(
         scores(h).double().masked_fill(mask > 0, LEAST).softmax(-1).float(), h
     ),
@@ -110,6 +118,12 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "one head of keys": lambda h, mask: weigh((heads(h) @ heads(h @ KEY)[:, :1].transpose(2, 3)).softmax(-1), h),
     "no swap": lambda h, mask: weigh((scores(h) @ scores(h)).softmax(-1), h),
     "written in between": written_in_between,
+    "replaced in float16": lambda h, mask: (
+        (heads(h).half() @ heads(h).half().transpose(2, 3)).float().masked_fill(mask > 0, -1e9).softmax(-1).half()
+        @ heads(h).half()
+    ),
+    "more keys than tokens": lambda h, mask: weigh_all(heads(torch.cat([FIXED.expand(h.shape[0], -1, -1), h], 1)), h),
+    "heads in the batch": lambda h, mask: weigh_all(heads(h).flatten(0, 1), heads(h).flatten(0, 1)),
     "replaced by no low number": lambda h, mask: weigh(scores(h).masked_fill(mask > 0, -50.0).softmax(-1), h),
     "replaced by a tensor": lambda h, mask: weigh(torch.where(mask > 0, scores(h), mask * 1e9).softmax(-1), h),
     "replaced by the largest": lambda h, mask: weigh(scores(h).masked_fill(mask > 1, 1e9).softmax(-1), h),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from toys import Captured, matrix, tokens, toys
+from toys import Captured, heads, matrix, tokens, toys
 
 from simba_compile import Options
 from simba_compile.passes import Transformed, transform
@@ -19,11 +19,6 @@ from simba_compile.passes import Transformed, transform
 a, b, c = toys(3)
 BOTH, SECOND = {"schedule": [0.6, 0.3]}, {"schedule": [1.0, 0.5]}
 LAYER = {"placement": "layer"}
-
-
-def heads(h: Tensor) -> Tensor:
-    """(batch, head, token, channel)."""
-    return h.unflatten(-1, (2, 3)).transpose(1, 2)
 
 
 def attends_to_four(h: Tensor) -> Tensor:
@@ -67,6 +62,12 @@ def tokens_before_the_batch_and_behind_channels(h: Tensor) -> Tensor:
 def output_averaged(h: Tensor) -> Tensor:
     y = a.mixer(h)
     return b(h + y + y.mean(1, keepdim=True))
+
+
+def heads_in_the_batch(h: Tensor) -> Tensor:
+    h = a(h)
+    rows = heads(h).flatten(0, 1)
+    return b(h + F.scaled_dot_product_attention(rows, rows, rows).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2))
 
 
 def channels_before_tokens(h: Tensor) -> Tensor:
@@ -172,6 +173,11 @@ REASONS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any], list[str | 
         ["is needed for all tokens by mean_1, and is not defined for pruned ones"] * 2,
     ),
     "channels before tokens": (channels_before_tokens, BOTH, ["across_2 is the residual stream.* tokens in axis 2"] * 2),
+    "attention with its heads in the batch": (
+        heads_in_the_batch,
+        BOTH,
+        ["the query of attention does not have one row for each token"] * 2,
+    ),
     "a sum under autocast": (
         sum_under_autocast,
         BOTH,

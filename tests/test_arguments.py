@@ -49,6 +49,10 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: torch.permute(h, dims=(0, 2, 1)).sin().permute(dims=(0, 2, 1)),
         lambda h: h.permute((0, 2, 1)).sin().permute((0, 2, 1)),
     ),
+    "in the shape of another": (
+        lambda h: h[..., :1].expand_as(h) * torch.broadcast_to(h.mean(-1, keepdim=True), h.shape).view_as(h).reshape_as(h),
+        lambda h: h[..., :1].expand(*h.shape) * h.mean(-1, keepdim=True).expand(h.shape).view(*h.shape).reshape(*h.shape),
+    ),
     "channels moved": (
         lambda h: torch.roll(h, shifts=2, dims=2).flip(dims=(2,)),
         lambda h: torch.roll(h, 2, 2).flip((2,)),

@@ -5,6 +5,7 @@
 ``torch.hstack([x, y])``               →  ``torch.cat([x, y], dim=1)``
 ``x.swapaxes(1, 2)``, ``x.mT``         →  ``x.transpose(1, 2)``
 ``einsum("bid,bjd->bij", x, y)``       →  ``x @ y.transpose(-2, -1)``
+``x.expand_as(y)``                     →  ``x.expand(batch, tokens, 16)``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
 
@@ -19,7 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from simba_compile.passes.edit import insert_traced, sizes
-from simba_compile.passes.length import value_of
+from simba_compile.passes.length import expression, value_of
 from simba_compile.passes.scans import MIXER_OPERATORS
 from simba_compile.passes.tokens import (
     ALONG_AXES,
@@ -40,6 +41,7 @@ _SYNONYMS = {  # functions and methods
     **{"swapaxes": "transpose", "swapdims": "transpose", "multiply": "mul", "divide": "div", "true_divide": "div"},
     **{"subtract": "sub", "negative": "neg", "absolute": "abs"},
 }
+_AS_ANOTHER = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}  # the shape of another value
 _OF_NUMPY = {
     **{"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
     **{"x": "input", "a": "input", "x1": "input", "x2": "other"},
@@ -78,11 +80,28 @@ def name_calls(graph: Graph) -> None:
             node.target = _SYNONYMS[node.target]
         if node.target is getattr and node.args[1] == "mT":
             node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
+        if node.op == "call_method" and node.target in _AS_ANOTHER and len(node.args) == 2:
+            node.target, node.args = _AS_ANOTHER[node.target], (node.args[0], *_shape_of(node.args[1], node))
+        if node.target in (torch.broadcast_to, "broadcast_to") and len(node.args) == 2:
+            node.op, node.target = "call_method", "expand"
         if node.target is torch.einsum:
             _name_product(node)
         dim = _STACKS.get(node.target)
         if dim is not None and all(value_of(part).dim() > max(dim, 1) for part in node.all_input_nodes):
             node.target, node.kwargs = torch.cat, {**node.kwargs, "dim": dim}
+
+
+def _shape_of(value: Any, before: Node) -> list[Any]:
+    """A value's sizes: numbers, inputs of the graph, or what is read off the value in front of a node."""
+    inputs = {expression(value_of(node)): node for node in before.graph.find_nodes(op="placeholder") if _is_size(node)}
+    return [
+        size if isinstance(size, int) else inputs.get(expression(size)) or insert_traced(before, "size", value, axis)
+        for axis, size in enumerate(value_of(value).shape)
+    ]
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(value_of(node), torch.SymInt)
 
 
 def _name_product(node: Node) -> None:

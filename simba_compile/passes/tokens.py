@@ -119,6 +119,8 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         return ends == {rank - axis} and _is_repeated(node, rank - axis, sources)
     if node.target is operator.getitem:
         return _is_plain_index(node)
+    if node.target == "repeat":
+        return _repeats_elsewhere(node, axis, length)
     if node.target in VIEWS:
         return len(node.args) + len(node.kwargs) > 1  # a bare squeeze() would take a token axis of one away
     if node.target in ALONG_AXES:
@@ -232,6 +234,16 @@ def _joins_elsewhere(node: Node, rank: int, axis: int, length: Length) -> bool:
     was = axis - 1 if node.target is torch.stack and dim < axis else axis
     apart = dim not in (axis, length.batch_axis(value_of(node)))
     return apart and all(max(length.of(part), 0) == was and length.of(part) != NO_TOKENS for part in full)
+
+
+def _repeats_elsewhere(node: Node, axis: int, length: Length) -> bool:
+    """Whether neither the tokens nor the sequences are repeated, nor stand along other axes than before."""
+    source: Any = value_of(node.args[0])
+    often = node.args[1:] if len(node.args) != 2 else node.args[1]
+    if not isinstance(often, list | tuple) or len(often) != source.dim():
+        return False
+    batch = length.batch_axis(source)
+    return often[axis] == 1 and (batch is None or often[batch] == 1)
 
 
 def _rank(value: Any) -> int:

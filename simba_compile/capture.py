@@ -207,7 +207,8 @@ def _arguments(source: str, value: Any, seen: set[int] | None = None) -> Iterato
         items = [
             (f"dict.__getitem__({source}, list(dict.keys({source}))[{i}])", item) for i, item in enumerate(value.values())
         ]
-        items += [(f"{source}.{name}", item) for name, item in value.items() if getattr(value, name, None) is item]
+        names = [name for name in value if isinstance(name, str) and getattr(value, name, None) is value[name]]
+        items += [(f"{source}.{name}", value[name]) for name in names]
     elif isinstance(value, dict):
         items = [(f"{source}[{key!r}]", item) for key, item in value.items()]
     elif type(value) in (list, tuple):

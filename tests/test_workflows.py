@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 import simba_compile
+from simba_compile import capture
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
@@ -117,6 +118,12 @@ def test_inputs_in_an_object(kind: Callable, selected: list[Tensor]) -> None:
             expected = pruned_exactly(model, ids, **KEEP_FEW).logits[:, -1]
         close(found, expected, 1e-6)  # logits are float32
         assert [index.shape[1] for index in selected.copy()] and not selected.clear()
+
+
+def test_a_dictionary_of_its_own_kind_may_have_any_keys() -> None:
+    values = DictBatch({3: torch.zeros(1), "keys": torch.ones(1)})
+    names = [f"dict.__getitem__(L, list(dict.keys(L))[{i}])" for i in (0, 1)]
+    assert [name for name, _ in capture._arguments("L", values)] == names
 
 
 def test_what_another_model_returns(selected: list[Tensor]) -> None:

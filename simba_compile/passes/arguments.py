@@ -118,12 +118,13 @@ def _name_product(node: Node) -> None:
     is_plain = all(len(set(term)) == len(term) for term in (one, other, out)) and columns in (rows, [])
     if not is_plain or set(one) & set(other) != {*columns, j}:
         return
-    if j == last and out == "".join([*rows, i, k]):
-        factors[1] = insert_traced(node, "transpose", factors[1], -2, -1)
-    elif j != k or out != "".join([*rows, i, last]):
+    x, y = factors
+    is_across = j == last and out == "".join([*rows, i, k])
+    if not is_across and (j != k or out != "".join([*rows, i, last])):
         return
-    if sizes(factors[0])[-1] == sizes(factors[1])[-2]:  # else one is a single one, which einsum repeats
-        node.target, node.args = torch.matmul, tuple(factors)
+    if sizes(x)[-1] != sizes(y)[-1 if is_across else -2]:  # one is a single one, which einsum repeats
+        return
+    node.target, node.args = torch.matmul, (x, insert_traced(node, "transpose", y, -2, -1) if is_across else y)
 
 
 def place_arguments(graph: Graph) -> None:

@@ -100,9 +100,10 @@ def convolve_rows(node: Node) -> None:
     steps = [item[0] if isinstance(item, list | tuple) else item for item in (given[name] for name in names[3:6])]
     if width > MAX_WIDTH or given["groups"] != channels or sizes(weight)[:2] != [channels, 1]:
         return
-    found = (
-        _cut(node, x) if steps == [1, width - 1, 1] else _behind_zeros(node, x, width - 1) if steps == [1, 0, 1] else None
-    )
+    if steps == [1, width - 1, 1]:
+        found = _cut(node, x)
+    else:
+        found = _behind_zeros(node, x, width - 1) if steps == [1, 0, 1] else None
     if found is None:
         return
     source, rows_in, result, rows_out = found

@@ -242,13 +242,15 @@ def test_adapters_with_dropout_are_trained_on_kept_tokens(graphs: list[Transform
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_full_length_shows_the_dropout_that_kept_tokens_had(selected: list[Tensor]) -> None:
+@pytest.mark.parametrize("of_a_layer", [True, False])
+def test_full_length_shows_the_dropout_that_kept_tokens_had(of_a_layer: bool, selected: list[Tensor]) -> None:
     """A value that is dropped for kept tokens, and asked for at every position."""
     first, second = tiny_model(dtype=torch.float64, layers=2).backbone.layers
+    matrix = torch.randn(32, 32, dtype=torch.float64)
 
     def with_dropout(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         before = first(h)
-        dropped = F.dropout(before.tanh(), 0.5)
+        dropped = F.dropout(F.linear(before, matrix) if of_a_layer else before.tanh(), 0.5)
         after = before + dropped
         return before, dropped, after, second(after)
 
@@ -257,7 +259,10 @@ def test_full_length_shows_the_dropout_that_kept_tokens_had(selected: list[Tenso
     stayed = torch.zeros(2, 30, dtype=torch.bool).scatter(1, selected[0], True)
     assert stayed.sum() == 30 and 0.3 < (dropped == 0).double().mean() < 0.7
     torch.testing.assert_close((after - before)[stayed], dropped[stayed])
-    assert torch.equal(after[~stayed], before[~stayed])  # they had left
+    if of_a_layer:
+        assert torch.equal(after[~stayed], before[~stayed])  # they had left
+    else:  # what only changes the stream goes on
+        torch.testing.assert_close((after - before)[~stayed], dropped[~stayed])
 
 
 def test_a_hook_that_changes_a_mixers_output(selected: list[Tensor]) -> None:

@@ -194,7 +194,7 @@ def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
     """
     counts = [tokens] * len(result.mixers) if result.plan is None else result.plan.counts(tokens)
     rows, before, influence = [], tokens, result.options.criterion == "influence"
-    first = Length(result.mixers[0].x).tokens
+    first = Length(result.mixers[0].x).tokens if result.mixers else None
     for i, mixer in enumerate(result.mixers):
         if Length(mixer.x).tokens != first:
             size = mixer.x.shape[1]

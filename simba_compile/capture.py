@@ -35,7 +35,7 @@ from torch.fx.experimental import _config as shapes
 from transformers.cache_utils import Cache, DynamicLayer
 
 from simba_compile import substitutes
-from simba_compile.passes.length import value_of
+from simba_compile.passes.length import traced, value_of
 from simba_compile.passes.scans import MIXER_OPERATORS
 
 log = logging.getLogger("simba_compile")
@@ -121,7 +121,7 @@ def _make_length_dynamic() -> None:
     if not config.automatic_dynamic_shapes or tx is None:
         return
     batch, length = _traced_sizes(tx.output.graph)
-    sizes = [size if isinstance(size, int) else size.node.hint for size in (batch, length)]
+    sizes = [traced(batch), traced(length)]
     inputs = {
         name: value
         for name, value in _tensors(tx).items()

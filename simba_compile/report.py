@@ -16,7 +16,7 @@ from simba_compile.backend import PADDED, simba
 from simba_compile.capture import with_own_code
 from simba_compile.options import Options
 from simba_compile.passes import Transformed
-from simba_compile.passes.length import Length
+from simba_compile.passes.length import Length, traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +197,7 @@ def mixer_rows(result: Transformed, tokens: int) -> list[MixerReport]:
     first = Length(result.mixers[0].x).tokens if result.mixers else None
     for i, mixer in enumerate(result.mixers):
         if Length(mixer.x).tokens != first:
-            size = mixer.x.shape[1]
-            own = size if isinstance(size, int) else size.node.hint
+            own = traced(mixer.x.shape[1])
             dense = own * (mixer.entering_flops + mixer.scanned_flops)
             rows.append(MixerReport(mixer.path, mixer.kind, own, own, dense, dense, mixer.reason))
             continue

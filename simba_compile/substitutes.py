@@ -360,12 +360,11 @@ def rms_norm_fn(x, weight, bias, *args, **kwargs):  # type: ignore[no-untyped-de
     return layer_norm_fn(x, weight, bias, *args, **kwargs, is_rms_norm=True)
 
 
-CONVOLUTIONS: list[Callable] = [causal_conv1d_fn, packaged_conv1d_fn]
 SCANS: list[Callable] = [
     *(mamba_selective_scan, mamba2_chunk_scan, selective_scan_fn, mamba_inner_fn),
     *(mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined),
 ]
-OF_A_PROMPT = [*CONVOLUTIONS, *SCANS]  # called with a whole prompt, whose length is to be symbolic
+OF_A_PROMPT = [causal_conv1d_fn, packaged_conv1d_fn, *SCANS]  # called with a whole prompt, whose length is to be symbolic
 OF_A_STEP: list[Callable] = [  # called in every mixer of a decoding step
     *(causal_conv1d_update, mamba_selective_state_update, mamba2_selective_state_update, packaged_conv1d_update),
     selective_state_update,

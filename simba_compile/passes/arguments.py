@@ -93,15 +93,12 @@ def name_calls(graph: Graph) -> None:
 
 def _shape_of(value: Any, before: Node) -> list[Any]:
     """A value's sizes: numbers, inputs of the graph, or what is read off the value in front of a node."""
-    inputs = {expression(value_of(node)): node for node in before.graph.find_nodes(op="placeholder") if _is_size(node)}
+    inputs = before.graph.find_nodes(op="placeholder")
+    given = {expression(value_of(node)): node for node in inputs if isinstance(value_of(node), torch.SymInt)}
     return [
-        size if isinstance(size, int) else inputs.get(expression(size)) or insert_traced(before, "size", value, axis)
+        size if isinstance(size, int) else given.get(expression(size)) or insert_traced(before, "size", value, axis)
         for axis, size in enumerate(value_of(value).shape)
     ]
-
-
-def _is_size(node: Node) -> bool:
-    return isinstance(value_of(node), torch.SymInt)
 
 
 def _name_product(node: Node) -> None:

@@ -23,6 +23,11 @@ def expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def traced(size: Any) -> int:
+    """A size as it was in the call that the graph was traced for."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
 class Length:
     """How many tokens a graph's mixers work on, as an expression of its inputs' sizes, and the axes that have it.
 

@@ -73,8 +73,10 @@ class Stream:
             return None
         stream = self.chains[-1][-1]
         changes = [value for value in sources if self._is_change(value, stream) and sizes(value) == sizes(stream)]
-        others = [value for value in sources if value not in changes and self._is_made_of(value, stream)]
-        return changes[0] if len(changes) == len(others) == 1 else None
+        if len(changes) != 1:
+            return None
+        is_of_a_layer = any(self._is_made_of(value, stream) for value in sources if value not in changes)
+        return changes[0] if is_of_a_layer else None
 
     def _is_change(self, value: Node, base: Node) -> bool:
         """Whether a value is another one scaled, normed or the like: made of it through no layer."""

@@ -42,9 +42,8 @@ POINTWISE: set[Any] = {
     *(getattr(space, name) for space in (torch, _F) for name in dir(space) if _is_pointwise(name)),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_, operator.xor),
     *(operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert),
-    *(operator.floordiv, operator.mod, torch.floor_divide, torch.where, torch.zeros_like, torch.ones_like),
-    torch.full_like,
-    *(_F.hardswish, _F.leaky_relu, _F.dropout),
+    *(operator.floordiv, operator.mod, torch.floor_divide, torch.where, _F.hardswish, _F.leaky_relu, _F.dropout),
+    *(torch.zeros_like, torch.ones_like, torch.full_like),
     *("masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool", "contiguous", "detach"),
 }
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's

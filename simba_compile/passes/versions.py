@@ -168,7 +168,7 @@ class Versions:
             have = self.version[node]
             where = (self.places(have), self.tokens, self.length.of(node))
             return self.call(OPS.cache_entries, self.made[node, have], *where)
-        if node.target in MIXER_OPERATORS or not is_tokenwise(node, self.length):
+        if not self._is_computed_anew(node):
             raise self.cannot_restore(node, ", and is not defined for pruned ones")
         mode = self.modes.of[node]
         if mode != self.modes.present:
@@ -188,13 +188,17 @@ class Versions:
         have = self.version[node]  # the tokens of this version have theirs already
         return self.call(OPS.restore, self._copy(node, 0), [self.made[node, have]], [self.places(have)])
 
+    def _is_computed_anew(self, node: Node) -> bool:
+        """Whether it is restored by computing it from restored inputs."""
+        return node.target not in MIXER_OPERATORS and is_tokenwise(node, self.length)
+
     def _restored_for(self, node: Node) -> list[Node]:
         """What else is restored for a value's sake, the oldest first: one for the sake of the next would go too deep."""
         found = [node]
         for value in found:  # grows while it is walked
             if value in self.stream.before:
                 sources = [self._streams_below(value)[-1]]
-            elif value in self.entries or not is_tokenwise(value, self.length):
+            elif value in self.entries or not self._is_computed_anew(value):
                 continue
             else:
                 sources = list(inputs_with_tokens(value, self.length))

@@ -18,6 +18,7 @@ from torch.fx import Node
 from simba_compile.kernels.reference import is_marked
 from simba_compile.passes.length import NO_TOKENS, Length, value_of
 from simba_compile.passes.tokens import CASTS, CONCATENATIONS, SAME_MEMORY, is_one_result
+from simba_compile.passes.walk import reached
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS}
@@ -63,15 +64,17 @@ def entries(node: Node, length: Length) -> set[Node]:
 
 def _parts(node: Node, length: Length) -> set[Node]:
     """An attention's keys and values, and the tensors that they are views of or were put together from."""
+
+    def sources(part: Node) -> list[Node]:
+        is_view = _is_a_tensor(part) and part.target in SAME_DATA and length.of(part) >= 0
+        return part.all_input_nodes if is_view else []
+
     arguments = _arguments(node)
-    found: set[Node] = set()
-    queue: list[Node] = [arguments["key"], arguments["value"]]
-    for source in queue:  # grows while it is walked
-        if source not in found and not is_one_result(source) and isinstance(value_of(source), Tensor):
-            found.add(source)
-            if source.target in SAME_DATA and length.of(source) >= 0:
-                queue += source.all_input_nodes
-    return found
+    return set(filter(_is_a_tensor, reached([arguments["key"], arguments["value"]], sources)))
+
+
+def _is_a_tensor(node: Node) -> bool:
+    return isinstance(value_of(node), Tensor) and not is_one_result(node)
 
 
 # --- reading a cache -------------------------------------------------------------------------------------------------
@@ -81,17 +84,12 @@ def read_cache(node: Node) -> None:
     """Attention whose keys come from an input of the graph: `attention_over_cache`."""
     if not is_attention(node):
         return
-    queue: list[Node] = [_arguments(node)["key"]]
-    if value_of(queue[0]).dim() != 4:  # there are no heads
+    key = _arguments(node)["key"]
+    if value_of(key).dim() != 4:  # there are no heads
         return
-    seen = set(queue)
-    for source in queue:  # grows while it is walked
-        if source.op == "placeholder" and isinstance(value_of(source), Tensor):
-            node.target = attention_over_cache
-            return
-        if source.target in SAME_DATA:
-            queue += [further for further in source.all_input_nodes if further not in seen]
-            seen.update(queue)
+    views = reached([key], lambda source: source.all_input_nodes if source.target in SAME_DATA else ())
+    if any(source.op == "placeholder" and isinstance(value_of(source), Tensor) for source in views):
+        node.target = attention_over_cache
 
 
 def attention_over_cache(

@@ -10,6 +10,7 @@ from torch.fx import Node
 from simba_compile.passes.effects import is_inplace, written_between
 from simba_compile.passes.length import expression, value_of
 from simba_compile.passes.modes import mode_changes
+from simba_compile.passes.walk import reached
 
 
 def sizes(node: Any) -> list[sympy.Expr]:
@@ -80,8 +81,9 @@ def is_stale(value: Node, node: Node, *sources: Node) -> bool:
 
     The node then cannot compute from the sources what it computes from the value.
     """
-    way = [value]
-    for step in way:  # grows while it is walked
-        if step not in sources:
-            way += [source for source in step.all_input_nodes if source not in way and rank_of(source) >= 0]
+
+    def tensors(step: Node) -> list[Node]:
+        return [] if step in sources else [source for source in step.all_input_nodes if rank_of(source) >= 0]
+
+    way = reached([value], tensors)
     return any(written_between(step, node, step) or (step not in sources and mode_changes(step, node)) for step in way)

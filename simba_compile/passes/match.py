@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.pieces import pieces_of
 from simba_compile.passes.scans import CONV, MAMBA1, MIXER_OPERATORS, SCANS
 from simba_compile.passes.tokens import CASTS, LINEAR, MUL, PRODUCTS, VIEWS, inputs_with_tokens, suffix
+from simba_compile.passes.walk import made_of, reached
 
 ADDS = {operator.add, torch.add, "add"}
 SEVERAL = "the mixers of this graph do not follow one another, as if a model ran twice in it; compile the model by itself"
@@ -204,30 +205,17 @@ def path_of(node: Node) -> str:
 
 def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
     """The nearest wanted node among what `node` is made of, nearest inputs first."""
-    return _search([node], lambda found: found.all_input_nodes, wanted)
+    return next(filter(wanted, made_of(node)), None)
 
 
 def _after(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
     """The nearest wanted node among what is made of `node`."""
-    return _search(node.users, lambda found: found.users, wanted)
-
-
-def _search(start: Iterable[Node], step: Callable[[Node], Iterable[Node]], wanted: Callable[[Node], bool]) -> Node | None:
-    queue = list(start)
-    seen = set(queue)
-    for node in queue:  # grows while it is walked: breadth first
-        if wanted(node):
-            return node
-        for found in step(node):
-            if found not in seen:
-                seen.add(found)
-                queue.append(found)
-    return None
+    return next(filter(wanted, reached(node.users, lambda found: found.users)), None)
 
 
 def _reaches(source: Node, node: Node) -> bool:
     """Whether `node` is made of `source`."""
-    return node is source or _search([node], lambda found: found.all_input_nodes, lambda found: found is source) is not None
+    return source in made_of(node)
 
 
 def _is_only_kept(node: Node) -> bool:

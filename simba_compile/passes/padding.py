@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from simba_compile.passes.effects import is_inplace, is_random
 from simba_compile.passes.length import NO_TOKENS, Length, expression, value_of
 from simba_compile.passes.tokens import CASTS, CONCATENATIONS, MUL, PAD, POINTWISE, RESHAPES, VIEWS, ZEROS
+from simba_compile.passes.walk import made_of
 
 _SAME_NUMBERS: set[Any] = {*(VIEWS | RESHAPES | CASTS), operator.getitem}
 _COMPUTED_TWICE: set[Any] = {  # no other operation is run a second time for the mask's sake
@@ -39,7 +40,7 @@ def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Calla
     length : Length
         Of the graph.
     """
-    before = _made_of(scans)
+    before = set(made_of(*scans))
     if length.fixed > 0 and any(_pads_the_end(node, length) for node in before):
         return lambda args: True
     masks = [
@@ -50,9 +51,9 @@ def padding_reader(graph: Graph, scans: Iterable[Node], length: Length) -> Calla
     masks += [factor for node in graph.nodes if node in before for factor in _factors(node, length)]
     cheap: dict[Node, set[Node]] = {}  # and what they are made of
     for mask in dict.fromkeys(masks):
-        made_of = _made_of([mask])
-        if value_of(mask).device.type == "cpu" and all(_is_cheap(node, length) for node in made_of):
-            cheap[mask] = made_of
+        sources = set(made_of(mask))
+        if value_of(mask).device.type == "cpu" and all(_is_cheap(node, length) for node in sources):
+            cheap[mask] = sources
     if not cheap:
         return lambda args: False
     needed = set().union(*cheap.values())
@@ -79,17 +80,6 @@ def _axis(node: Node, length: Length) -> int:
     axes = [axis for axis, size in enumerate(value.shape) if length.depends(size)] if isinstance(value, Tensor) else []
     is_alone = len(axes) == 1 and not expression(value.shape[axes[0]]).free_symbols & length.batch.free_symbols
     return axes[0] if is_alone else NO_TOKENS
-
-
-def _made_of(nodes: Iterable[Node]) -> set[Node]:
-    """The nodes and all that they are made of."""
-    found = list(nodes)
-    seen = set(found)
-    for node in found:  # grows while it is walked
-        new = [source for source in node.all_input_nodes if source not in seen]
-        found += new
-        seen.update(new)
-    return seen
 
 
 def _pads_the_end(node: Node, length: Length) -> bool:

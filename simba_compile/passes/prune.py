@@ -17,6 +17,7 @@ sets around a mixture of experts. Any other operation, and the graph's output, s
 """
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -30,6 +31,7 @@ from simba_compile.passes.plan import Plan
 from simba_compile.passes.scans import MIXER_OPERATORS, SCANS
 from simba_compile.passes.tokens import inputs_with_tokens, is_tokenwise, reorders, suffix
 from simba_compile.passes.versions import OPS, Unprunable, Versions
+from simba_compile.passes.walk import reached
 
 
 def prune(gm: GraphModule, plan: Plan, options: Options) -> GraphModule:
@@ -148,13 +150,9 @@ class _Pruning(Versions):
             if reorders(node, self.length) and any(self.version[source] > 0 for source in self._made_of(node)):
                 raise self.cannot(node, "may put tokens in another order")
 
-    def _made_of(self, node: Node) -> list[Node]:
+    def _made_of(self, node: Node) -> Iterator[Node]:
         """The node and the values with tokens that it is made of, back to the stream."""
-        found = [node]
-        for value in found:  # grows while it is walked
-            if value not in self.stream.before:
-                found += [source for source in inputs_with_tokens(value, self.length) if source not in found]
-        return found
+        return reached([node], lambda value: () if value in self.stream.before else inputs_with_tokens(value, self.length))
 
     # --- attention and experts ---------------------------------------------------------------------------------------
 

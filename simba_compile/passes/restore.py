@@ -5,6 +5,7 @@ of it has one operand that is the stream before. Restoring a node of the stream 
 the oldest, at full length, at the bottom; restoring anything that treats tokens apart computes it from restored inputs.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from simba_compile.passes.edit import sizes
 from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.match import ADDS, Mixer
 from simba_compile.passes.tokens import CASTS, NORMS, POINTWISE
+from simba_compile.passes.walk import reached
 
 _CHANGES: set[Any] = POINTWISE | NORMS
 _MEANS: set[Any] = {"mean", "var", "std", torch.mean, torch.var, torch.std}  # of channels, in norms that are in parts
@@ -75,28 +77,25 @@ class Stream:
         changes = [value for value in sources if self._is_change(value, stream) and sizes(value) == sizes(stream)]
         if len(changes) != 1:
             return None
-        is_of_a_layer = any(self._is_made_of(value, stream) for value in sources if value not in changes)
+        is_of_a_layer = any(stream in self._way(value, stream) for value in sources if value not in changes)
         return changes[0] if is_of_a_layer else None
 
     def _is_change(self, value: Node, base: Node) -> bool:
         """Whether a value is another one scaled, normed or the like: made of it through no layer."""
-        found, reached = [value], False
-        for node in found:  # grows while it is walked
-            if not _changes(node):
+        found = False
+        for node in self._way(value, base):
+            if node is not base and not _changes(node):
                 return False
-            later = [source for source in node.all_input_nodes if self.place[source] >= self.place[base]]
-            reached |= base in later
-            found += [source for source in later if source is not base and source not in found]
-        return reached
+            found |= node is base
+        return found
 
-    def _is_made_of(self, value: Node, base: Node) -> bool:
-        found = {value}
-        queue = [value]
-        for node in queue:  # grows while it is walked
-            new = {source for source in node.all_input_nodes if self.place[source] >= self.place[base]} - found
-            queue += new
-            found |= new
-        return base in found
+    def _way(self, value: Node, base: Node) -> Iterator[Node]:
+        """What a value is made of, the nearest first, and no further back than to another one."""
+
+        def sources(node: Node) -> list[Node]:
+            return [source for source in node.all_input_nodes if self.place[source] >= self.place[base]]
+
+        return reached([value], sources)
 
     def uncast(self, node: Node) -> Node:
         """What the node is a cast or a copy of, if it is one, and both stay as they are."""

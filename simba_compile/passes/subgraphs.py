@@ -17,14 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from simba_compile.passes.effects import subgraphs
 from simba_compile.passes.match import Mixer, match
+from simba_compile.passes.walk import reached
 
 
 def with_subgraphs(gm: GraphModule) -> list[GraphModule]:
     """A graph and all graphs inside it, each once."""
-    found = [gm]
-    for graph in found:  # grows while it is walked
-        found += {inner: None for node in graph.graph.nodes for inner in subgraphs(node) if inner not in found}
-    return found
+    return list(reached([gm], lambda outer: [inner for node in outer.graph.nodes for inner in subgraphs(node)]))
 
 
 def find_mixers(gm: GraphModule) -> list[Mixer]:

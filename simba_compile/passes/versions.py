@@ -20,6 +20,7 @@ from simba_compile.passes.plan import Plan
 from simba_compile.passes.restore import Stream
 from simba_compile.passes.scans import MIXER_OPERATORS
 from simba_compile.passes.tokens import inputs_with_tokens, is_tokenwise, takes_sizes
+from simba_compile.passes.walk import reached
 
 OPS = torch.ops.simba
 
@@ -194,17 +195,18 @@ class Versions:
 
     def _restored_for(self, node: Node) -> list[Node]:
         """What else is restored for a value's sake, the oldest first: one for the sake of the next would go too deep."""
-        found = [node]
-        for value in found:  # grows while it is walked
+
+        def sources(value: Node) -> list[Node]:
             if value in self.stream.before:
-                sources = [self._streams_below(value)[-1]]
+                of = [self._streams_below(value)[-1]]
             elif value in self.entries or not self._is_computed_anew(value):
-                continue
+                of = []
             else:
-                sources = list(inputs_with_tokens(value, self.length))
-            here = (source for source in sources if self.version[source] > 0 and (source, 0) not in self.made)
-            found += [source for source in here if source not in found and self.modes.of[source] == self.modes.present]
-        return sorted(found[1:], key=self.stream.place.__getitem__)
+                of = list(inputs_with_tokens(value, self.length))
+            pruned = [source for source in of if self.version[source] > 0 and (source, 0) not in self.made]
+            return [source for source in pruned if self.modes.of[source] == self.modes.present]
+
+        return sorted(set(reached([node], sources)) - {node}, key=self.stream.place.__getitem__)
 
     def _streams_below(self, node: Node) -> list[Node]:
         """A value of the stream and those before it, down to one that has all tokens or was made of an earlier stream."""

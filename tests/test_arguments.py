@@ -42,7 +42,7 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: h.transpose(1, 2).sin().transpose(1, 2),
     ),
     "transpose by other names": (
-        lambda h: torch.swapdims(h, dim0=1, dim1=2).sin().swapaxes(axis0=1, axis1=2).mT.cos().mT,
+        lambda h: torch.ops.aten.mT(torch.swapdims(h, dim0=1, dim1=2).sin().swapaxes(axis0=1, axis1=2).mT.cos()),
         lambda h: torch.transpose(h, 1, 2).sin().transpose(1, 2).transpose(-2, -1).cos().transpose(-2, -1),
     ),
     "permute": (

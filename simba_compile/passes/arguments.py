@@ -83,7 +83,7 @@ def name_calls(graph: Graph) -> None:
             node.target = getattr(torch, _SYNONYMS[name])
         if node.op == "call_method" and node.target in _SYNONYMS:
             node.target = _SYNONYMS[node.target]
-        if node.target is getattr and node.args[1] == "mT":
+        if (node.target is getattr and node.args[1] == "mT") or node.target is torch.ops.aten.mT:  # the second since 2.15
             node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
         if node.op == "call_method" and node.target in _AS_ANOTHER and len(node.args) == 2:
             node.target, node.args = _AS_ANOTHER[node.target], (node.args[0], *_shape_of(node.args[1], node))

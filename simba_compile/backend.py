@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
-from simba_compile import capture, kernels
+from simba_compile import capture, kernels, symbolic_length
 from simba_compile.cuda_graphs import beside_cuda_graphs, why_unrecorded
 from simba_compile.eager import as_it_is, without_tangents
 from simba_compile.graph_breaks import why_cut, why_partial, why_uncompiled
@@ -60,7 +60,7 @@ def simba(
     ValueError
         For options that are not valid.
     """
-    capture.forget()
+    symbolic_length.forget()
     try:
         chosen = Options.from_mapping(options)
         if mode is not None:

@@ -19,7 +19,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 import simba_compile
-from simba_compile import capture, substitutes
+from simba_compile import capture, substitutes, symbolic_length
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
@@ -78,8 +78,8 @@ def results(function: Callable, args: tuple, kwargs: dict[str, Any]) -> list[tor
 @pytest.mark.parametrize("name", sorted(set(capture.LIFTS) - WHOLE_MIXERS))
 def test_a_substitute_computes_the_same(name: str, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_lifting", lambda: ours)
-    monkeypatch.setattr(capture, "_make_length_dynamic", lambda: None)
-    monkeypatch.setattr(capture, "_make_cache_dynamic", lambda: None)
+    monkeypatch.setattr(capture, "make_length_dynamic", lambda: None)
+    monkeypatch.setattr(capture, "make_cache_dynamic", lambda: None)
     original = getattr(modeling_mamba2 if name.startswith("mamba2") else modeling_mamba, name)
     substitute = capture.LIFTS[name](original)
     for args, kwargs in cases(name):
@@ -195,7 +195,7 @@ def test_marks_around_experts_change_nothing(ours: bool, monkeypatch: pytest.Mon
 def test_parameters_are_no_inputs_of_a_varying_length() -> None:
     ids, weight = torch.zeros(2, 3), torch.nn.Parameter(numbers(4, 3))
     given = {"ids": ids, "weight": weight, "more": {"mask": ids}, "pair": (weight, [ids]), "cache": object(), "name": "x"}
-    found = capture._tensors(types.SimpleNamespace(f_locals=given))
+    found = symbolic_length._tensors(types.SimpleNamespace(f_locals=given))
     assert [*found] == ["L['ids']", "L['more']['mask']", "L['pair'][1][0]"]
     assert all(value is ids for value in found.values())
 
@@ -271,7 +271,7 @@ def test_a_trace_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(Unsupported):
         simba(breaks, **KEEP_FEW)(random_ids(40, 40))
     assert shapes.use_duck_shape
-    assert not capture._undo
+    assert not symbolic_length._undo
 
 
 def _as_the_hub_does(function: Callable) -> torch.nn.Module:

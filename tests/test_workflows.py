@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 import simba_compile
-from simba_compile import capture
+from simba_compile import symbolic_length
 from simba_compile.cli.models import going_on
 from simba_compile.passes import Transformed
 
@@ -123,7 +123,7 @@ def test_inputs_in_an_object(kind: Callable, selected: list[Tensor]) -> None:
 def test_a_dictionary_of_its_own_kind_may_have_any_keys() -> None:
     values = DictBatch({3: torch.zeros(1), "keys": torch.ones(1)})
     names = [f"dict.__getitem__(L, list(dict.keys(L))[{i}])" for i in (0, 1)]
-    assert [name for name, _ in capture._arguments("L", values)] == names
+    assert [name for name, _ in symbolic_length._arguments("L", values)] == names
 
 
 def test_what_another_model_returns(selected: list[Tensor]) -> None:

@@ -1,10 +1,11 @@
 """Small edits of a graph, and what nodes hold, for the passes that rewrite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 
 from simba_compile.passes.effects import is_inplace, written_between
@@ -36,11 +37,16 @@ def insert(before: Node, target: Callable | str, *args: Any) -> Node:
 
 def insert_traced(before: Node, target: Callable | str, *args: Any) -> Node:
     """A call in front of a node, with what it computes as Dynamo would show it: passes that follow read that."""
-    values = torch.fx.map_arg(args, value_of)
     new = insert(before, target, *args)
-    value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-    new.meta = {**before.meta, "example_value": value}
+    new.meta = {**before.meta, "example_value": called(target, args)}
     return new
+
+
+def called(target: Callable | str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """What Dynamo would show of a call of nodes."""
+    args, kwargs = torch.fx.map_arg((args, kwargs or {}), value_of)  # type: ignore[assignment, misc]
+    with enable_python_dispatcher():  # as Dynamo does: without it, torch 2.11 has no products of symbolic sizes
+        return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
 
 
 def replace(node: Node, new: Node) -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
+from simba_compile.passes.edit import called
 from simba_compile.passes.effects import IN_PLACE, given, is_inplace, place_of, shares_memory, storage_of, written
 from simba_compile.passes.length import value_of
 from simba_compile.passes.modes import mode_changes
@@ -76,8 +76,7 @@ def _keeps_dtype(node: Node, target: Any, args: tuple, kwargs: dict[str, Any]) -
         return False
     if any(value_of(source) is None for source in node.all_input_nodes):
         return False
-    args, kwargs = map_arg((args, kwargs), value_of)  # type: ignore[assignment]
-    result = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+    result = called(target, args, kwargs)
     return not isinstance(result, Tensor) or result.dtype == values[0].dtype
 
 

@@ -284,10 +284,10 @@ def _wait_for_groups(program: Program, operands: Operands) -> Bound:
 # Patterns of opcodes, what binds them, and whether all lanes have to be there.
 ACCESSES: tuple[tuple[str, Callable[..., Bound], bool], ...] = (
     (r"ld\.param\.([bus](?:32|64)|f32|f64)", _parameter, False),
-    (r"ld\.(global|shared)(?:\.v([24]))?\.([bus](?:8|16|32|64))", _load, False),
-    (r"st\.(global|shared)(?:\.v([24]))?\.([bus](?:8|16|32|64))", _store, False),
+    (r"ld\.(global|shared)(?:::cta)?(?:\.v([24]))?\.([bus](?:8|16|32|64))", _load, False),
+    (r"st\.(global|shared)(?:::cta)?(?:\.v([24]))?\.([bus](?:8|16|32|64))", _store, False),
     (r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", _matrices, True),
-    (r"atom\.shared\.add\.u32", _add, False),
+    (r"atom(?:\.relaxed\.\w+)?\.shared(?:::cta)?\.add\.u32", _add, False),
     (r"cp\.async\.c[ag]\.shared\.global", _copy, False),
     (r"cp\.async\.commit_group", _end_of_group, True),
     (r"cp\.async\.wait_group", _wait_for_groups, True),

@@ -74,10 +74,6 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: h.sin().multiply_(h).subtract_(h.cos()).absolute_(),
         lambda h: h.sin().mul_(h).sub_(h.cos()).abs_(),
     ),
-    "adds that multiply": (
-        lambda h: torch.add(h.sin(), h, alpha=2).addcmul(tensor1=h, tensor2=h.cos(), value=0.5),
-        lambda h: torch.add(h.sin(), h * 2).add(h * h.cos() * 0.5),
-    ),
     "by NumPy's names": (lambda h: torch.mul(x1=torch.exp(a=h), x2=torch.sqrt(x=h.abs())), lambda h: torch.mul(
         torch.exp(h), torch.sqrt(h.abs()))),
     "reshape": (

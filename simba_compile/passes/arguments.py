@@ -8,8 +8,6 @@
 ``x.expand_as(y)``                     →  ``x.expand(batch, tokens, 16)``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
-``torch.add(x, y, alpha=2)``           →  ``torch.add(x, y * 2)``
-``x.addcmul(y, z, value=2)``           →  ``x.add(y * z * 2)``
 
 Dynamo keeps a call as the model wrote it, but under a mode of torch functions, as `torch.set_default_device` sets one, where
 it shows what the mode sees. Torch takes NumPy's names of some arguments beside its own.
@@ -57,14 +55,12 @@ _NEXT = {  # what follows the first argument, as far as some pass reads it by it
     **dict.fromkeys(CONCATENATIONS | {"mean", torch.mean}, ("dim",)),
     **dict.fromkeys(PRODUCTS | {"add", torch.add, "sub", torch.sub, "mul", torch.mul, "div", torch.div}, ("other",)),
     **dict.fromkeys(("pow", torch.pow), ("exponent",)),
-    **dict.fromkeys(("addcmul", torch.addcmul), ("tensor1", "tensor2")),
     **dict.fromkeys(("narrow", torch.narrow), ("dim", "start", "length")),
     **dict.fromkeys(("permute", torch.permute, "flip", torch.flip), ("dims",)),
     **dict.fromkeys(("roll", torch.roll), ("shifts", "dims")),
     **dict.fromkeys(("transpose", torch.transpose), ("dim0", "dim1")),
     **{"view": ("size",), "reshape": ("shape",), torch.reshape: ("shape",)},
 }
-_ADDED_TIMES = {"add": "alpha", torch.add: "alpha", "addcmul": "value", torch.addcmul: "value"}  # and the name of a factor
 _KNOWN = POINTWISE | ALONG_AXES.keys() | RESHAPES | VIEWS | CASTS | REORDERS | _NEXT.keys()
 _KNOWN -= {torch.where}  # whose first is no input
 
@@ -134,20 +130,6 @@ def place_arguments(graph: Graph) -> None:
     for node in graph.nodes:
         if node.kwargs and node.op in ("call_function", "call_method"):
             _place(node)
-        if node.target in _ADDED_TIMES and len(node.args) > 1 and node.kwargs.keys() <= {_ADDED_TIMES[node.target]}:
-            _write_products(node)
-
-
-def _write_products(node: Node) -> None:
-    """Write an add that multiplies as an add: which operand is the residual stream shows in adds alone."""
-    value, *factors = *node.args, *node.kwargs.values()
-    if len(factors) < 2:
-        return
-    added = factors[0]
-    for factor in factors[1:]:
-        added = insert_traced(node, operator.mul, added, factor)
-    add = "add" if node.op == "call_method" else torch.add
-    node.target, node.args, node.kwargs = add, (value, added), {}
 
 
 def _place(node: Node) -> None:

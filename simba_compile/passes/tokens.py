@@ -72,7 +72,8 @@ RESHAPES: set[Any] = {"view", "reshape", "flatten", "unflatten", torch.reshape, 
 SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional.split}
 VIEWS: set[Any] = SPLITS | {
     *("transpose", "permute", "squeeze", "unsqueeze", "expand", torch.transpose, torch.permute),
-    *(torch.squeeze, torch.unsqueeze),
+    *(torch.squeeze, torch.unsqueeze, "movedim", "moveaxis", torch.movedim, torch.moveaxis),
+    *("unbind", "tensor_split", "select", "narrow", torch.unbind, torch.tensor_split, torch.select, torch.narrow),
 }
 SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}  # give views of what they read, as a rule
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}

@@ -244,7 +244,7 @@ def test_keep_everything_is_hugging_face(family: str, selected: list[Tensor]) ->
 
 @each_family
 def test_bfloat16(family: str, selected: list[Tensor], graphs: list[Transformed]) -> None:
-    """About as near to the float64 reference as eager bfloat16 is: in most sequences, for some may keep other tokens."""
+    """About as near to the float64 reference as eager bfloat16 is, in most sequences: some may keep other tokens."""
     model = tiny_model(family, torch.bfloat16)
     precise = tiny_model(family, torch.float64)
     precise.load_state_dict(model.state_dict())

@@ -45,7 +45,9 @@ def insert_traced(before: Node, target: Callable | str, *args: Any) -> Node:
 def called(target: Callable | str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """What Dynamo would show of a call of nodes."""
     args, kwargs = torch.fx.map_arg((args, kwargs or {}), value_of)  # type: ignore[assignment, misc]
-    with enable_python_dispatcher():  # as Dynamo does: without it, torch 2.11 has no products of symbolic sizes
+    # As Dynamo does: else torch 2.11 has no products of symbolic sizes. And without gradients, as what it is called with may
+    # have been made: writing into a view that was would fail.
+    with enable_python_dispatcher(), torch.no_grad():
         return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
 
 

@@ -76,8 +76,7 @@ def _keeps_dtype(node: Node, target: Any, args: tuple, kwargs: dict[str, Any]) -
         return False
     if any(value_of(source) is None for source in node.all_input_nodes):
         return False
-    with torch.no_grad():  # where gradients are on now, and a view among them was made while they were not, it would fail
-        result = called(target, args, kwargs)
+    result = called(target, args, kwargs)
     return not isinstance(result, Tensor) or result.dtype == values[0].dtype
 
 

@@ -58,6 +58,18 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: torch.roll(h, 2, 2).flip((2,)),
     ),
     "product": (lambda h: torch.matmul(input=h, other=matrix), lambda h: torch.matmul(h, matrix)),
+    "products of some ranks": (
+        lambda h: torch.bmm(h, h.mT).bmm(h) + torch.mm(h.flatten(0, 1), matrix).mm(matrix).view(h.shape),
+        lambda h: h.matmul(h.mT).matmul(h) + torch.matmul(h.flatten(0, 1), matrix).matmul(matrix).view(h.shape),
+    ),
+    "rows and a bias": (
+        lambda h: torch.addmm(weight, h.flatten(0, 1), matrix).view(h.shape),
+        lambda h: F.linear(h.flatten(0, 1), matrix.t(), weight).view(h.shape),
+    ),
+    "parts of complex numbers": (
+        lambda h: torch.complex(h, h.sin()).real + torch.complex(h, h.cos()).imag,
+        lambda h: torch.real(torch.complex(h, h.sin())) + torch.imag(torch.complex(h, h.cos())),
+    ),
     "product by einsum": (
         lambda h: torch.einsum("bnd,ed->bne", torch.einsum("b n d, d e -> b n e", h, matrix), matrix),
         lambda h: torch.matmul(torch.matmul(h, matrix), matrix.transpose(-2, -1)),

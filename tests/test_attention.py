@@ -90,6 +90,7 @@ READS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether the
     "an input": (lambda h: heads(h), True),
     "a piece of one": (lambda h: torch.cat([heads(2 * h), heads(h)], 2), True),
     "made here": (lambda h: heads(2 * h), False),
+    "an input, copied": (lambda h: heads(h).repeat_interleave(2, 1)[:, :1].detach(), True),
     "made here, of the sizes of an input": (lambda h: (2 * h).view(h.shape[0], h.shape[1], 1, -1).transpose(1, 2), False),
 }
 
@@ -105,11 +106,6 @@ def test_keys_that_come_from_an_input_may_be_a_cache(name: str) -> None:
     lowered = Captured(lambda h: F.scaled_dot_product_attention(heads(h), keys(h), keys(h)), tokens()).lowered()
     assert (attention_over_cache in lowered) is may
     assert (F.scaled_dot_product_attention in lowered) is not may
-
-
-def test_attention_without_an_axis_for_heads_reads_no_cache() -> None:
-    lowered = Captured(lambda h: F.scaled_dot_product_attention(h, h, h), tokens()).lowered()
-    assert attention_over_cache not in lowered
 
 
 def test_sequences_with_different_numbers_of_entries() -> None:

@@ -288,7 +288,7 @@ def test_the_length_is_read_off_an_input_where_no_number_shows_it() -> None:
 
 
 def test_rows_that_keys_were_made_of_are_no_cache() -> None:
-    """They are restored as other values are, with no marks."""
+    """What is one axis for batch and tokens is not marked."""
     first, second = toys(2)
 
     def function(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,13 +298,9 @@ def test_rows_that_keys_were_made_of_are_no_cache() -> None:
         return second(h + F.scaled_dot_product_attention(h[:, None], keys, keys)[:, 0]), rows
 
     captured = Captured(function, tokens(40))
-    options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
-    pruned = transform(captured.gm, options).pruned
-    assert pruned is not None
-    with torch.no_grad():
-        few, everything = (pruned(*captured.args, *counts) for counts in ((20, 8), (40, 40)))
-    assert few[1].isfinite().all()
-    torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-5)
+    result = transform(captured.gm, Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1}))
+    assert result.pruned is None
+    assert "is returned" in str(result.mixers[0].reason)
 
 
 def test_what_several_read_is_gathered_and_restored_once() -> None:

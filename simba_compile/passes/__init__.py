@@ -8,6 +8,7 @@ functional  allow_any_layout: writes what depends on where numbers lie in memory
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers (find_mixers: also those inside)      → a record for each
 plain_attention  writes attention that the model computes by itself as PyTorch's
+tables      gives tables of positions an axis for sequences
 plan        decides how many tokens each of them keeps             → counts from a length
 subgraphs   checkpoint_as_eager; then the graphs inside are lowered
 prune       scores, selects, and lets what follows run on what is left (with `attention`; `versions` gathers and restores)
@@ -34,7 +35,7 @@ from simba_compile.passes.plan import Plan, make_plan
 from simba_compile.passes.prune import Unprunable, prune
 from simba_compile.passes.rows import make_rows
 from simba_compile.passes.subgraphs import checkpoint_as_eager, find_mixers, with_subgraphs
-from simba_compile.passes.tokens import is_simba
+from simba_compile.passes.tables import widen_tables
 
 log = logging.getLogger("simba_compile.passes")
 
@@ -81,10 +82,12 @@ def transform(gm: GraphModule, options: Options, partial: str | None = None) -> 
         allow_any_layout(each.graph)
         make_rows(each.graph)
     mixers = find_mixers(gm)
-    if any(is_simba(node) for each in graphs for node in each.graph.nodes):
-        length = Length(mixers[0].x) if mixers else None
-        for each in graphs:
-            fuse_attention(each.graph, length if length is not None and length.is_symbolic else None)
+    length = Length(mixers[0].x) if mixers else None
+    length = length if length is not None and length.is_symbolic else None
+    for each in graphs:
+        fuse_attention(each.graph, length)
+        if length is not None:
+            widen_tables(each.graph, length)
     plan = make_plan(gm.graph, mixers, options, partial)
     for each in graphs:
         checkpoint_as_eager(each)

@@ -17,6 +17,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from simba_compile.passes.edit import insert_traced, sizes
@@ -42,6 +43,7 @@ _SYNONYMS = {  # functions and methods
     **{"subtract": "sub", "negative": "neg", "absolute": "abs"},
 }
 _SYNONYMS |= {f"{name}_": f"{known}_" for name, known in _SYNONYMS.items()}  # that write in place
+_PRODUCTS: dict[Any, Any] = {torch.mm: torch.matmul, torch.bmm: torch.matmul, "mm": "matmul", "bmm": "matmul"}
 _AS_ANOTHER = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}  # the shape of another value
 _OF_NUMPY = {
     **{"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
@@ -50,7 +52,7 @@ _OF_NUMPY = {
 _FIRST = {"input", "tensor", "tensors"}
 _NEXT = {  # what follows the first argument, as far as some pass reads it by its place
     **dict.fromkeys(LINEAR, ("weight", "bias")),
-    torch.nn.functional.embedding: ("weight",),
+    F.embedding: ("weight",),
     **dict.fromkeys(NORMS, ("normalized_shape",)),
     **dict.fromkeys(CONCATENATIONS | {"mean", torch.mean}, ("dim",)),
     **dict.fromkeys(PRODUCTS | {"add", torch.add, "sub", torch.sub, "mul", torch.mul, "div", torch.div}, ("other",)),
@@ -81,6 +83,14 @@ def name_calls(graph: Graph) -> None:
             node.target = _SYNONYMS[node.target]
         if (node.target is getattr and node.args[1] == "mT") or node.target is torch.ops.aten.mT:  # the second since 2.15
             node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
+        if node.target is getattr and node.args[1] in ("real", "imag"):
+            node.target, node.args = getattr(torch, node.args[1]), node.args[:1]  # type: ignore[arg-type]
+        if node.target in _PRODUCTS and not node.kwargs:
+            node.target = _PRODUCTS[node.target]
+        if node.target in (torch.addmm, "addmm") and not node.kwargs:
+            bias, rows, weight = node.args
+            node.op, node.target = "call_function", F.linear
+            node.args = (rows, insert_traced(node, "t", weight), bias)
         if node.op == "call_method" and node.target in _AS_ANOTHER and len(node.args) == 2:
             node.target, node.args = _AS_ANOTHER[node.target], (node.args[0], *_shape_of(node.args[1], node))
         if node.target in (torch.broadcast_to, "broadcast_to") and len(node.args) == 2:

@@ -21,7 +21,8 @@ from simba_compile.passes.tokens import CASTS, CONCATENATIONS, SAME_MEMORY, is_o
 from simba_compile.passes.walk import reached
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS}
+COPIES: set[Any] = {"repeat", "tile", torch.tile, "detach", torch.detach, "index_select", torch.index_select}
+SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS, *COPIES, "repeat_interleave", torch.repeat_interleave}
 
 
 def is_attention(node: Node) -> bool:
@@ -58,23 +59,33 @@ def why_not(node: Node, length: Length) -> str | None:
 
 
 def entries(node: Node, length: Length) -> set[Node]:
-    """An attention's keys and values, and what they are views of: those that the graph returns go into a cache."""
+    """An attention's keys and values, and what they are copies of: those that the graph returns go into a cache."""
     return {source for source in _parts(node, length) if length.of(source) >= 0}
 
 
 def _parts(node: Node, length: Length) -> set[Node]:
-    """An attention's keys and values, and the tensors that they are views of or were put together from."""
+    """An attention's keys and values, and the tensors that they are copies of or were put together from."""
 
     def sources(part: Node) -> list[Node]:
-        is_view = _is_a_tensor(part) and part.target in SAME_DATA and length.of(part) >= 0
-        return part.all_input_nodes if is_view else []
+        return copied(part) if length.of(part) >= 0 and not is_one_result(part) else []
 
     arguments = _arguments(node)
-    return set(filter(_is_a_tensor, reached([arguments["key"], arguments["value"]], sources)))
+    parts: set[Node] = set()
+    more = [arguments["key"], arguments["value"]]
+    while more:
+        parts.update(reached(more, sources))
+        splits: set[Any] = {part.args[0] for part in parts if is_one_result(part)}
+        splits = {split for split in splits if parts.issuperset(split.users)}  # into nothing but keys and values
+        more = [whole for split in splits for whole in copied(split) if whole not in parts]
+    return parts
 
 
-def _is_a_tensor(node: Node) -> bool:
-    return isinstance(value_of(node), Tensor) and not is_one_result(node)
+def copied(node: Node) -> list[Node]:
+    """What a node shows the numbers of, as they are; nothing where it computes."""
+    if node.target not in SAME_DATA:
+        return []
+    sources = node.all_input_nodes if node.target in CONCATENATIONS else node.args[:1]
+    return [source for source in sources if isinstance(source, Node)]
 
 
 # --- reading a cache -------------------------------------------------------------------------------------------------
@@ -82,14 +93,15 @@ def _is_a_tensor(node: Node) -> bool:
 
 def read_cache(node: Node) -> None:
     """Attention whose keys come from an input of the graph: `attention_over_cache`."""
-    if not is_attention(node):
-        return
-    key = _arguments(node)["key"]
-    if value_of(key).dim() != 4:  # there are no heads
-        return
-    views = reached([key], lambda source: source.all_input_nodes if source.target in SAME_DATA else ())
-    if any(source.op == "placeholder" and isinstance(value_of(source), Tensor) for source in views):
+    if is_attention(node) and may_be_cached(_arguments(node)["key"]):
         node.target = attention_over_cache
+
+
+def may_be_cached(key: Node) -> bool:
+    """Whether keys of attention come from an input of the graph."""
+    return value_of(key).dim() in (3, 4) and any(
+        source.op == "placeholder" and isinstance(value_of(source), Tensor) for source in reached([key], copied)
+    )
 
 
 def attention_over_cache(
@@ -106,10 +118,14 @@ def attention_over_cache(
     Parameters
     ----------
     query, key, value : Tensor
-        (batch, head, token, channel). Marks are the same for all heads.
+        (batch, head, token, channel), or without heads. Marks are the same for all heads.
     attn_mask, dropout_p, is_causal, **kwargs
         See PyTorch's function.
     """
+    if key.dim() == 3:
+        query, key, value = (rows.unsqueeze(1) for rows in (query, key, value))
+        mask = None if attn_mask is None else attn_mask.unsqueeze(-3)
+        return attention_over_cache(query, key, value, mask, dropout_p, is_causal, **kwargs).squeeze(1)
     pruned = is_marked(key[:, 0, :, 0])
     if key.device.type == "cpu" and not torch.compiler.is_compiling():  # what follows would wait for a GPU
         if not pruned.any():

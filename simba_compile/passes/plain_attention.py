@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from simba_compile.passes.attention import may_be_cached
 from simba_compile.passes.edit import dtype_of, erase, insert_traced, is_swap, may_move, sizes
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.match import ADDS
@@ -39,11 +40,10 @@ def fuse_attention(graph: Graph, length: Length | None) -> None:
     length : Length, optional
         Of a graph that may be pruned: attention among its tokens is fused. Other attention treats tokens alike as it is (to
         an encoder's states, among the heads of a token), or reads them all (pooling). In a graph without tokens to prune,
-        such as a decoding step, all attention is fused, since it may read a cache with marks.
+        such as a decoding step, attention is fused whose keys may come from a cache with marks.
     """
-    ranks = (4,) if length is None else (3, 4)  # what is read from a cache has heads
     for node in list(graph.nodes):
-        if node.target in PRODUCTS and len(node.args) == 2 and len(sizes(node)) in ranks:
+        if node.target in PRODUCTS and len(node.args) == 2 and len(sizes(node)) in (3, 4):
             _fuse(node, length)
 
 
@@ -60,18 +60,14 @@ def _fuse(node: Node, length: Length | None) -> None:
     if product is None or product.target not in PRODUCTS or len(product.args) != 2:
         return
     query, across = product.args
-    if not isinstance(across, Node) or not is_swap(across, last - 1, last):
-        return
-    key = across.args[0]
-    rows = [query, key, value]
-    if not all(isinstance(row, Node) for row in rows) or dtype_of(product) != dtype_of(node):
+    if not all(isinstance(row, Node) for row in (query, across, value)) or dtype_of(product) != dtype_of(node):
         return  # within autocast what they read may be of other types
     if mask is not None and mask.low not in (None, -math.inf) and dtype_of(node) == torch.float16:
         return  # no number of that type is so low that scores beside it are lost in rounding
-    read = rows if mask is None else [*rows, mask.given]
+    read = [query, across, value] if mask is None else [query, across, value, mask.given]
     if not _fit(node, *read) or not may_move(product, node, *read):
         return
-    if length is not None and not all(_has_rows(value_of(row), length) for row in rows):
+    if not (may_be_cached(across) if length is None else _has_rows(query, across, value, length)):
         return
     if scale is None:
         scale = 1.0
@@ -79,9 +75,10 @@ def _fuse(node: Node, length: Length | None) -> None:
         scale = 1 / scale
     elif scaled.target in _DIV or not isinstance(_number(scale), float | int | torch.SymFloat):
         return
+    key = across.args[0] if is_swap(across, last - 1, last) else insert_traced(node, "transpose", across, last - 1, last)
     added = None if mask is None else _of_type(mask.added(node), dtype_of(node), node)
     node.op, node.target = "call_function", F.scaled_dot_product_attention  # in place: a mixer may be known to add onto it
-    node.args, node.kwargs = (*rows, added, 0.0, False), {"scale": scale}
+    node.args, node.kwargs = (query, key, value, added, 0.0, False), {"scale": scale}
     erase(weights)  # type: ignore[arg-type]
 
 
@@ -137,9 +134,11 @@ def _unmasked(node: Any) -> tuple[Any, _Mask | None]:
     return scores, _Mask(truths, node, low, of_seen)
 
 
-def _has_rows(value: Tensor, length: Length) -> bool:
-    """Whether it has a row for each token, and sequences are told apart."""
-    return length.axis(value) == value.dim() - 2 and length.batch_axis(value) == 0
+def _has_rows(query: Any, across: Any, value: Any, length: Length) -> bool:
+    """Whether queries, keys and values have a row for each token, the keys a column, and sequences are told apart."""
+    *others, columns = map(value_of, (query, value, across))
+    have_rows = all(length.axis(rows) == rows.dim() - 2 for rows in others) and length.axis(columns) == columns.dim() - 1
+    return have_rows and all(length.batch_axis(part) == 0 for part in (*others, columns))
 
 
 def _before(node: Any, passed: set[Any]) -> Any:
@@ -173,13 +172,13 @@ def _are_scores(value: Any) -> bool:
     return isinstance(value, Node) and value.target in PRODUCTS
 
 
-def _fit(node: Node, query: Any, key: Any, value: Any, mask: Any = None) -> bool:
+def _fit(node: Node, query: Any, across: Any, value: Any, mask: Any = None) -> bool:
     """Whether they are of attention with as many heads of keys as of queries, and the mask widens nothing."""
-    if not all(len(sizes(row)) == len(sizes(node)) for row in (query, key, value)):
+    if not all(len(sizes(part)) == len(sizes(node)) for part in (query, across, value)):
         return False
     *heads, queries, _ = sizes(query)
-    *_, keys, _ = sizes(key)
-    if not heads == sizes(key)[:-2] == sizes(value)[:-2] == sizes(node)[:-2] or keys != sizes(value)[-2]:
+    *_, keys = sizes(across)
+    if not heads == sizes(across)[:-2] == sizes(value)[:-2] == sizes(node)[:-2] or keys != sizes(value)[-2]:
         return False
     return mask is None or sizes(mask)[-2:] in ([queries, keys], [1, keys])
 

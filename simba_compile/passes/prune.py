@@ -23,13 +23,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import entries, is_attention, query_and_mask, why_not
+from simba_compile.passes.attention import copied, entries, is_attention, query_and_mask, why_not
 from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.length import NO_TOKENS, expression, value_of
 from simba_compile.passes.match import name_of
 from simba_compile.passes.plan import Plan
 from simba_compile.passes.scans import MIXER_OPERATORS, SCANS
-from simba_compile.passes.tokens import inputs_with_tokens, is_tokenwise, reorders, suffix
+from simba_compile.passes.tokens import inputs_with_tokens, is_one_result, is_tokenwise, reorders, suffix
 from simba_compile.passes.versions import OPS, Unprunable, Versions
 from simba_compile.passes.walk import reached
 
@@ -58,6 +58,12 @@ class _Pruning(Versions):
         self.pending: Node | None = None  # placement "layer": selected at the scan, to be pruned at the residual add
         self.experts: int | None = None  # the version inside a mixture of experts
         self.masks: dict[tuple, Node] = {}  # of attention, for kept tokens
+        self.attended: dict[Node, int] = {}  # keys, values and what they are copies of → the version that attention reads
+        # What the graph returns, and what that is copied from, back to keys and values: a step may read it as a cache.
+        results = gm.graph.output_node().all_input_nodes
+        self.returned = set(
+            reached(results, lambda node: () if node in self.entries or is_one_result(node) else copied(node))
+        )
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
@@ -98,7 +104,10 @@ class _Pruning(Versions):
             if newest > 0:
                 raise self.cannot(node, "writes in place into a value that has lost tokens")
             self._check_write(node)
-        if is_attention(node) and (newest > 0 or any(self.version[part] > 0 for part in entries(node, self.length))):
+        parts = entries(node, self.length) if is_attention(node) else ()
+        for part in parts:
+            self.attended[part] = min(newest, self.attended.get(part, newest))
+        if (newest > 0 and is_attention(node)) or any(self.version[part] > 0 for part in parts):
             self._attend(node, newest)
         elif newest == 0:
             self.emit(node, 0)
@@ -117,12 +126,25 @@ class _Pruning(Versions):
 
     def _returned(self, node: Node) -> Node:
         """A result. Of a restored stream a view, which has no gradient: the tokens that stayed have gone on without it."""
+        if self.version[node] == 0 and node not in self.stream.values:
+            attended = min((self.attended[part] for part in reached([node], copied) if part in self.attended), default=0)
+            if attended > 0:
+                return self._cached(node, attended)
         made = self.at(node, 0)
         if self.version[node] == 0 or node not in self.stream.before:
             return made
         view = self.call(torch.ops.aten.alias.default, made)
         view.meta = dict(made.meta)
         return view
+
+    def _cached(self, node: Node, version: int) -> Node:
+        """Keys or values that were computed for all tokens, as those that attention read, which is of this version."""
+        axis = self.length.of(node)
+        if axis < 0:
+            raise self.cannot(node, "is returned as a part of attention's keys or values, for all tokens")
+        made = self.call(OPS.cache_entries, self.at(node, version), self.places(version), self.tokens, axis)
+        made.meta = dict(node.meta)
+        return made
 
     def _newest(self, node: Node) -> int:
         """The newest version among what a node reads; of a mixer's scan and convolution, the latest that there is."""
@@ -150,9 +172,9 @@ class _Pruning(Versions):
             if reorders(node, self.length) and any(self.version[source] > 0 for source in self._made_of(node)):
                 raise self.cannot(node, "may put tokens in another order")
 
-    def _made_of(self, node: Node) -> Iterator[Node]:
-        """The node and the values with tokens that it is made of, back to the stream."""
-        return reached([node], lambda value: () if value in self.stream.before else inputs_with_tokens(value, self.length))
+    def _made_of(self, *nodes: Node) -> Iterator[Node]:
+        """The nodes and the values with tokens that they are made of, back to the stream."""
+        return reached(nodes, lambda value: () if value in self.stream.values else inputs_with_tokens(value, self.length))
 
     # --- attention and experts ---------------------------------------------------------------------------------------
 
@@ -163,6 +185,7 @@ class _Pruning(Versions):
             raise Unprunable(self.mixer, reason)
         if newest == 0:
             raise self.cannot(node, "reads keys or values of attention for all tokens")
+        self._check_cached(node)
         query, mask = query_and_mask(node)
         if isinstance(mask, Node) and self.version[mask] == 0:
             rank = max(value_of(query).dim(), value_of(mask).dim())
@@ -171,6 +194,15 @@ class _Pruning(Versions):
                 self.masks[key] = self._mask(mask, rank, newest)
             self.made[mask, newest] = self.masks[key]
         self.emit(node, newest)
+
+    def _check_cached(self, attention: Node) -> None:
+        """Nothing is returned that keys or values are computed from: in that, no step could tell which tokens have left."""
+        parts, values = entries(attention, self.length), self.stream.values
+        for node in self._made_of(*parts):
+            if node in self.returned - parts - values and not values.isdisjoint(self._made_of(node)):
+                raise self.cannot(
+                    node, "is returned, and a step that computes attention's keys from it would read all tokens"
+                )
 
     def _mask(self, mask: Node, rank: int, version: int) -> Node:
         """A mask of attention with as many axes as the scores: of its queries, if it tells them apart, and of its keys."""

@@ -39,6 +39,7 @@ class Stream:
         writes = (node for node in graph.nodes if is_inplace(node))
         self.changing = {storage_of(value) for node in writes for value in written(node)}
         self.before: dict[Node, Node] = {}
+        self.values: set[Node] = set()  # these, and what the first of them were added onto
         # Its values since the last mixer, and above them those of a stream within a block, if one goes on there.
         self.chains: list[list[Node]] = []
         self.last = max((self.place[mixer.add] for mixer in mixers if mixer.add), default=0)
@@ -63,6 +64,7 @@ class Stream:
         values = [] if node in self.residuals else self.chains[place]
         self.chains[place:] = [[*values, node]]  # with values of two, the inner stream ends here
         self.before[node] = before
+        self.values |= {node, before, base}
 
     def _stream_among(self, sources: list[Node], add: Node) -> Node | None:
         """Which of those that are added is the stream before, where one is and another is what a layer adds to it."""

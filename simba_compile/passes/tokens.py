@@ -43,19 +43,25 @@ POINTWISE: set[Any] = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.and_, operator.xor),
     *(operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.invert),
     *(operator.floordiv, operator.mod, torch.floor_divide, torch.where, _F.hardswish, _F.leaky_relu, _F.dropout),
-    *(torch.zeros_like, torch.ones_like, torch.full_like),
+    *(torch.zeros_like, torch.ones_like, torch.full_like, torch.polar, torch.complex),
     *("masked_fill", "to", "type_as", "type", "float", "half", "bfloat16", "double", "bool", "contiguous", "detach"),
 }
+_ALONG_AXES = (  # as methods, and as functions
+    *("mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "median", "any", "all", "count_nonzero"),
+    *("var", "std", "nansum", "nanmean", "logsumexp", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp"),
+    *("cummax", "cummin", "norm", "sort", "argsort", "topk", "flip", "roll", "repeat_interleave", "index_select"),
+    *("gather", "scatter", "scatter_add", "scatter_reduce"),
+)
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
-    **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.amin, torch.softmax, _F.softmax, torch.cumsum), None),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "cumsum"), None),
-    **dict.fromkeys((torch.gather, torch.scatter, torch.scatter_add, torch.scatter_reduce, torch.index_select), None),
-    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "index_select"), None),
-    **dict.fromkeys((torch.flip, "flip", torch.roll, "roll", torch.repeat_interleave, "repeat_interleave"), None),
-    **dict.fromkeys((torch.topk, torch.sort, "topk", "sort"), -1),
+    **dict.fromkeys((*_ALONG_AXES, *(getattr(torch, name) for name in _ALONG_AXES)), None),
+    **dict.fromkeys((torch.var_mean, torch.std_mean, torch.linalg.norm, torch.linalg.vector_norm), None),
+    **dict.fromkeys((_F.softmax, _F.log_softmax), None),
+    **dict.fromkeys((torch.topk, torch.sort, torch.argsort, "topk", "sort", "argsort", _F.glu), -1),
+    _F.normalize: 1,
 }
 DIM_AT = {  # where ``dim`` stands among the arguments; elsewhere it is the second
     **dict.fromkeys((torch.topk, "topk", torch.roll, "roll", torch.repeat_interleave, "repeat_interleave"), 2),
+    **dict.fromkeys((torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm, _F.normalize), 2),
 }
 _REORDERING = (
     *("flip", "fliplr", "flipud", "rot90", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
@@ -73,6 +79,7 @@ SPLITS: set[Any] = {"chunk", "split", torch.chunk, torch.split, torch.functional
 VIEWS: set[Any] = SPLITS | {
     *("transpose", "permute", "squeeze", "unsqueeze", "expand", torch.transpose, torch.permute),
     *(torch.squeeze, torch.unsqueeze, "movedim", "moveaxis", torch.movedim, torch.moveaxis),
+    *(torch.view_as_complex, torch.view_as_real, torch.real, torch.imag),
     *("unbind", "tensor_split", "select", "narrow", torch.unbind, torch.tensor_split, torch.select, torch.narrow),
 }
 SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}  # give views of what they read, as a rule
@@ -122,7 +129,8 @@ def is_tokenwise(node: Node, length: Length) -> bool:
     if node.target == "repeat":
         return _repeats_elsewhere(node, axis, length)
     if node.target in VIEWS:
-        return len(node.args) + len(node.kwargs) > 1  # a bare squeeze() would take a token axis of one away
+        is_bare = len(node.args) + len(node.kwargs) == 1
+        return not (is_bare and node.target in ("squeeze", torch.squeeze))  # it would take a token axis of one away
     if node.target in ALONG_AXES:
         return _is_along_other_axes(node, sources, length)
     if node.target in CONCATENATIONS:
@@ -160,7 +168,7 @@ def _is_along_other_axes(node: Node, sources: list[Node], length: Length) -> boo
     if node.target == "flip" and isinstance(dims, int):
         dims = node.args[at:]
     dims = dims if isinstance(dims, list | tuple) else [dims]
-    return all(isinstance(dim, int) and dim % rank not in taken for dim in dims)
+    return all(type(dim) is int and dim % rank not in taken for dim in dims)  # a truth says something else
 
 
 def reorders(node: Node, length: Length) -> bool:

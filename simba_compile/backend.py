@@ -224,6 +224,8 @@ def _log(result: Transformed, partial: str | None) -> None:
         log.info("Nothing to prune in this graph: a decoding step, or a model without a mixer.")
         return
     log.info("%d mixers found, %d of them prune.", len(result.mixers), pruning)
+    if result.on_all_tokens:
+        log.info("Between them, on all tokens, those that left too: %s.", ", ".join(result.on_all_tokens))
     dense = next((mixer for mixer in result.mixers if mixer.reason is not None), None)
     if dense is None or not result.options.prunes or dense.x.shape[1] == 1:  # of one token, nothing can be dropped
         return

@@ -57,10 +57,15 @@ class Report:
         In the order in which they run.
     graphs : int
         How many graphs Dynamo made of the call: more than one means graph breaks.
+    on_all_tokens : tuple of str
+        Operations between mixers that run on all tokens, those that left too, though what follows runs on those that stay:
+        the passes do not know that they treat tokens alike and apart. They cost time, and what mixes tokens there, such as
+        attention written in an unusual way, reads those that left.
     """
 
     mixers: tuple[MixerReport, ...]
     graphs: int
+    on_all_tokens: tuple[str, ...] = ()
 
     @property
     def flops_dense(self) -> int:
@@ -75,7 +80,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         totals = {"flops_dense": self.flops_dense, "flops_pruned": self.flops_pruned, "graphs": self.graphs}
-        return {"mixers": [dataclasses.asdict(mixer) for mixer in self.mixers], **totals}
+        mixers = [dataclasses.asdict(mixer) for mixer in self.mixers]
+        return {"mixers": mixers, **totals, "on_all_tokens": list(self.on_all_tokens)}
 
     def __str__(self) -> str:
         if not self.mixers:
@@ -99,7 +105,11 @@ class Report:
         table.add_section()
         table.add_row(f"{len(self.mixers)} mixers", "", *ends, *totals, f"{self.graphs} graph(s)")
         text = io.StringIO()
-        Console(file=text, width=140).print(table)
+        console = Console(file=text, width=140)
+        console.print(table)
+        if self.on_all_tokens:
+            names = ", ".join(self.on_all_tokens)
+            console.print(f"On all tokens, those that left too: {names}.", highlight=False, markup=False, soft_wrap=True)
         return text.getvalue()
 
 
@@ -134,6 +144,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | 
     chosen = Options.from_mapping(options)
     _refuse_options(model, kwargs)
     rows: list[MixerReport] = []
+    whole: list[str] = []
     graphs = 0
 
     def observing(gm: GraphModule, example_inputs: list[Any], **given: Any) -> Callable:
@@ -143,7 +154,10 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | 
         run = simba(gm, example_inputs, observe=found.append, **given)
 
         def observed(*inputs: Any) -> Any:
-            rows.extend(_describe(found[0], inputs))
+            described = _describe(found[0], inputs)
+            rows.extend(described)
+            if described and described[-1].tokens_out < described[0].tokens_in:
+                whole.extend(found[0].on_all_tokens)
             return run(*inputs)
 
         return observed
@@ -156,7 +170,7 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | Options | 
     fresh = with_own_code(call)
     torch.compile(fresh, backend=observing, options=dataclasses.asdict(chosen))()
     torch._dynamo.reset_code(fresh.__code__)
-    return Report(tuple(rows), graphs)
+    return Report(tuple(rows), graphs, tuple(whole))
 
 
 def _refuse_options(model: Callable, given: Mapping[str, Any]) -> None:

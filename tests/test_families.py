@@ -154,6 +154,7 @@ def test_pruned_forward_and_backward(family: str, selected: list[Tensor], graphs
         assert_same_pass(output, expected, error)
     assert len(graphs) == 1
     assert {mixer.path for mixer in graphs[0].mixers} <= dict(model.named_modules()).keys()
+    assert graphs[0].on_all_tokens == []
 
     F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     F.cross_entropy(expected.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()

@@ -53,7 +53,7 @@ def test_lower_hands_the_gathers_to_the_scan() -> None:
     make_rows(captured.gm.graph)
     options = Options(keep=0.2, min_tokens=1)
     plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
-    pruned = prune(captured.gm, plan, options)
+    pruned, _ = prune(captured.gm, plan, options)
     with torch.no_grad():
         before = pruned(*captured.args, 8)[0]
     assert captured.targets(pruned).count(OPS.gather) >= 6

@@ -244,7 +244,7 @@ def test_prune_scores_selects_and_restores(placement: str) -> None:
     plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
     assert plan is not None
     before = str(captured.gm.graph)
-    pruned = prune(captured.gm, plan, options)
+    pruned, _ = prune(captured.gm, plan, options)
     assert str(captured.gm.graph) == before  # the dense graph is still there
     called = captured.targets(pruned)
     assert [called.count(op) for op in (OPS.influence, OPS.select, OPS.restore, OPS.selective_scan)] == [2, 2, 1, 3]
@@ -279,7 +279,7 @@ def test_the_length_is_read_off_an_input_where_no_number_shows_it() -> None:
     options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
     plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
     assert plan is not None
-    pruned = prune(captured.gm, plan, options)
+    pruned, _ = prune(captured.gm, plan, options)
     with torch.no_grad():
         few, everything = (pruned(*args, *counts) for counts in ((20, 8), (40, 40)))
     assert [value.shape for value in few] == [(2, 40, HIDDEN), (2, 1, 40, HIDDEN)]
@@ -315,7 +315,7 @@ def test_what_several_read_is_gathered_and_restored_once() -> None:
     captured = Captured(function, tokens(40))
     options = Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1})
     plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
-    pruned = prune(captured.gm, plan, options)
+    pruned, _ = prune(captured.gm, plan, options)
     called = [(node.target, node.args) for node in pruned.graph.nodes if node.target in (OPS.gather, OPS.restore)]
     assert called and len(called) == len(set(map(str, called)))
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_nothing_is_restored_where_a_suffix_is_read() -> None:
     captured = Captured(lambda h: model(h)[:, -2:] * 2, tokens(40))
     options = Options(keep=0.2, min_tokens=1)
     plan = make_plan(captured.gm.graph, match(captured.gm.graph), options)
-    pruned = prune(captured.gm, plan, options)
+    pruned, _ = prune(captured.gm, plan, options)
     assert OPS.restore not in captured.targets(pruned) and OPS.last_tokens in captured.targets(pruned)
     with torch.no_grad():
         torch.testing.assert_close(pruned(*captured.args, 40)[0], captured.result, rtol=1e-5, atol=1e-6)

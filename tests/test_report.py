@@ -130,8 +130,37 @@ def test_why_all_tokens_stay(options: dict[str, Any], call: dict[str, int], reas
 
 def test_a_call_without_mixers() -> None:
     report = simba_compile.explain(torch.sin, torch.randn(2, LENGTH))
-    assert report.to_dict() == {"mixers": [], "flops_dense": 0, "flops_pruned": 0, "graphs": 1}
+    assert report.to_dict() == {"mixers": [], "flops_dense": 0, "flops_pruned": 0, "graphs": 1, "on_all_tokens": []}
     assert str(report) == "No Mamba mixer was found: the model runs as it is.\n"
+
+
+def test_what_runs_on_all_tokens_is_named() -> None:
+    """What treats tokens apart in a way that no pass knows, and what mixes them; not what is made of all tokens anyway."""
+    first, second, third = tiny_model(layers=3).backbone.layers
+
+    class Between(torch.nn.Module):
+        def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
+            return h + h.renorm(2, 2, 5.0) + h.cumsum(1).sin() + embedded.cumsum(1)
+
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third, self.between = first, second, third, Between()
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.third(self.between(self.second(self.between(self.first(h), h)), h))
+
+    stack = Stack()
+    h = torch.randn(2, LENGTH, 32)
+    torch._dynamo.mark_dynamic(h, 1)
+    with torch.no_grad():
+        report = simba_compile.explain(stack, h, options={"schedule": [1.0, 0.5, 0.3], "min_tokens": 4})
+        dense = simba_compile.explain(stack, h, options={"keep": 1.0})
+    assert tokens_left(report) == [50, 25, 15]
+    assert len(report.on_all_tokens) == 2 and all(name.endswith("in between") for name in report.on_all_tokens)
+    assert {name.partition("_")[0] for name in report.on_all_tokens} == {"renorm", "cumsum"}
+    assert str(report).splitlines()[-1] == f"On all tokens, those that left too: {', '.join(report.on_all_tokens)}."
+    assert not dense.on_all_tokens and "On all tokens" not in str(dense)
 
 
 @pytest.mark.parametrize("tokens", [LENGTH + 1, LENGTH - 3, LENGTH // 2])

@@ -56,6 +56,9 @@ class Transformed:
         Every mixer that was found; ``mixer.reason`` says why one stays dense.
     options : Options
         What they were made with.
+    on_all_tokens : list of str
+        What in the pruned graph runs on all tokens, those that left too, though what follows runs on those that are left: no
+        pass knows that it treats tokens alike and apart.
     """
 
     dense: GraphModule
@@ -63,6 +66,7 @@ class Transformed:
     plan: Plan | None
     mixers: list[Mixer]
     options: Options
+    on_all_tokens: list[str]
 
     def of_call(self, args: Sequence[Any], tokens: int) -> tuple[GraphModule, list[int]]:
         """The graph for a call on so many tokens that do not end in padding, and the numbers that it takes besides."""
@@ -93,10 +97,11 @@ def transform(gm: GraphModule, options: Options, partial: str | None = None) -> 
         checkpoint_as_eager(each)
     for inner in graphs[1:]:
         lower(inner)
-    pruned = None
+    pruned: GraphModule | None = None
+    on_all_tokens: list[str] = []
     while plan is not None and plan.pruning:
         try:
-            pruned = prune(gm, plan, options)
+            pruned, on_all_tokens = prune(gm, plan, options)
             break
         except Unprunable as reason:  # this mixer and those after it stay dense; those before it may still prune
             plan = plan.without(reason.mixer, str(reason))
@@ -105,4 +110,4 @@ def transform(gm: GraphModule, options: Options, partial: str | None = None) -> 
             log.debug("%s, before lowering:\n%s", name, graph.graph)
             lower(graph)
             log.debug("%s, lowered:\n%s", name, graph.graph)
-    return Transformed(gm, pruned, plan if pruned is not None else None, mixers, options)
+    return Transformed(gm, pruned, plan if pruned is not None else None, mixers, options, on_all_tokens)

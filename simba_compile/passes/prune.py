@@ -34,15 +34,18 @@ from simba_compile.passes.versions import OPS, Unprunable, Versions
 from simba_compile.passes.walk import reached
 
 
-def prune(gm: GraphModule, plan: Plan, options: Options) -> GraphModule:
+def prune(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, list[str]]:
     """A copy of the graph in which the plan's mixers prune; it takes the plan's `inputs` after its own.
+
+    Also the names of what runs on all tokens there, between what runs on those that are left.
 
     Raises
     ------
     Unprunable
         Where the graph needs a value that is not defined for pruned tokens.
     """
-    return _Pruning(gm, plan, options).run()
+    pruning = _Pruning(gm, plan, options)
+    return pruning.run(), pruning.on_all_tokens()
 
 
 class _Pruning(Versions):
@@ -81,6 +84,15 @@ class _Pruning(Versions):
         self.drop_unread()
         self.out.lint()
         return GraphModule(self.gm, self.out)
+
+    def on_all_tokens(self) -> list[str]:
+        """The names of what read values of pruned tokens at full length, and is read for those that are left."""
+
+        def whole(node: Node) -> list[Node]:
+            return [source for source in inputs_with_tokens(node, self.length) if self.version[source] == 0]
+
+        found = reached(self.whole, whole)
+        return [name_of(node) for node in found if len(whole(node)) < len(list(inputs_with_tokens(node, self.length)))]
 
     def _visit(self, node: Node) -> None:
         if node in self.version:  # an input, or one that was needed earlier

@@ -59,6 +59,7 @@ class Versions:
         attentions = [node for node in graph.nodes if is_attention(node)]
         # Keys and values that attention reads, now or later: as outputs, a cache's entries
         self.entries = {source for node in attentions for source in entries(node, plan.length)}
+        self.whole: dict[Node, None] = {}  # what was gathered out of its value for all tokens, in order
         self.read: dict[int | None, Node] = {}  # memory that a value of pruned tokens was made of, and that value
         self.modes = Modes()
 
@@ -154,6 +155,7 @@ class Versions:
         if axis < 1 or not have_batch:  # FLAT is less, too
             raise self.cannot(node, f"has tokens that cannot be gathered: it is {list(value.shape)}")
         if have == 0:
+            self.whole[node] = None
             return self.call(OPS.gather, self.made[node, 0], self.places(version), axis)
         return self.call(OPS.gather, self.at(node, version - 1), self.kept[version - 1], axis)
 

@@ -70,6 +70,10 @@ NAMED: dict[str, tuple[Function, Function]] = {  # a call by names, and the same
         lambda h: torch.complex(h, h.sin()).real + torch.complex(h, h.cos()).imag,
         lambda h: torch.real(torch.complex(h, h.sin())) + torch.imag(torch.complex(h, h.cos())),
     ),
+    "the larger and the smaller of two": (
+        lambda h: torch.max(h, h.sin()).min(h.cos()),
+        lambda h: torch.minimum(torch.maximum(h, h.sin()), h.cos()),
+    ),
     "product by einsum": (
         lambda h: torch.einsum("bnd,ed->bne", torch.einsum("b n d, d e -> b n e", h, matrix), matrix),
         lambda h: torch.matmul(torch.matmul(h, matrix), matrix.transpose(-2, -1)),
@@ -129,8 +133,16 @@ def test_names_and_places_mean_the_same(name: str) -> None:
 
 EINSUMS = {  # and whether they are products of matrices
     **{"bid,bjd->bij": True, "bij,bjd->bid": True, "bid,de->bie": True, "id,de->ie": True},
-    **{"bid,bjd->bji": False, "bij,bjd->bi": False, "bid,bjd->ij": False, "bid,bde->dbe": False, "id,bjd->bij": False},
-    **{"bid,dbj->bij": False, "bii,bij->bij": False, "bid,bid->bid": False, "bid,cde->bie": False, "...d,de->...e": False},
+    **{"bid,bjd->bji": True, "bij,bjd->bi": False, "bid,bjd->ij": False, "bid,bde->dbe": False, "id,bjd->bij": False},
+    **{
+        "bid,dbj->bij": True,
+        "bqhd,bkhd->bhqk": True,
+        "bhqk,bkhd->bqhd": True,
+        "bii,bij->bij": False,
+        "bid,bid->bid": False,
+        "bid,cde->bie": False,
+        "...d,de->...e": False,
+    },
     **{"bid,d->bi": False, "bid,bde": False, "bid->bdi": False, "bid,dj,jk->bik": False, "bid,bdd->bid": False},
     **{"bij,bjj->bij": False, "bsd,bsd->bs": False},
 }
@@ -142,10 +154,12 @@ EINSUMS = {  # and whether they are products of matrices
 def test_products_written_as_einsum(equation: str, repeated: bool) -> None:
     """Only those are written otherwise, and to the same result; where the sum is over an axis that one repeats, none is."""
     size = {letter: 5 + i for i, letter in enumerate(sorted(set(equation) & set(ascii_letters)))}
-    terms = equation.partition("->")[0].split(",")
+    given, _, out = equation.partition("->")
+    terms = given.split(",")
     factors = [torch.randn([size.get(letter, 3) for letter in term.replace("...", "..")]) for term in terms]
     if repeated:
-        factors[1] = factors[1].narrow(-1 if terms[1][-1] in terms[0] else -2, 0, 1)
+        (summed,) = set(terms[0]) & set(terms[1]) - set(out)
+        factors[1] = factors[1].narrow(terms[1].index(summed), 0, 1)
     expected = torch.einsum(equation, *factors)
     graphs: list[GraphModule] = []
     torch.compile(lambda *given: torch.einsum(equation, *given), backend=lambda gm, _: graphs.append(gm) or gm)(*factors)

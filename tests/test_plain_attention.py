@@ -79,6 +79,14 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
         (torch.einsum("b h i d, b h j d -> b h i j", heads(h), heads(h @ KEY)) + mask).softmax(-1),
         heads(torch.einsum("bnd,de->bne", h, VALUE)),
     ),
+    "by einsum, heads behind tokens": lambda h, mask: torch.einsum(
+        "bhqk,bkhd->bqhd",
+        (torch.einsum("bqhd,bkhd->bhqk", h.unflatten(2, (2, -1)), (h @ KEY).unflatten(2, (2, -1))) + mask).softmax(-1),
+        (h @ VALUE).unflatten(2, (2, -1)),
+    ),
+    "keys as columns": lambda h, mask: weigh(
+        (heads(h) @ (h @ KEY).unflatten(2, (2, -1)).permute(0, 2, 3, 1) + mask).softmax(-1), h
+    ),
     "replaced": lambda h, mask: weigh((scores(h) * 0.3).masked_fill(mask > 0, -torch.inf).softmax(-1), h),
     "replaced in place": lambda h, mask: weigh((scores(h) * 0.3).masked_fill_(mask > 0, -1e9).softmax(-1), h),
     "replaced where one is not seen": lambda h, mask: weigh(torch.where(mask > 0, scores(h) / 3, LEAST).softmax(-1), h),
@@ -92,6 +100,7 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
         scores(h).double().masked_fill(mask > 0, LEAST).softmax(-1).float(), h
     ),
     "without heads": lambda h, mask: (h @ (h @ KEY).transpose(1, 2) * 0.3 + mask[:, 0]).softmax(-1) @ (h @ VALUE),
+    "without heads, by another name": lambda h, mask: torch.bmm(torch.bmm(h, h.mT).softmax(2), h @ VALUE),
     "without heads, replaced": lambda h, mask: (h @ h.mT).masked_fill(mask[:, 0] > 0, LEAST).softmax(2) @ (h @ VALUE),
 }
 LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {

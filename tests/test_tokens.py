@@ -33,6 +33,7 @@ def test_length_finds_the_argument_that_shows_it() -> None:
 
 
 column = torch.randn(HIDDEN, 3)
+HEADS = torch.randn(2, 3, 3)
 TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last operation of each, and whether it is
     "a function of each number": (lambda h: torch.tanh(h), True),
     "an activation": (lambda h: F.hardtanh(h), True),
@@ -70,6 +71,18 @@ TOKENWISE: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # the last opera
     "largest": (lambda h: h.max(-1), True),
     "largest over tokens": (lambda h: h.max(1), False),
     "the larger of two": (lambda h: torch.max(h, h.sin()), False),
+    "as one": (lambda h: F.cosine_similarity(h, h.sin(), -1), True),
+    "the second": (lambda h: h.kthvalue(2).values, True),
+    "which": (lambda h: F.one_hot(h.argmax(-1), HIDDEN), True),
+    "channels repeated, the tokens too": (lambda h: h.tile(2, 1), False),
+    "channels repeated, of fewer axes": (lambda h: h[..., :2].tile(3), True),
+    "products of heads": (lambda h: torch.einsum("bthd,hde->bthe", h.unflatten(2, (2, 3)), HEADS), True),
+    "products of channels": (lambda h: torch.einsum("...d, de -> e...", h, matrix), True),
+    "three in one product": (lambda h: torch.einsum("btd,bte,de->bt", h, h.sin(), matrix), True),
+    "all products": (lambda h: torch.einsum("btd,bsd->bts", h, h), False),
+    "sums over tokens": (lambda h: torch.einsum("btd,bte->bde", h, h), False),
+    "one token of each sequence": (lambda h: torch.einsum("ttd->td", h.flatten(0, 1)[:, None].expand(-1, 40, -1)), False),
+    "sequences summed": (lambda h: torch.einsum("btd,ctd->ct", h, h), False),
     "complex numbers": (lambda h: torch.view_as_complex(h.unflatten(-1, (-1, 2))), True),
     "turned by angles": (
         lambda h: torch.view_as_complex(h.unflatten(-1, (-1, 2))) * torch.polar(h[..., :3], h[..., 3:]),

@@ -7,8 +7,9 @@ arguments   place_arguments: puts arguments that are given by name in their plac
 functional  allow_any_layout: writes what depends on where numbers lie in memory so that it does not
 rows        writes what is computed with the tokens last as operations on rows, one for each token
 match       finds the mixers (find_mixers: also those inside)      → a record for each
-plain_attention  writes attention that the model computes by itself as PyTorch's
+multihead   writes PyTorch's modules of attention as what they compute
 tables      gives tables of positions an axis for sequences
+plain_attention  writes attention that the model computes by itself as PyTorch's
 plan        decides how many tokens each of them keeps             → counts from a length
 subgraphs   checkpoint_as_eager; then the graphs inside are lowered
 prune       scores, selects, and lets what follows run on what is left (with `attention`; `versions` gathers and restores)
@@ -30,6 +31,7 @@ from simba_compile.passes.functional import allow_any_layout, make_functional
 from simba_compile.passes.length import Length
 from simba_compile.passes.lower import lower
 from simba_compile.passes.match import Mixer
+from simba_compile.passes.multihead import write_out
 from simba_compile.passes.plain_attention import fuse_attention
 from simba_compile.passes.plan import Plan, make_plan
 from simba_compile.passes.prune import Unprunable, prune
@@ -89,9 +91,10 @@ def transform(gm: GraphModule, options: Options, partial: str | None = None) -> 
     length = Length(mixers[0].x) if mixers else None
     length = length if length is not None and length.is_symbolic else None
     for each in graphs:
-        fuse_attention(each.graph, length)
         if length is not None:
+            write_out(each.graph, length)
             widen_tables(each.graph, length)
+        fuse_attention(each.graph, length)
     plan = make_plan(gm.graph, mixers, options, partial)
     for each in graphs:
         checkpoint_as_eager(each)

@@ -5,6 +5,8 @@
 ``torch.hstack([x, y])``               →  ``torch.cat([x, y], dim=1)``
 ``x.swapaxes(1, 2)``, ``x.mT``         →  ``x.transpose(1, 2)``
 ``einsum("bid,bjd->bij", x, y)``       →  ``x @ y.transpose(-2, -1)``
+``x.bmm(y)``, ``x.mm(y)``              →  ``x.matmul(y)``
+``addmm(bias, x, weight)``             →  ``linear(x, weight.t(), bias)``
 ``x.expand_as(y)``                     →  ``x.expand(batch, tokens, 16)``
 ``torch.cat(tensors=[x, y], axis=1)``  →  ``torch.cat([x, y], dim=1)``
 ``x.permute(dims=(0, 2, 1))``          →  ``x.permute((0, 2, 1))``
@@ -44,6 +46,7 @@ _SYNONYMS = {  # functions and methods
 }
 _SYNONYMS |= {f"{name}_": f"{known}_" for name, known in _SYNONYMS.items()}  # that write in place
 _PRODUCTS: dict[Any, Any] = {torch.mm: torch.matmul, torch.bmm: torch.matmul, "mm": "matmul", "bmm": "matmul"}
+_OF_TWO = {torch.max: torch.maximum, torch.min: torch.minimum, "max": torch.maximum, "min": torch.minimum}
 _AS_ANOTHER = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}  # the shape of another value
 _OF_NUMPY = {
     **{"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
@@ -85,6 +88,8 @@ def name_calls(graph: Graph) -> None:
             node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
         if node.target is getattr and node.args[1] in ("real", "imag"):
             node.target, node.args = getattr(torch, node.args[1]), node.args[:1]  # type: ignore[arg-type]
+        if node.target in _OF_TWO and len(node.args) == 2 and isinstance(value_of(node.args[1]), torch.Tensor):
+            node.op, node.target = "call_function", _OF_TWO[node.target]
         if node.target in _PRODUCTS and not node.kwargs:
             node.target = _PRODUCTS[node.target]
         if node.target in (torch.addmm, "addmm") and not node.kwargs:
@@ -113,26 +118,46 @@ def _shape_of(value: Any, before: Node) -> list[Any]:
 
 
 def _name_product(node: Node) -> None:
-    """Write an einsum as a product of matrices, where it is one of all that stand in the two, or of rows with a matrix."""
+    """Write an einsum as a product of matrices, where it is one: of all that stand in the two, or of rows with a matrix."""
     equation, *factors = node.args
     if not isinstance(equation, str) or len(factors) != 2:
         return
     one, _, rest = equation.replace(" ", "").partition(",")
     other, _, out = rest.partition("->")
-    if not (one + other + out).isalpha() or min(len(one), len(other)) < 2:
-        return
-    *rows, i, j = list(one)
-    *columns, k, last = list(other)
-    is_plain = all(len(set(term)) == len(term) for term in (one, other, out)) and columns in (rows, [])
-    if not is_plain or set(one) & set(other) != {*columns, j}:
+    summed = set(one) & set(other) - set(out)
+    if (
+        not (one + other + out).isalpha()
+        or len(summed) != 1
+        or any(len(set(term)) < len(term) for term in (one, other, out))
+    ):
         return
     x, y = factors
-    is_across = j == last and out == "".join([*rows, i, k])
-    if not is_across and (j != k or out != "".join([*rows, i, last])):
+    (j,) = summed
+    batch = [letter for letter in one if letter in other and letter != j]
+    rows, columns = ([letter for letter in term if letter not in (*batch, j)] for term in (one, other))
+    if len(columns) != 1 or not rows or (batch and len(rows) > 1) or set(out) != {*batch, *rows, *columns}:
         return
-    if sizes(x)[-1] != sizes(y)[-1 if is_across else -2]:  # one is a single one, which einsum repeats
+    if sizes(x)[one.index(j)] != sizes(y)[other.index(j)]:  # one is a single one, which einsum repeats
         return
-    node.target, node.args = torch.matmul, (x, insert_traced(node, "transpose", y, -2, -1) if is_across else y)
+    x = _with_axes(node, x, one, [*batch, *rows, j])
+    y = _with_axes(node, y, other, [*batch, j, *columns])
+    made = [*batch, *rows, *columns]
+    if made == list(out):
+        node.target, node.args = torch.matmul, (x, y)
+    else:
+        node.op, node.target = "call_method", "permute"
+        node.args = (insert_traced(node, torch.matmul, x, y), [made.index(letter) for letter in out])
+
+
+def _with_axes(before: Node, value: Any, letters: str, order: list[str]) -> Any:
+    """A value with its axes in another order."""
+    places = [letters.index(letter) for letter in order]
+    last = len(places) - 1
+    if places == list(range(last + 1)):
+        return value
+    if places == [*range(last - 1), last, last - 1]:
+        return insert_traced(before, "transpose", value, -2, -1)
+    return insert_traced(before, "permute", value, places)
 
 
 def place_arguments(graph: Graph) -> None:

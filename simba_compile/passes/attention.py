@@ -17,12 +17,12 @@ from torch.fx import Node
 
 from simba_compile.kernels.reference import is_marked
 from simba_compile.passes.length import NO_TOKENS, Length, value_of
-from simba_compile.passes.tokens import CASTS, CONCATENATIONS, SAME_MEMORY, is_one_result
+from simba_compile.passes.tokens import CASTS, CONCATENATIONS, REPEATS, SAME_MEMORY, is_one_result
 from simba_compile.passes.walk import reached
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-COPIES: set[Any] = {"repeat", "tile", torch.tile, "detach", torch.detach, "index_select", torch.index_select}
-SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS, *COPIES, "repeat_interleave", torch.repeat_interleave}
+COPIES: set[Any] = {"detach", torch.detach, "index_select", torch.index_select, "repeat_interleave", torch.repeat_interleave}
+SAME_DATA: set[Any] = {*SAME_MEMORY, *CASTS, *CONCATENATIONS, *REPEATS, *COPIES}
 
 
 def is_attention(node: Node) -> bool:

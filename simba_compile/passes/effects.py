@@ -61,7 +61,8 @@ def is_inplace(node: Node) -> bool:
     name = target if isinstance(target, str) else target.__name__
     if name == "setitem" or target in IN_PLACE or name in _WRITING_METHODS:
         return True
-    return name.endswith("_") and not name.endswith("__")
+    is_operator = getattr(target, "__module__", None) == operator.add.__module__  # `operator.and_` computes
+    return name.endswith("_") and not name.endswith("__") and not is_operator
 
 
 def written(node: Node) -> list[Node]:

@@ -49,19 +49,33 @@ POINTWISE: set[Any] = {
 _ALONG_AXES = (  # as methods, and as functions
     *("mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "median", "any", "all", "count_nonzero"),
     *("var", "std", "nansum", "nanmean", "logsumexp", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp"),
-    *("cummax", "cummin", "norm", "sort", "argsort", "topk", "flip", "roll", "repeat_interleave", "index_select"),
+    *(
+        "cummax",
+        "cummin",
+        "kthvalue",
+        "norm",
+        "sort",
+        "argsort",
+        "topk",
+        "flip",
+        "roll",
+        "repeat_interleave",
+        "index_select",
+    ),
     *("gather", "scatter", "scatter_add", "scatter_reduce"),
 )
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((*_ALONG_AXES, *(getattr(torch, name) for name in _ALONG_AXES)), None),
     **dict.fromkeys((torch.var_mean, torch.std_mean, torch.linalg.norm, torch.linalg.vector_norm), None),
     **dict.fromkeys((_F.softmax, _F.log_softmax), None),
-    **dict.fromkeys((torch.topk, torch.sort, torch.argsort, "topk", "sort", "argsort", _F.glu), -1),
-    _F.normalize: 1,
+    **dict.fromkeys((torch.topk, torch.sort, torch.argsort, torch.kthvalue, _F.glu), -1),
+    **dict.fromkeys(("topk", "sort", "argsort", "kthvalue"), -1),
+    **dict.fromkeys((_F.normalize, _F.cosine_similarity), 1),
 }
 DIM_AT = {  # where ``dim`` stands among the arguments; elsewhere it is the second
     **dict.fromkeys((torch.topk, "topk", torch.roll, "roll", torch.repeat_interleave, "repeat_interleave"), 2),
-    **dict.fromkeys((torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm, _F.normalize), 2),
+    **dict.fromkeys((torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm, torch.kthvalue, "kthvalue"), 2),
+    **dict.fromkeys((_F.normalize, _F.cosine_similarity), 2),
 }
 _REORDERING = (
     *("flip", "fliplr", "flipud", "rot90", "roll", "sort", "msort", "gather", "index_select", "take_along_dim"),
@@ -83,6 +97,8 @@ VIEWS: set[Any] = SPLITS | {
     *("unbind", "tensor_split", "select", "narrow", torch.unbind, torch.tensor_split, torch.select, torch.narrow),
 }
 SAME_MEMORY: set[Any] = {*VIEWS, *RESHAPES, operator.getitem}  # give views of what they read, as a rule
+REPEATS: set[Any] = {"repeat", "tile", torch.tile}
+LOOKUPS: set[Any] = {_F.embedding, torch._C._nn.one_hot}
 PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 MUL: set[Any] = {operator.mul, torch.mul, "mul"}
 LINEAR: set[Any] = {_F.linear, torch._C._nn.linear}
@@ -126,7 +142,7 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         return ends == {rank - axis} and _is_repeated(node, rank - axis, sources)
     if node.target is operator.getitem:
         return _is_plain_index(node)
-    if node.target == "repeat":
+    if node.target in REPEATS:
         return _repeats_elsewhere(node, axis, length)
     if node.target in VIEWS:
         is_bare = len(node.args) + len(node.kwargs) == 1
@@ -142,7 +158,9 @@ def is_tokenwise(node: Node, length: Length) -> bool:
         return sources == [node.args[0]] and axis != rank - 1
     if node.target in PRODUCTS:
         return len(sources) == 1 and (rank - axis <= 2 or _is_repeated(node, rank - axis, sources))
-    if node.target is _F.embedding:
+    if node.target is torch.einsum:
+        return _is_one_letter_throughout(node, sources, length)
+    if node.target in LOOKUPS:
         return sources == [node.args[0]]  # a table with tokens is looked up in among them
     return node.target in MIXER_OPERATORS
 
@@ -247,11 +265,39 @@ def _joins_elsewhere(node: Node, rank: int, axis: int, length: Length) -> bool:
 def _repeats_elsewhere(node: Node, axis: int, length: Length) -> bool:
     """Whether neither the tokens nor the sequences are repeated, nor stand along other axes than before."""
     source: Any = value_of(node.args[0])
-    often = node.args[1:] if len(node.args) != 2 else node.args[1]
-    if not isinstance(often, list | tuple) or len(often) != source.dim():
-        return False
+    given: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
+    often = [*[1] * (source.dim() - len(given)), *given]  # as `tile` takes fewer
     batch = length.batch_axis(source)
-    return often[axis] == 1 and (batch is None or often[batch] == 1)
+    return len(often) == source.dim() and often[axis] == 1 and (batch is None or often[batch] == 1)
+
+
+def _is_one_letter_throughout(node: Node, sources: list[Node], length: Length) -> bool:
+    """Whether an einsum has one letter for tokens and one for sequences, in what has them and in the result."""
+    equation, *factors = node.args
+    if not isinstance(equation, str) or not all(isinstance(factor, Node) for factor in factors):
+        return False
+    terms, arrow, out = equation.replace(" ", "").partition("->")
+    read = [_letters(term, value_of(factor)) for term, factor in zip(terms.split(","), factors, strict=True)]
+    made = _letters(out, value_of(node))
+    with_tokens = [(letters, value_of(factor)) for letters, factor in zip(read, factors, strict=True) if factor in sources]
+    token, batch = max(length.of(node), 0), length.batch_axis(value_of(node))
+    for letters, value in with_tokens:
+        axis = length.batch_axis(value)
+        if (
+            letters[max(length.axis(value), 0)] != made[token]
+            or axis is None
+            or batch is None
+            or letters[axis] != made[batch]
+        ):
+            return False
+    times = [letters.count(made[token]) for letters in (made, *read)]
+    return bool(arrow) and times == [1, *(int(factor in sources) for factor in factors)]
+
+
+def _letters(term: str, value: Tensor) -> list[str]:
+    """The letter of each axis; axes of an ellipsis are numbered from the right, as they are aligned."""
+    before, _, after = term.partition("...")
+    return [*before, *map(str, range(value.dim() - len(before) - len(after), 0, -1)), *after]
 
 
 def _rank(value: Any) -> int:

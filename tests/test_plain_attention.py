@@ -59,6 +59,7 @@ def written_in_between(h: Tensor, mask: Tensor) -> Tensor:
     return weigh(found.softmax(-1), h) + mask.sum()
 
 
+SLOPES = torch.tensor([0.5, 0.25])[:, None, None]
 LEAST = torch.finfo(torch.float32).min
 
 FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -95,6 +96,22 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "all replaced": lambda h, mask: weigh(scores(h).masked_fill(h[:, None, :, :1] > mask * 0, LEAST).softmax(-1), h),
     "all replaced, of large scores": lambda h, mask: weigh(
         (scores(h) * 50).masked_fill(h[:, None, :, :1] > mask * 0, -1e9).softmax(-1), h
+    ),
+    "replaced by a number in a tensor": lambda h, mask: weigh(
+        torch.where(mask > 0, scores(h), torch.tensor(-1e9)).softmax(-1), h
+    ),
+    "replaced twice": lambda h, mask: weigh(
+        torch.where(mask > 2, LEAST, scores(h).masked_fill(mask[:1] < -1, LEAST)).softmax(-1), h
+    ),
+    "added, then replaced": lambda h, mask: weigh(
+        (scores(h) * 0.3 + SLOPES * mask)
+        .masked_fill(mask[0] > 0.5, -torch.inf)
+        .masked_fill(mask < -2, -torch.inf)
+        .softmax(-1),
+        h,
+    ),
+    "a narrower bias, then replaced": lambda h, mask: weigh(
+        (scores(h) + mask.bfloat16()).masked_fill(mask > 0.5, LEAST).softmax(-1), h
     ),
     "replaced in another type": lambda h, mask: weigh(
         scores(h).double().masked_fill(mask > 0, LEAST).softmax(-1).float(), h
@@ -135,6 +152,10 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "heads in the batch": lambda h, mask: weigh_all(heads(h).flatten(0, 1), heads(h).flatten(0, 1)),
     "replaced by no low number": lambda h, mask: weigh(scores(h).masked_fill(mask > 0, -50.0).softmax(-1), h),
     "replaced by a tensor": lambda h, mask: weigh(torch.where(mask > 0, scores(h), mask * 1e9).softmax(-1), h),
+    "replaced by two numbers": lambda h, mask: weigh(
+        scores(h).masked_fill(mask > 0, -1e9).masked_fill(mask < -1, LEAST).softmax(-1), h
+    ),
+    "replaced, then added": lambda h, mask: weigh((scores(h).masked_fill(mask > 0, -1e9) + mask).softmax(-1), h),
     "replaced by the largest": lambda h, mask: weigh(scores(h).masked_fill(mask > 1, 1e9).softmax(-1), h),
     "replaced for more heads": lambda h, mask: (
         scores(h)[:, :1].masked_fill(torch.cat([mask, mask, mask], 1) > 0, LEAST).softmax(-1) @ heads(h @ VALUE)[:, :1]

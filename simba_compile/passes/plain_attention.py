@@ -64,7 +64,7 @@ def _fuse(node: Node, length: Length | None) -> None:
         return  # within autocast what they read may be of other types
     if mask is not None and mask.low not in (None, -math.inf) and dtype_of(node) == torch.float16:
         return  # no number of that type is so low that scores beside it are lost in rounding
-    read = [query, across, value] if mask is None else [query, across, value, mask.given]
+    read = [query, across, value, *([] if mask is None else mask.given)]
     if not _fit(node, *read) or not may_move(product, node, *read):
         return
     if not (may_be_cached(across) if length is None else _has_rows(query, across, value, length)):
@@ -84,54 +84,72 @@ def _fuse(node: Node, length: Length | None) -> None:
 
 @dataclasses.dataclass
 class _Mask:
-    """What hides keys from queries: numbers that are added to the scores, or truths that say which are replaced.
+    """What hides keys from queries: numbers that are added to the scores, and truths that say which are then replaced.
 
     Attributes
     ----------
-    given : Node
-        The numbers or truths.
     masked : Node
         The scores with some hidden.
+    bias : Node, optional
+        The numbers.
+    truths : list of (Node, bool)
+        Which scores are replaced, or, where the second is true, which stay.
     low : float, optional
-        What replaces scores.
-    of_seen : bool
-        Whether the truths say which scores stay.
+        By what they are replaced.
     """
 
-    given: Node
     masked: Node
+    bias: Node | None = None
+    truths: list[tuple[Node, bool]] = dataclasses.field(default_factory=list)
     low: float | None = None
-    of_seen: bool = False
+
+    @property
+    def given(self) -> list[Node]:
+        """What it is made of."""
+        return [*([] if self.bias is None else [self.bias]), *(truth for truth, _ in self.truths)]
 
     def added(self, before: Node) -> Node:
         """The mask as numbers to add, in front of a node."""
-        if self.low is None:
-            return self.given
-        gone = insert_traced(before, "logical_not", self.given) if self.of_seen else self.given
+        if not self.truths:
+            return self.bias  # type: ignore[return-value]
+        gone, *more = [insert_traced(before, "logical_not", truth) if seen else truth for truth, seen in self.truths]
+        for truth in more:
+            gone = insert_traced(before, operator.or_, gone, truth)
         dtype = value_of(self.masked).dtype
         low = self.low if self.low == -math.inf else torch.finfo(dtype).min  # beside it, any score is lost in rounding
-        return insert_traced(before, "masked_fill", insert_traced(before, "to", gone, dtype), gone, low)
+        numbers = insert_traced(before, "to", gone if self.bias is None else self.bias, dtype)
+        return insert_traced(before, "masked_fill", numbers, gone, low)
 
 
 def _unmasked(node: Any) -> tuple[Any, _Mask | None]:
     """The scores, and the mask where there is one; no scores where it is no mask that can be added."""
-    scores, added = _operands(node, ADDS)
-    if added is not None:
-        numbers = value_of(added)
-        is_float = isinstance(numbers, Tensor) and numbers.is_floating_point()
-        return (scores, _Mask(added, node)) if is_float else (None, None)
-    if node is None or node.target not in _REPLACING or len(node.args) != 3:
-        return node, None
-    first, second, third = node.args
-    if node.target is torch.where:
-        scores, truths, low, of_seen = (
-            (second, first, third, True) if isinstance(second, Node) else (third, first, second, False)
-        )
-    else:
-        scores, truths, low, of_seen = first, second, third, node.target == "where"
-    if not isinstance(low, float | int) or low > _FAR_BELOW:
-        return None, None
-    return scores, _Mask(truths, node, low, of_seen)
+    mask = _Mask(node)
+    while node is not None and node.target in _REPLACING and len(node.args) == 3:
+        first, second, third = node.args
+        if node.target is torch.where:
+            is_low = _constant(second) is not None
+            scores, truths, low, of_seen = (third, first, second, False) if is_low else (second, first, third, True)
+        else:
+            scores, truths, low, of_seen = first, second, third, node.target == "where"
+        low = _constant(low)
+        if low is None or low > _FAR_BELOW or mask.low not in (None, low):
+            return None, None
+        mask.low = low
+        mask.truths.append((truths, of_seen))
+        node = _before(scores, TO_TYPE)
+    scores, mask.bias = _operands(node, ADDS)
+    if mask.bias is not None:
+        numbers = value_of(mask.bias)
+        if not isinstance(numbers, Tensor) or not numbers.is_floating_point():
+            return None, None
+    return scores, mask if mask.given else None
+
+
+def _constant(value: Any) -> float | None:
+    """A number, also one that is made a tensor."""
+    if isinstance(value, Node) and value.target is torch.tensor:
+        value = value.args[0]
+    return value if isinstance(value, float | int) else None
 
 
 def _has_rows(query: Any, across: Any, value: Any, length: Length) -> bool:
@@ -172,15 +190,15 @@ def _are_scores(value: Any) -> bool:
     return isinstance(value, Node) and value.target in PRODUCTS
 
 
-def _fit(node: Node, query: Any, across: Any, value: Any, mask: Any = None) -> bool:
-    """Whether they are of attention with as many heads of keys as of queries, and the mask widens nothing."""
+def _fit(node: Node, query: Any, across: Any, value: Any, *masks: Any) -> bool:
+    """Whether they are of attention with as many heads of keys as of queries, and the masks widen nothing."""
     if not all(len(sizes(part)) == len(sizes(node)) for part in (query, across, value)):
         return False
     *heads, queries, _ = sizes(query)
     *_, keys = sizes(across)
     if not heads == sizes(across)[:-2] == sizes(value)[:-2] == sizes(node)[:-2] or keys != sizes(value)[-2]:
         return False
-    return mask is None or sizes(mask)[-2:] in ([queries, keys], [1, keys])
+    return all(sizes(mask)[-2:] in ([queries, keys], [1, keys]) for mask in masks)
 
 
 def _of_type(mask: Any, dtype: Any, before: Node) -> Any:

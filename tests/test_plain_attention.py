@@ -47,6 +47,11 @@ def with_weights(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return weigh(weights, h), weights
 
 
+def with_dropped_weights(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    weights = F.dropout(scores(h).softmax(-1), 1.0)
+    return weigh(weights, h), weights
+
+
 def with_scores(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     found = scores(h) * 0.3
     return weigh(found.softmax(-1), h), found
@@ -120,10 +125,14 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "without heads, by another name": lambda h, mask: torch.bmm(torch.bmm(h, h.mT).softmax(2), h @ VALUE),
     "without heads, replaced": lambda h, mask: (h @ h.mT).masked_fill(mask[:, 0] > 0, LEAST).softmax(2) @ (h @ VALUE),
 }
-LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
+FUSED |= {
     "the weights are read": with_weights,
-    "the scores are read": with_scores,
     "dropout": lambda h, mask: weigh(F.dropout(scores(h).softmax(-1), 1.0), h),
+}
+LEFT: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "the scores are read": with_scores,
+    "weights that are dropped are read": with_dropped_weights,
+    "dropped twice": lambda h, mask: weigh(F.dropout(F.dropout(scores(h).softmax(-1), 1.0)), h),
     "over the queries": lambda h, mask: weigh(scores(h).softmax(-2), h),
     "a scale for each head": lambda h, mask: weigh((scores(h) * KEY[:2, :1, None]).softmax(-1), h),
     "a scale that is a tensor": lambda h, mask: weigh((scores(h) * KEY[0, 0]).softmax(-1), h),
@@ -226,17 +235,58 @@ def test_eager_attention_under_autocast(family: str, graphs: list[Transformed]) 
     assert_fused(graphs[-1])
 
 
-def test_weights_that_are_returned_are_those_of_all_tokens() -> None:
-    """Attention then reads the tokens that left, too, with the stream that they had on leaving."""
+@pytest.mark.parametrize("family", ["jamba", "zamba2"])
+def test_weights_that_are_returned_are_those_of_all_tokens(family: str) -> None:
+    """With the stream that they had on leaving. Attention reads the kept tokens, as without weights; so do the steps."""
+    model, ids, token = tiny_model(family), random_ids(2, 40), random_ids(2, 1, seed=1)
+    model.set_attn_implementation("eager")
+    compiled = simba(model, **KEEP_FEW)
+    given = {"output_attentions": True, "use_cache": True}
+    with torch.no_grad():
+        expected = model(ids, **given)
+        out = simba(model, keep=1.0)(ids, **given)
+        pruned, plain = compiled(ids, **given), compiled(ids, use_cache=True)
+        place = {"use_cache": True, "position_ids": torch.full((2, 1), 40)}
+        step = compiled(token, **going_on(pruned), output_attentions=True, **place)
+        plain_step = compiled(token, **going_on(plain), **place)
+    close(out.logits, expected.logits, 1e-4)  # in float32, by PyTorch's kernel and by eager attention
+    close(pruned.logits, plain.logits, 1e-5)
+    close(step.logits, plain_step.logits, 1e-5)
+    left = 0
+    for theirs, ours, of_pruned, of_step in zip(*(o.attentions for o in (expected, out, pruned, step)), strict=True):
+        close(ours, theirs, 1e-4)
+        assert of_pruned.shape == theirs.shape
+        for weights in (of_pruned, of_step):
+            close(weights.sum(-1), torch.ones_like(weights[..., 0]), 1e-5)
+        left += int((of_step[0, 0, 0] == 0).sum())
+    assert left >= 10  # tokens have left, and have no weight
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "jamba"])
+def test_a_second_prompt_on_a_pruned_cache(family: str) -> None:
+    """Eager attention reads what the first one kept, as PyTorch's does."""
+    model, ids = tiny_model(family), random_ids(2, 50)
+    logits = []
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        compiled = simba(model, **KEEP_FEW)
+        with torch.no_grad():
+            out = compiled(ids[:, :40], use_cache=True)
+            out = compiled(ids[:, 40:], **going_on(out), use_cache=True, position_ids=torch.arange(40, 50)[None])
+        logits.append(out.logits)
+        torch._dynamo.reset()
+    close(logits[1], logits[0], 1e-4)
+
+
+def test_dropped_weights_are_those_of_kept_tokens(graphs: list[Transformed]) -> None:
+    """In training, too, no token is read that has left: those that stay have the gradients that they have alone."""
     model, ids = tiny_model("jamba"), random_ids(2, 40)
     model.set_attn_implementation("eager")
-    with torch.no_grad():
-        expected = model(ids, output_attentions=True)
-        out = simba(model, keep=1.0)(ids, output_attentions=True)
-        pruned = simba(model, **KEEP_FEW)(ids, output_attentions=True)
-    close(out.logits, expected.logits, 1e-5)
-    for theirs, ours, of_pruned in zip(expected.attentions, out.attentions, pruned.attentions, strict=True):
-        close(ours, theirs, 1e-5)
-        assert of_pruned.shape == theirs.shape
-        close(of_pruned.sum(-1), torch.ones_like(of_pruned[..., 0]), 1e-5)
-    assert not torch.allclose(pruned.logits[:, -1], expected.logits[:, -1], atol=1e-3)
+    for layer in model.model.layers:
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.attention_dropout = 0.5
+    simba(model.train(), **KEEP_FEW)(ids, logits_to_keep=1, use_cache=False).logits.sum().backward()
+    model.eval()
+    assert graphs[0].pruned is not None and graphs[0].on_all_tokens == []
+    attentions = [node for node in graphs[0].pruned.graph.nodes if node.target is F.scaled_dot_product_attention]
+    assert [node.args[4] for node in attentions] == [0.5] * 2

@@ -88,7 +88,7 @@ def transform(gm: GraphModule, options: Options, partial: str | None = None) -> 
         allow_any_layout(each.graph)
         make_rows(each.graph)
     mixers = find_mixers(gm)
-    length = Length(mixers[0].x) if mixers else None
+    length = Length(mixers[0].x) if mixers and mixers[0].reason is None else None  # of a graph that may be pruned
     length = length if length is not None and length.is_symbolic else None
     for each in graphs:
         if length is not None:

@@ -144,6 +144,12 @@ def attention_over_cache(
     return _attention_past(pruned, query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
 
+def without_pruned(scores: Tensor, key: Tensor) -> Tensor:
+    """Scores of attention, (..., query, key), with those of entries that are marked as pruned at -inf."""
+    pruned = is_marked(key[..., 0] if key.dim() == 3 else key[:, :1, :, 0])
+    return scores.masked_fill(pruned.unsqueeze(-2), -torch.inf)
+
+
 def _attention_past(
     pruned: Tensor,
     query: Tensor,

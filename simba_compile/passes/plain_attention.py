@@ -5,7 +5,7 @@ So has transformers with ``attn_implementation="eager"``:
 ``softmax(q @ k.transpose(2, 3) * s + mask, -1) @ v``  →  ``scaled_dot_product_attention(q, k, v, mask, scale=s)``
 
 A number far below all scores in place of some is a mask, too (``masked_fill(scores, gone, -inf)``, ``where``). Weights that
-something else reads (``output_attentions=True``) or that are dropped at random have to be computed: they stay.
+something else reads (``output_attentions=True``) are computed beside it: those of all tokens.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.attention import may_be_cached
+from simba_compile.passes.attention import may_be_cached, without_pruned
 from simba_compile.passes.edit import dtype_of, erase, insert_traced, is_swap, may_move, sizes
 from simba_compile.passes.length import Length, value_of
 from simba_compile.passes.match import ADDS
@@ -39,8 +39,8 @@ def fuse_attention(graph: Graph, length: Length | None) -> None:
         The graph.
     length : Length, optional
         Of a graph that may be pruned: attention among its tokens is fused. Other attention treats tokens alike as it is (to
-        an encoder's states, among the heads of a token), or reads them all (pooling). In a graph without tokens to prune,
-        such as a decoding step, attention is fused whose keys may come from a cache with marks.
+        an encoder's states, among the heads of a token), or reads them all (pooling). In another graph, such as a decoding
+        step's, attention is fused whose keys may come from a cache with marks.
     """
     for node in list(graph.nodes):
         if node.target in PRODUCTS and len(node.args) == 2 and len(sizes(node)) in (3, 4):
@@ -50,7 +50,7 @@ def fuse_attention(graph: Graph, length: Length | None) -> None:
 def _fuse(node: Node, length: Length | None) -> None:
     weights, value = node.args
     last = len(sizes(node)) - 1
-    softmax = _before(weights, {F.dropout} | TO_TYPE)
+    softmax, dropped = _undropped(weights)
     if softmax is None or softmax.target not in _SOFTMAX or _given(softmax, 1, "dim") not in (-1, last):
         return
     scores, mask = _unmasked(_before(softmax.args[0], TO_TYPE))
@@ -78,8 +78,10 @@ def _fuse(node: Node, length: Length | None) -> None:
     key = across.args[0] if is_swap(across, last - 1, last) else insert_traced(node, "transpose", across, last - 1, last)
     added = None if mask is None else _of_type(mask.added(node), dtype_of(node), node)
     node.op, node.target = "call_function", F.scaled_dot_product_attention  # in place: a mixer may be known to add onto it
-    node.args, node.kwargs = (query, key, value, added, 0.0, False), {"scale": scale}
+    node.args, node.kwargs = (query, key, value, added, dropped, False), {"scale": scale}
     erase(weights)  # type: ignore[arg-type]
+    if length is None and softmax.users:
+        softmax.update_arg(0, insert_traced(softmax, without_pruned, softmax.args[0], key))
 
 
 @dataclasses.dataclass
@@ -166,6 +168,21 @@ def _before(node: Any, passed: set[Any]) -> Any:
             return node
         node = node.args[0]
     return None
+
+
+def _undropped(weights: Any) -> tuple[Any, float]:
+    """The softmax that weights are made of, and which share of them is dropped at random; None where others read those."""
+    dropped = 0.0
+    readers = 1
+    while isinstance(weights, Node) and weights.target in {F.dropout} | TO_TYPE:
+        readers = max(readers, len(weights.users))
+        if _drops(weights):
+            if dropped or not isinstance(_given(weights, 2, "training", True), bool):
+                return None, 0.0
+            dropped = _given(weights, 1, "p", 0.5)
+        weights = weights.args[0]
+    is_alone = isinstance(weights, Node) and max(readers, len(weights.users)) == 1
+    return (weights, dropped) if is_alone or not dropped else (None, 0.0)
 
 
 def _drops(node: Node) -> bool:

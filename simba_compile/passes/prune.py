@@ -17,7 +17,7 @@ sets around a mixture of experts. Any other operation, and the graph's output, s
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -32,6 +32,8 @@ from simba_compile.passes.scans import MIXER_OPERATORS, SCANS
 from simba_compile.passes.tokens import inputs_with_tokens, is_one_result, is_tokenwise, reorders, suffix
 from simba_compile.passes.versions import OPS, Unprunable, Versions
 from simba_compile.passes.walk import reached
+
+NOT_TOLD = "a step could not tell which tokens have left"
 
 
 def prune(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, list[str]]:
@@ -63,10 +65,11 @@ class _Pruning(Versions):
         self.masks: dict[tuple, Node] = {}  # of attention, for kept tokens
         self.attended: dict[Node, int] = {}  # keys, values and what they are copies of → the version that attention reads
         # What the graph returns, and what that is copied from, back to keys and values: a step may read it as a cache.
+        nodes = gm.graph.nodes
+        read = {part for node in nodes if is_attention(node) for part in entries(node, self.length)}
         results = gm.graph.output_node().all_input_nodes
-        self.returned = set(
-            reached(results, lambda node: () if node in self.entries or is_one_result(node) else copied(node))
-        )
+        self.returned = set(reached(results, lambda node: () if node in read or is_one_result(node) else copied(node)))
+        self.cached = read & self.returned
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
@@ -116,10 +119,10 @@ class _Pruning(Versions):
             if newest > 0:
                 raise self.cannot(node, "writes in place into a value that has lost tokens")
             self._check_write(node)
-        parts = entries(node, self.length) if is_attention(node) else ()
-        for part in parts:
-            self.attended[part] = min(newest, self.attended.get(part, newest))
-        if (newest > 0 and is_attention(node)) or any(self.version[part] > 0 for part in parts):
+        if is_attention(node):
+            for part in entries(node, self.length):
+                self.attended[part] = min(newest, self.attended.get(part, newest))
+        if newest > 0 and is_attention(node):
             self._attend(node, newest)
         elif newest == 0:
             self.emit(node, 0)
@@ -138,10 +141,11 @@ class _Pruning(Versions):
 
     def _returned(self, node: Node) -> Node:
         """A result. Of a restored stream a view, which has no gradient: the tokens that stayed have gone on without it."""
-        if self.version[node] == 0 and node not in self.stream.values:
-            attended = min((self.attended[part] for part in reached([node], copied) if part in self.attended), default=0)
-            if attended > 0:
-                return self._cached(node, attended)
+        version = self._attended(reached([node], lambda value: () if value in self.stream.values else copied(value)))
+        if version > 0:
+            return self._cached(node, version)
+        if self.length.of(node) >= 0 and self._attended(self._made_of(node)) > 0:
+            raise self.cannot(node, f"is returned, and computed from attention's keys or values: {NOT_TOLD}")
         made = self.at(node, 0)
         if self.version[node] == 0 or node not in self.stream.before:
             return made
@@ -149,12 +153,25 @@ class _Pruning(Versions):
         view.meta = dict(made.meta)
         return view
 
+    def _attended(self, values: Iterable[Node]) -> int:
+        """The first version in which attention read one of these as keys or values; 0 where none did, or for all tokens."""
+        return min(
+            (self.attended[value] for value in values if value in self.attended.keys() - self.stream.values), default=0
+        )
+
     def _cached(self, node: Node, version: int) -> Node:
-        """Keys or values that were computed for all tokens, as those that attention read, which is of this version."""
-        axis = self.length.of(node)
-        if axis < 0:
-            raise self.cannot(node, "is returned as a part of attention's keys or values, for all tokens")
-        made = self.call(OPS.cache_entries, self.at(node, version), self.places(version), self.tokens, axis)
+        """Keys or values, or copies of them, as attention in this version read them: entries of pruned tokens are marked."""
+        axis, parts = self.length.of(node), copied(node)
+        if axis >= 1 and self.length.batch_axis(value_of(node)) == 0:
+            made = self.call(OPS.cache_entries, self.at(node, version), self.places(version), self.tokens, axis)
+        elif parts:  # a window, or in an order of axes of its own
+            made = self.out.node_copy(
+                node, lambda value: self._cached(value, version) if value in parts else self.at(value, 0)
+            )
+        elif axis == NO_TOKENS:
+            return self.at(node, 0)
+        else:
+            raise self.cannot(node, f"is made attention's keys or values, and is {list(value_of(node).shape)}")
         made.meta = dict(node.meta)
         return made
 
@@ -186,7 +203,12 @@ class _Pruning(Versions):
 
     def _made_of(self, *nodes: Node) -> Iterator[Node]:
         """The nodes and the values with tokens that they are made of, back to the stream."""
-        return reached(nodes, lambda value: () if value in self.stream.values else inputs_with_tokens(value, self.length))
+        ends = self.stream.values
+
+        def sources(node: Node) -> Iterable[Node]:
+            return () if node in ends or is_attention(node) else inputs_with_tokens(node, self.length)
+
+        return reached(nodes, sources)
 
     # --- attention and experts ---------------------------------------------------------------------------------------
 
@@ -195,8 +217,6 @@ class _Pruning(Versions):
         reason = why_not(node, self.length)
         if reason is not None:
             raise Unprunable(self.mixer, reason)
-        if newest == 0:
-            raise self.cannot(node, "reads keys or values of attention for all tokens")
         self._check_cached(node)
         query, mask = query_and_mask(node)
         if isinstance(mask, Node) and self.version[mask] == 0:
@@ -212,9 +232,7 @@ class _Pruning(Versions):
         parts, values = entries(attention, self.length), self.stream.values
         for node in self._made_of(*parts):
             if node in self.returned - parts - values and not values.isdisjoint(self._made_of(node)):
-                raise self.cannot(
-                    node, "is returned, and a step that computes attention's keys from it would read all tokens"
-                )
+                raise self.cannot(node, f"is returned, and attention's keys or values are computed from it: {NOT_TOLD}")
 
     def _mask(self, mask: Node, rank: int, version: int) -> Node:
         """A mask of attention with as many axes as the scores: of its queries, if it tells them apart, and of its keys."""

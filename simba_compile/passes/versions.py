@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from simba_compile.passes.attention import SAME_DATA, entries, is_attention
+from simba_compile.passes.attention import SAME_DATA
 from simba_compile.passes.effects import is_random, storage_of
 from simba_compile.passes.length import NO_TOKENS, expression, value_of
 from simba_compile.passes.match import name_of
@@ -56,9 +56,7 @@ class Versions:
         self.tokens: Node | None = None  # the full length as a number
         self.mixer = 0  # the last one that pruned: whom a failure is laid to
         self.reader: Node | None = None  # the node that the walk has come to, for which others are made
-        attentions = [node for node in graph.nodes if is_attention(node)]
-        # Keys and values that attention reads, now or later: as outputs, a cache's entries
-        self.entries = {source for node in attentions for source in entries(node, plan.length)}
+        self.cached: set[Node] = set()  # keys and values that attention reads and the graph returns
         self.whole: dict[Node, None] = {}  # what was gathered out of its value for all tokens, in order
         self.read: dict[int | None, Node] = {}  # memory that a value of pruned tokens was made of, and that value
         self.modes = Modes()
@@ -94,9 +92,9 @@ class Versions:
     def _copy(self, node: Node, version: int, sized: bool = False) -> Node:
         """The node on inputs of this version. The length as an operand, and not as a size, stays the length."""
         sized = sized or takes_sizes(node)
-        if version == 0 and node.target not in SAME_DATA:  # a cache may take its entries with marks; what computes may not
-            marked = self.entries.intersection(node.all_input_nodes) - self.stream.before.keys()
-            if any(self.version[source] > 0 for source in marked):
+        if version == 0 and node.target not in SAME_DATA and not self.length.is_square(value_of(node)):  # which are weights
+            cached = self.cached.intersection(node.all_input_nodes) - self.stream.values
+            if any(self.version[source] > 0 for source in cached):  # a step would read marks there
                 raise self.cannot(node, "reads keys or values of attention for all tokens")
         return self.out.node_copy(
             node, lambda source: self.at(source, version if sized or not self.length.is_number(source) else 0)
@@ -167,10 +165,6 @@ class Versions:
             self.at(value, 0)
         if node in self.stream.before:
             return self._restore_stream(node)
-        if node in self.entries:
-            have = self.version[node]
-            where = (self.places(have), self.tokens, self.length.of(node))
-            return self.call(OPS.cache_entries, self.made[node, have], *where)
         if not self._is_computed_anew(node):
             raise self.cannot_restore(node, ", and is not defined for pruned ones")
         mode = self.modes.of[node]
@@ -201,7 +195,7 @@ class Versions:
         def sources(value: Node) -> list[Node]:
             if value in self.stream.before:
                 of = [self._streams_below(value)[-1]]
-            elif value in self.entries or not self._is_computed_anew(value):
+            elif not self._is_computed_anew(value):
                 of = []
             else:
                 of = list(inputs_with_tokens(value, self.length))
@@ -226,8 +220,6 @@ class Versions:
             for version in range(self.version[value], 0, -1):  # "layer": the add also stands in the version before
                 if (value, version) in self.made:
                     layers.setdefault(version, self.made[value, version])
-        if node in self.entries and node not in self.stream.before:  # at full length it has marks
-            raise self.cannot_restore(node, ", and attention reads it as keys or values")
         order = sorted(layers)
         positions = [self.places(version) for version in order]
         return self.call(OPS.restore, self.at(node, 0), [layers[version] for version in order], positions)

@@ -92,7 +92,7 @@ def name_calls(graph: Graph) -> None:
             node.op, node.target = "call_function", _OF_TWO[node.target]
         if node.target in _PRODUCTS and not node.kwargs:
             node.target = _PRODUCTS[node.target]
-        if node.target in (torch.addmm, "addmm") and not node.kwargs:
+        if node.target in (torch.addmm, "addmm") and not node.kwargs and len(sizes(node.args[0])) == 1:
             bias, rows, weight = node.args
             node.op, node.target = "call_function", F.linear
             node.args = (rows, insert_traced(node, "t", weight), bias)

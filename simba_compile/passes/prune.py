@@ -155,9 +155,8 @@ class _Pruning(Versions):
 
     def _attended(self, values: Iterable[Node]) -> int:
         """The first version in which attention read one of these as keys or values; 0 where none did, or for all tokens."""
-        return min(
-            (self.attended[value] for value in values if value in self.attended.keys() - self.stream.values), default=0
-        )
+        read = [value for value in values if value in self.attended and value not in self.stream.values]
+        return min(map(self.attended.__getitem__, read), default=0)
 
     def _cached(self, node: Node, version: int) -> Node:
         """Keys or values, or copies of them, as attention in this version read them: entries of pruned tokens are marked."""

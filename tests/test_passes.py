@@ -396,3 +396,25 @@ def test_writes_on_values_of_their_own_become_ordinary(case: str) -> None:
     assert [target for target in captured.targets() if target in writing][: len(expected)] == expected
     torch.testing.assert_close(captured.gm(*[x.clone() if isinstance(x, Tensor) else x for x in captured.args])[0],
                                function(tokens()) if case != "an input" else 2 * h)  # fmt: skip
+
+
+def test_attention_to_something_else_runs_on_kept_tokens() -> None:
+    """An encoder's states have no tokens of the sequence; a buffer of a fixed size that keys are put into has."""
+    first, second = toys(2)
+    states = torch.randn(1, 5, HIDDEN)
+
+    def function(h: Tensor, fixed: bool) -> Tensor:
+        h = first(h)
+        buffer = torch.zeros(h.shape[0], 64, HIDDEN).index_copy(1, torch.arange(h.shape[1]), h)
+        keys = buffer if fixed else states.expand(h.shape[0], -1, -1) @ matrix
+        return second(h + F.scaled_dot_product_attention(h, keys, keys))
+
+    for fixed in (False, True):
+        captured = Captured(lambda h, fixed=fixed: function(h, fixed), tokens(40))
+        result = transform(captured.gm, Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1}))
+        assert (result.pruned is None) is fixed
+        if result.pruned is not None:
+            assert result.on_all_tokens == []
+            with torch.no_grad():
+                everything = result.pruned(*captured.args, 40, 40)[0]
+            torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-5)

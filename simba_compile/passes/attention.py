@@ -58,6 +58,20 @@ def why_not(node: Node, length: Length) -> str | None:
     return f"the mask of attention is {list(mask.shape)}"
 
 
+def reads_others(node: Node, length: Length) -> bool:
+    """Whether an attention's queries alone have tokens, so that each of them is by itself."""
+    arguments = _arguments(node)
+    query, mask = value_of(arguments["query"]), arguments.get("attn_mask")
+    has_rows = length.axis(query) == query.dim() - 2 and length.batch_axis(query) == 0 and not arguments.get("is_causal")
+    return has_rows and length.of(mask) == NO_TOKENS and are_of_others([arguments["key"], arguments["value"]], length)
+
+
+def are_of_others(values: list[Node], length: Length) -> bool:
+    """Whether values are made of something else than tokens, as an encoder's states are; a static cache is not."""
+    made = reached(values, lambda part: (source for source in part.all_input_nodes if isinstance(value_of(source), Tensor)))
+    return all(length.of(value) == NO_TOKENS for value in made)
+
+
 def entries(node: Node, length: Length) -> set[Node]:
     """An attention's keys and values, and what they are copies of: those that the graph returns go into a cache."""
     return {source for source in _parts(node, length) if length.of(source) >= 0}

@@ -1,4 +1,4 @@
-"""Write PyTorch's modules of attention as what they compute, so that attention among tokens runs on those that are kept.
+"""Write PyTorch's modules of attention as what they compute, so that attention of tokens runs on those that are kept.
 
 `nn.MultiheadAttention`       →  linear layers around ``scaled_dot_product_attention``
 `nn.TransformerEncoderLayer`  →  the same, norms and a feed-forward part, where in inference it is one operation
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from simba_compile.passes.edit import dtype_of, erase, insert_traced, rank_of
-from simba_compile.passes.length import Length, value_of
+from simba_compile.passes.attention import are_of_others
+from simba_compile.passes.edit import called, dtype_of, erase, insert_traced, rank_of, sizes
+from simba_compile.passes.length import NO_TOKENS, Length, value_of
 
 _MODULE = inspect.signature(F.multi_head_attention_forward)
 _LAYER = [argument.name for argument in torch.ops.aten._transformer_encoder_layer_fwd.default._schema.arguments]
@@ -33,19 +33,22 @@ def write_out(graph: Graph, length: Length) -> None:
 
 
 def _write_module(node: Node, length: Length) -> None:
-    """An attention module's call, which has tokens in axis 0, if it is among tokens and nothing reads its weights."""
+    """An attention module's call with tokens in axis 0, to tokens or to something else, if nothing reads its weights."""
     bound = _MODULE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     given = bound.arguments
     parts = [given[name] for name in ("query", "key", "value")]
     mask, padding = given["attn_mask"], given["key_padding_mask"]
-    if not all(rank_of(part) == 3 and _has_tokens(part, 0, length) for part in parts):
+    if any(rank_of(part) != 3 for part in parts) or not _has_tokens(parts[0], 0, length):
+        return
+    is_to_others = are_of_others(parts[1:], length) and length.of(mask) == NO_TOKENS
+    if not is_to_others and not all(_has_tokens(part, 0, length) for part in parts[1:]):
         return
     if any(given[name] for name in _UNUSUAL) or any(read.args[1] != 0 for read in node.users):
         return
     if not all(added is None or (rank_of(added) == 2 and value_of(added).is_floating_point()) for added in (mask, padding)):
         return
-    if value_of(node)[0].dtype != dtype_of(parts[0]):  # under autocast
+    if called(F.linear, (parts[0], given["out_proj_weight"])).dtype != value_of(node)[0].dtype:  # within an autocast
         return
     call = functools.partial(insert_traced, node)
     weight, bias, heads = given["in_proj_weight"], given["in_proj_bias"], given["num_heads"]
@@ -75,7 +78,7 @@ def _write_layer(node: Node, length: Length) -> None:
     given: dict[str, Any] = {"mask": None, "mask_type": None}
     given |= dict(zip(_LAYER, node.args, strict=False)) | node.kwargs
     x: Any = given["src"]
-    if rank_of(x) != 3 or not _has_tokens(x, 1, length) or dtype_of(node) != dtype_of(x):
+    if rank_of(x) != 3 or not _has_tokens(x, 1, length) or dtype_of(node) != dtype_of(x):  # within an autocast
         return
     call = functools.partial(insert_traced, node)
     mask = given["mask"]
@@ -109,8 +112,8 @@ def _write_layer(node: Node, length: Length) -> None:
 
 def _has_tokens(node: Any, axis: int, length: Length) -> bool:
     """Whether a value has its tokens in axis 0 or 1, and its sequences in the other."""
-    value = value_of(node)
-    return isinstance(value, Tensor) and length.axis(value) == axis and length.batch_axis(value) == 1 - axis
+    places = sizes(node)  # of one sequence alone, as Length's axes could not tell
+    return places[axis] == length.tokens and places[1 - axis] == length.batch and not length.depends(value_of(node).shape[2])
 
 
 def _thirds(before: Node, whole: Any, dim: int) -> list[Node]:

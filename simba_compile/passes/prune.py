@@ -23,7 +23,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from simba_compile.options import Options
-from simba_compile.passes.attention import copied, entries, is_attention, query_and_mask, why_not
+from simba_compile.passes.attention import copied, entries, is_attention, query_and_mask, reads_others, why_not
 from simba_compile.passes.effects import is_inplace, storage_of, written
 from simba_compile.passes.length import NO_TOKENS, expression, value_of
 from simba_compile.passes.match import name_of
@@ -122,7 +122,7 @@ class _Pruning(Versions):
         if is_attention(node):
             for part in entries(node, self.length):
                 self.attended[part] = min(newest, self.attended.get(part, newest))
-        if newest > 0 and is_attention(node):
+        if newest > 0 and is_attention(node) and not reads_others(node, self.length):
             self._attend(node, newest)
         elif newest == 0:
             self.emit(node, 0)
@@ -132,7 +132,7 @@ class _Pruning(Versions):
             self._check_tokens(node)
             self.emit(node, newest)
         else:
-            self.emit(node, newest if is_tokenwise(node, self.length) else 0)
+            self.emit(node, newest if is_attention(node) or is_tokenwise(node, self.length) else 0)
         if node in self.stream.residuals:
             self._check_order(self.stream.residuals[node])
         self.stream.note(node)

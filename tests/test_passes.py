@@ -418,3 +418,22 @@ def test_attention_to_something_else_runs_on_kept_tokens() -> None:
             with torch.no_grad():
                 everything = result.pruned(*captured.args, 40, 40)[0]
             torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-5)
+
+
+def test_what_reads_keys_for_all_tokens_reads_no_marks() -> None:
+    """Where they go into no cache."""
+    first, second = toys(2)
+
+    def function(h: Tensor) -> Tensor:
+        h = first(h)
+        keys = F.linear(h, matrix)
+        return second(h + F.scaled_dot_product_attention(h, keys, keys) + keys.cumsum(1))
+
+    captured = Captured(function, tokens(40))
+    result = transform(captured.gm, Options.from_mapping({"schedule": [0.5, 0.2], "min_tokens": 1}))
+    assert result.pruned is not None
+    assert [name.partition("_")[0] for name in result.on_all_tokens] == ["cumsum"]
+    with torch.no_grad():
+        few, everything = (result.pruned(*captured.args, *counts)[0] for counts in ((20, 8), (40, 40)))
+    assert few.isfinite().all()
+    torch.testing.assert_close(everything, captured.result, rtol=1e-5, atol=1e-5)

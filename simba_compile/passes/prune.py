@@ -119,10 +119,11 @@ class _Pruning(Versions):
             if newest > 0:
                 raise self.cannot(node, "writes in place into a value that has lost tokens")
             self._check_write(node)
-        if is_attention(node):
-            for part in entries(node, self.length):
-                self.attended[part] = min(newest, self.attended.get(part, newest))
-        if newest > 0 and is_attention(node) and not reads_others(node, self.length):
+        parts = entries(node, self.length) if is_attention(node) else ()
+        for part in parts:
+            self.attended[part] = min(newest, self.attended.get(part, newest))
+        among_pruned = is_attention(node) and (newest > 0 or any(self.version[part] > 0 for part in parts))
+        if among_pruned and not reads_others(node, self.length):
             self._attend(node, newest)
         elif newest == 0:
             self.emit(node, 0)
@@ -216,6 +217,8 @@ class _Pruning(Versions):
         reason = why_not(node, self.length)
         if reason is not None:
             raise Unprunable(self.mixer, reason)
+        if newest == 0:
+            raise self.cannot(node, "reads keys or values of attention for all tokens")
         self._check_cached(node)
         query, mask = query_and_mask(node)
         if isinstance(mask, Node) and self.version[mask] == 0:

@@ -61,6 +61,7 @@ TOKEN_MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": lambda h: h + torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) @ h,
     "attention alone": lambda h: torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) @ h * 2,
     "attention that is the stream": lambda h: torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) @ h,
+    "attention that is the stream, backwards": lambda h: F.scaled_dot_product_attention(*[h.flip(1)] * 3),
     "attention of weights": lambda h: h + (torch.softmax(h @ h.transpose(1, 2) * 0.05, -1) ** 2) @ h,
     "doubled": lambda h: torch.cat([h, h], 1)[:, : h.shape[1]],
     "sorted": lambda h: h.sort(1).values,
@@ -107,7 +108,14 @@ REORDERED = {
     *("permuted by an index", "roll by cat", "roll back by cat", "roll by narrow", "roll of copies", "roll of a longer one"),
     *("none and a roll", "halves swapped", "two pieces swapped", "ends swapped", "flat roll by cat", "flipud", "rotated"),
     *("reduced to an index", "scattered by truths", "roll by hstack", "flat roll by vstack", "roll by dstack"),
-    *("stacked as columns", "scattered", "copied to an index", "added to an index", "put to an index"),
+    *(
+        "attention that is the stream, backwards",
+        "stacked as columns",
+        "scattered",
+        "copied to an index",
+        "added to an index",
+        "put to an index",
+    ),
 }
 IN_PLACE = {
     *("shift by cat", "shift by cat onto the first", "look ahead by cat", "first ones replaced", "in order, by names"),

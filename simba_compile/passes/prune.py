@@ -197,16 +197,18 @@ class _Pruning(Versions):
 
     def _check_order(self, residual: Node) -> None:
         """What a mixer is added onto has its tokens in their places: else those that stay would be others from here on."""
-        for node in self._made_of(residual):
-            if reorders(node, self.length) and any(self.version[source] > 0 for source in self._made_of(node)):
+        for node in self._made_of(residual, past_attention=True):
+            made = self._made_of(node, past_attention=True)
+            if reorders(node, self.length) and any(self.version[source] > 0 for source in made):
                 raise self.cannot(node, "may put tokens in another order")
 
-    def _made_of(self, *nodes: Node) -> Iterator[Node]:
+    def _made_of(self, *nodes: Node, past_attention: bool = False) -> Iterator[Node]:
         """The nodes and the values with tokens that they are made of, back to the stream."""
         ends = self.stream.values
 
         def sources(node: Node) -> Iterable[Node]:
-            return () if node in ends or is_attention(node) else inputs_with_tokens(node, self.length)
+            stops = node in ends or (is_attention(node) and not past_attention)
+            return () if stops else inputs_with_tokens(node, self.length)
 
         return reached(nodes, sources)
 

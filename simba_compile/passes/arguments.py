@@ -125,11 +125,8 @@ def _name_product(node: Node) -> None:
     one, _, rest = equation.replace(" ", "").partition(",")
     other, _, out = rest.partition("->")
     summed = set(one) & set(other) - set(out)
-    if (
-        not (one + other + out).isalpha()
-        or len(summed) != 1
-        or any(len(set(term)) < len(term) for term in (one, other, out))
-    ):
+    repeats = any(len(set(term)) < len(term) for term in (one, other, out))
+    if not (one + other + out).isalpha() or repeats or len(summed) != 1:
         return
     x, y = factors
     (j,) = summed

@@ -49,20 +49,8 @@ POINTWISE: set[Any] = {
 _ALONG_AXES = (  # as methods, and as functions
     *("mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "median", "any", "all", "count_nonzero"),
     *("var", "std", "nansum", "nanmean", "logsumexp", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp"),
-    *(
-        "cummax",
-        "cummin",
-        "kthvalue",
-        "norm",
-        "sort",
-        "argsort",
-        "topk",
-        "flip",
-        "roll",
-        "repeat_interleave",
-        "index_select",
-    ),
-    *("gather", "scatter", "scatter_add", "scatter_reduce"),
+    *("cummax", "cummin", "kthvalue", "norm", "sort", "argsort", "topk", "flip", "roll", "repeat_interleave"),
+    *("index_select", "gather", "scatter", "scatter_add", "scatter_reduce"),
 )
 ALONG_AXES: dict[Any, Any] = {  # with the ``dim`` where none is given; it must be neither the tokens' nor the batch's
     **dict.fromkeys((*_ALONG_AXES, *(getattr(torch, name) for name in _ALONG_AXES)), None),
@@ -278,19 +266,15 @@ def _is_one_letter_throughout(node: Node, sources: list[Node], length: Length) -
         return False
     terms, arrow, out = equation.replace(" ", "").partition("->")
     read = [_letters(term, value_of(factor)) for term, factor in zip(terms.split(","), factors, strict=True)]
-    made = _letters(out, value_of(node))
-    with_tokens = [(letters, value_of(factor)) for letters, factor in zip(read, factors, strict=True) if factor in sources]
-    token, batch = max(length.of(node), 0), length.batch_axis(value_of(node))
-    for letters, value in with_tokens:
-        axis = length.batch_axis(value)
-        if (
-            letters[max(length.axis(value), 0)] != made[token]
-            or axis is None
-            or batch is None
-            or letters[axis] != made[batch]
-        ):
+    made, batch = _letters(out, value_of(node)), length.batch_axis(value_of(node))
+    token = made[max(length.of(node), 0)]
+    for letters, factor in zip(read, factors, strict=True):
+        axis = length.batch_axis(value_of(factor))
+        if factor in sources and (axis is None or batch is None or letters[axis] != made[batch]):
             return False
-    times = [letters.count(made[token]) for letters in (made, *read)]
+        if factor in sources and letters[max(length.of(factor), 0)] != token:
+            return False
+    times = [letters.count(token) for letters in (made, *read)]
     return bool(arrow) and times == [1, *(int(factor in sources) for factor in factors)]
 
 

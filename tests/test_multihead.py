@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 from toys import HIDDEN, Captured, heads, matrix, tokens, toys
 
 from simba_compile import Options, explain
@@ -129,9 +130,22 @@ def transformed(way: Callable[[Tensor], Any], gradients: bool = False) -> tuple[
     return captured, result
 
 
+def traces_layers() -> bool:
+    """Whether this torch has sizes for the operation that a layer is in inference: 2.11 has none, and breaks the graph."""
+    layer = next(iter(LAYERS.values()))
+    with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False) as mode, torch.no_grad():
+        try:
+            layer(mode.from_tensor(tokens()))
+        except UnsupportedOperatorException:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", WAYS)
 def test_a_module_runs_on_kept_tokens(name: str, gradients: bool) -> None:
+    if name.startswith("a layer") and not gradients and not traces_layers():
+        pytest.skip("this torch does not trace an encoder layer in inference")
     found = []
     for way in WAYS[name]:
         captured, result = transformed(way, gradients)
